@@ -1,0 +1,204 @@
+"""GPTQ: round a weight column by column and let the columns still to come absorb the error.
+
+Frantar, Ashkboos, Hoefler, Alistarh 2022 (arXiv 2210.17323). Notation: W (out, in) is the weight,
+X (tokens, in) its input, H = 2/tokens XᵀX (in, in). GPTQ lowers ‖XWᵀ - XQᵀ‖², not ‖W - Q‖².
+"""
+
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from quantlab.affine import QParams, check_real, choose_qparams
+from quantlab.granularity import PerAxis, PerGroup, QTensor, code_range
+
+BLOCK = 128  # columns that are finished before the rest hears of their error; any size gives the same result
+
+
+class Hessian:
+    """H = 2/tokens XᵀX of a layer's input, summed up batch by batch. Layers that share an input share one."""
+
+    def __init__(self, in_features: int):
+        if in_features < 1:
+            raise ValueError(f"in_features must be at least 1, got {in_features}")
+        self.in_features = in_features
+        self.tokens = 0
+        self._sum: Tensor | None = None  # XᵀX, float64, on the device of the inputs
+        self._factors: dict = {}
+
+    def add(self, x: Tensor) -> "Hessian":
+        """Count in a batch of inputs, (..., in_features). Returns self, so calls can be chained."""
+        check_real(x, "the input of a Hessian")
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"need inputs of {self.in_features} features, got shape {tuple(x.shape)}")
+        rows = x.detach().reshape(-1, self.in_features)
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        product = (rows.T @ rows).double()
+        self._sum = product if self._sum is None else self._sum + product
+        self.tokens += len(rows)
+        self._factors.clear()
+        return self
+
+    @property
+    def matrix(self) -> Tensor:
+        """H, (in_features, in_features), float64. Raises ValueError before the first add."""
+        if self._sum is None:
+            raise ValueError("this Hessian has seen no inputs; call add(x) first")
+        return self._sum * (2.0 / self.tokens)
+
+    def factor(self, *, act_order: bool, damping: float) -> "Factor":
+        """The factorization that gptq_quantize works with, computed once for all layers that share this input."""
+        key = (act_order, damping)
+        if key not in self._factors:
+            self._factors[key] = factorize(self.matrix, act_order=act_order, damping=damping)
+        return self._factors[key]
+
+    def output_error(self, weight: Tensor, weight_hat: Tensor) -> float:
+        """‖X(W - Ŵ)ᵀ‖² / ‖XWᵀ‖², without X: both are traces with H."""
+        def energy(w: Tensor) -> Tensor:
+            return ((w.double() @ self.matrix) * w.double()).sum()
+        return (energy(weight - weight_hat) / energy(weight).clamp(min=torch.finfo(torch.float64).tiny)).item()
+
+
+@dataclass(frozen=True)
+class Factor:
+    """H (columns in `order`, damped) = R Rᵀ with R upper triangular. Then U = R⁻¹ is the paper's Cholesky of H⁻¹."""
+
+    R: Tensor  # (in, in), float64
+    order: Tensor | None  # column order, most important first; None: as they are
+    damping: float  # the fraction of mean(diag H) that was added in the end
+
+
+def factorize(H: Tensor, *, act_order: bool = False, damping: float = 0.01) -> Factor:
+    """One Cholesky of H read backwards, in place of the paper's Cholesky, inverse, Cholesky.
+
+    Damping adds damping * mean(diag H) to the diagonal. If H is still not positive definite, ten times
+    as much is tried (from 0.01 up, with a warning), up to 1000. A column that never fires (H_ii = 0)
+    gets H_ii = 1: it is rounded to nearest and passes no error on.
+    """
+    if damping < 0:
+        raise ValueError(f"damping must be at least 0, got {damping}")
+    H, diagonal = H.double().clone(), H.diagonal().double()
+    H.diagonal().copy_(torch.where(diagonal == 0, 1.0, diagonal))
+    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else None
+    if order is not None:
+        H = H[order][:, order]
+    used = damping
+    while used <= 1000:
+        damped = H + used * diagonal.mean() * torch.eye(len(H), dtype=H.dtype, device=H.device)
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not failed and torch.isfinite(lower).all():
+            return Factor(lower.flip(0, 1), order, used)
+        used = max(10 * used, 0.01)
+        warnings.warn(f"the Hessian is not positive definite with damping {damping:g}; trying {used:g} "
+                      "(more calibration tokens than in_features avoid this)", stacklevel=2)
+    raise ValueError("the Hessian is not positive definite even with damping 1000; are its inputs finite?")
+
+
+def gptq_quantize(weight: Tensor, hessian: Hessian, *, bits: int, group_size: int | None = None,
+                  symmetric: bool = False, act_order: bool = False, damping: float = 0.01) -> QTensor:
+    """The weight rounded by GPTQ: larger error in W than round-to-nearest, smaller error in the layer's output.
+
+    Column i in turn: q = the grid point nearest to w_i, e = (w_i - q) / U_ii, and w_j -= e U_ij for j > i
+    (the paper's Algorithm 1; U upper triangular, UᵀU = H⁻¹). group_size=None gives one scale a row, from
+    the original weight; else a group's scale comes from its weights as updated when its first column is due.
+    act_order takes the columns by falling diag H; QTensor.group_index then maps columns to groups.
+
+    Shapes: weight (out, in), hessian of in features. The loop runs in float64 if weight is, else in float32.
+    Raises: ValueError for a weight that is not a finite matrix, other features than the Hessian's, bits
+    outside 1..8 (2..8 if symmetric), group_size < 1, damping < 0.
+
+    >>> x = torch.tensor([[1.0, 1.0], [1.0, 0.8]])
+    >>> w = torch.tensor([[0.4, 0.4, ], [1.0, 0.0]])
+    >>> q = gptq_quantize(w, Hessian(2).add(x), bits=1, damping=0.0)
+    >>> q.dequantize().tolist()   # row 1: 0.4 and 0.4 on the grid 0, 0.4; row 2: 1 and 0 on 0, 1
+    [[0.4000000059604645, 0.4000000059604645], [1.0, 0.0]]
+    """
+    check_real(weight, "weight")
+    if weight.ndim != 2 or weight.shape[1] != hessian.in_features:
+        raise ValueError(f"need a weight (out, {hessian.in_features}), got shape {tuple(weight.shape)}")
+    granularity = PerAxis(0) if group_size is None else PerGroup(group_size)
+    factor = hessian.factor(act_order=act_order, damping=damping)
+    columns = weight.detach().T if factor.order is None else weight.detach().T[factor.order]
+    columns = columns.to(torch.float64 if weight.dtype == torch.float64 else torch.float32).contiguous()
+    grid = _Grid(columns, bits, group_size, symmetric)
+    codes = _quantize_columns(columns, factor.R.to(columns.device), grid)
+    groups = torch.arange(len(columns), device=columns.device) // grid.group_size
+    if factor.order is not None:  # back to the caller's column order
+        inverse = torch.argsort(factor.order)
+        codes, groups = codes[inverse], groups[inverse]
+    index = groups.to(torch.int32) if factor.order is not None and group_size is not None else None
+    return QTensor(codes.T.contiguous(), grid.qparams(), bits, granularity, symmetric, weight.dtype, index)
+
+
+@dataclass
+class _Grid:
+    """The grid in force for the current column, and those of all groups so far. A column of W is a row here."""
+
+    columns: Tensor  # (in, out), transposed: a column of W lies in one piece of memory
+    bits: int
+    group_size: int | None
+    symmetric: bool
+    scales: list = field(default_factory=list)
+    zero_points: list = field(default_factory=list)
+
+    def __post_init__(self):
+        self.qmin, self.qmax = code_range(self.bits, symmetric=self.symmetric)
+        self.per_row, self.group_size = self.group_size is None, self.group_size or len(self.columns)
+        self.group_size = min(self.group_size, len(self.columns))
+
+    def fit(self, group: Tensor) -> None:
+        """Take the grid from the minimum and maximum of these columns, one scale a row of W."""
+        qp = choose_qparams(group.amin(0), group.amax(0), qmin=self.qmin, qmax=self.qmax, symmetric=self.symmetric)
+        self.scales.append(qp.scale)
+        self.zero_points.append(qp.zero_point)
+        self.scale, self.inverse = qp.scale.to(group.dtype), (1.0 / qp.scale).to(group.dtype)
+        self.zero_point = qp.zero_point.to(group.dtype)
+
+    def codes(self, w: Tensor) -> Tensor:
+        """Round one column to its codes, still as floats."""
+        return torch.round(w * self.inverse).add_(self.zero_point).clamp_(self.qmin, self.qmax)
+
+    def qparams(self) -> QParams:
+        return QParams(torch.stack(self.scales, 1), torch.stack(self.zero_points, 1), self.qmin, self.qmax)
+
+
+def _quantize_columns(W: Tensor, R: Tensor, grid: _Grid) -> Tensor:
+    """The codes, (in, out) int8, of W (in, out), both transposed.
+
+    With E = (W - Q) R the errors divided by U_ii, columns B still to come see
+        W_B - E U_{<B,B}  =  W_B + (W - Q)_< R_{<,B} R_BB⁻¹,
+    so only the small diagonal blocks of R are ever inverted, and no (in, in) inverse is formed.
+    """
+    codes = torch.empty(W.shape, dtype=torch.int8, device=W.device)
+    removed = torch.empty_like(W)  # W - Q of the columns done
+    # A block holds whole groups, so that a group's scale sees every update before it.
+    size = BLOCK if grid.per_row else grid.group_size * max(1, BLOCK // grid.group_size)
+    for a in range(0, len(W), size):
+        b = min(a + size, len(W))
+        U = torch.linalg.solve_triangular(R[a:b, a:b], torch.eye(b - a, dtype=R.dtype, device=R.device), upper=True)
+        U = U.T.to(W.dtype).contiguous()  # row i: what columns 0..i give to column i
+        block = W[a:b].clone()
+        if a:
+            block.addmm_(U, R[:a, a:b].T.to(W.dtype) @ removed[:a])
+        codes[a:b], values = _quantize_block(block, U, grid, first=a)
+        removed[a:b] = W[a:b] - values
+    return codes
+
+
+def _quantize_block(block: Tensor, U: Tensor, grid: _Grid, first: int) -> tuple[Tensor, Tensor]:
+    """Codes and values of one block of columns (rows here); each column sees the errors of those before it."""
+    codes, values, errors = (torch.empty_like(block) for _ in range(3))
+    pivots = U.diagonal().tolist()
+    for i in range(len(block)):
+        if grid.per_row and first + i == 0:
+            grid.fit(grid.columns)
+        elif not grid.per_row and (first + i) % grid.group_size == 0:
+            group = slice(i, i + grid.group_size)
+            grid.fit(torch.addmm(block[group], U[group, :i], errors[:i], alpha=-1))
+        w = torch.addmv(block[i], errors[:i].T, U[i, :i], alpha=-1)
+        codes[i] = grid.codes(w)
+        values[i] = grid.scale * (codes[i] - grid.zero_point)
+        errors[i] = (w - values[i]) / pivots[i]
+    return codes.to(torch.int8), values

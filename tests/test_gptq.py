@@ -1,0 +1,183 @@
+"""gptq: against the plain algorithm, a hand-worked example, round-to-nearest, and bad input."""
+
+import pytest
+import torch
+from slow import plain_gptq
+
+from quantlab import Hessian, PerAxis, PerGroup, gptq_quantize, quantize_tensor
+from quantlab.gptq import factorize
+
+
+def layer(rows=48, columns=200, tokens=1500, seed=0):
+    """A weight and correlated inputs with a few loud channels, as a language model has them."""
+    random = torch.Generator().manual_seed(seed)
+    basis = torch.randn(columns, columns, generator=random) / columns**0.5
+    x = (torch.randn(tokens, columns, generator=random) * torch.arange(1, columns + 1) ** -0.5 * 3) @ basis
+    x += 0.1 * torch.randn(tokens, columns, generator=random)
+    x[:, 3] *= 10
+    return torch.randn(rows, columns, generator=random) * 0.05, x
+
+
+@pytest.mark.parametrize("act_order", [False, True], ids=["in-order", "act-order"])
+@pytest.mark.parametrize("group_size", [None, 128, 48, 32, 7, 256])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_codes_equal_the_plain_algorithm(bits, group_size, act_order):
+    weight, x = layer()
+    weight, hessian = weight.double(), Hessian(200).add(x)
+    how = {"bits": bits, "group_size": group_size, "act_order": act_order}
+    q = gptq_quantize(weight, hessian, **how)
+    codes, _, _, values = plain_gptq(weight, hessian.matrix, **how)
+    assert torch.equal(q.codes.double(), codes)
+    torch.testing.assert_close(q.dequantize(), values, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("act_order", [False, True], ids=["in-order", "act-order"])
+def test_symmetric_codes_equal_the_plain_algorithm(act_order):
+    """Per row only: a symmetric grid puts its largest weight on an exact tie (±7.5 steps), and in an *updated*
+    group the last digit of a float64 decides it, differently in any two ways of summing."""
+    weight, x = layer()
+    weight, hessian = weight.double(), Hessian(200).add(x)
+    q = gptq_quantize(weight, hessian, bits=4, symmetric=True, act_order=act_order)
+    codes, _, _, _ = plain_gptq(weight, hessian.matrix, bits=4, symmetric=True, act_order=act_order)
+    assert torch.equal(q.codes.double(), codes)
+
+
+def test_float32_weights_give_nearly_the_same_codes():
+    weight, x = layer(rows=256, columns=256)
+    hessian = Hessian(256).add(x)
+    codes, _, _, _ = plain_gptq(weight.double(), hessian.matrix, bits=4, group_size=128)
+    same = gptq_quantize(weight, hessian, bits=4, group_size=128).codes == codes
+    assert same.double().mean() >= 0.999
+
+
+def test_two_rows_of_three_by_hand():
+    """H = [[4, 2, 0], [2, 2, 0], [0, 0, 1]], so H⁻¹ = [[½, -½, 0], [-½, 1, 0], [0, 0, 1]] and its upper Cholesky factor
+    has first row (√½, -√½, 0): an error e of column 1 moves column 2 by + e, and column 3 not at all."""
+    x = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.5**0.5]]) * 3**0.5
+    hessian = Hessian(3).add(x)
+    torch.testing.assert_close(hessian.matrix, torch.tensor([[4.0, 2, 0], [2, 2, 0], [0, 0, 1]], dtype=torch.float64))
+    weight = torch.tensor([[0.4, 0.4, 3.0], [1.3, 1.4, 3.0]])
+    q = gptq_quantize(weight, hessian, bits=2, damping=0.0)  # grid 0, 1, 2, 3 for both rows
+    nearest = quantize_tensor(weight, bits=2, granularity=PerAxis(0), symmetric=False)
+    # row 1: 0.4 -> 0, error 0.4, so the second becomes 0.8 -> 1; row 2: 1.3 -> 1, error 0.3, second 1.7 -> 2
+    assert q.dequantize().tolist() == [[0, 1, 3], [1, 2, 3]]
+    assert nearest.dequantize().tolist() == [[0, 0, 3], [1, 1, 3]]
+    assert hessian.output_error(weight, q.dequantize()) < hessian.output_error(weight, nearest.dequantize())
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("group_size", [None, 32])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_output_error_below_round_to_nearest(seed, group_size, symmetric):
+    weight, x = layer(seed=seed)
+    hessian = Hessian(200).add(x)
+    granularity = PerAxis(0) if group_size is None else PerGroup(group_size)
+    for bits in (2, 3, 4):
+        nearest = quantize_tensor(weight, bits=bits, granularity=granularity, symmetric=symmetric).dequantize()
+        for act_order in (False, True):
+            q = gptq_quantize(weight, hessian, bits=bits, group_size=group_size, symmetric=symmetric, act_order=act_order)
+            error = [((w - weight) @ x.T).square().sum().item() for w in (q.dequantize(), nearest)]
+            assert error[0] < 0.8 * error[1]
+            assert (q.dequantize() - weight).square().sum() > (nearest - weight).square().sum()  # the paradox
+
+
+def test_uncorrelated_inputs_leave_round_to_nearest():
+    weight, _ = layer()
+    q = gptq_quantize(weight, Hessian(200).add(torch.eye(200)), bits=4)
+    assert torch.equal(q.codes, quantize_tensor(weight, bits=4, granularity=PerAxis(0), symmetric=False).codes)
+
+
+def test_output_error_is_that_of_the_layer():
+    weight, x = layer()
+    other = weight + 0.01
+    expected = ((x @ (weight - other).T).square().sum() / (x @ weight.T).square().sum()).item()
+    assert Hessian(200).add(x).output_error(weight, other) == pytest.approx(expected, rel=1e-4)
+
+
+def test_hessian_adds_up_batches_of_any_shape():
+    _, x = layer()
+    parts = Hessian(200).add(x[:500]).add(x[500:].reshape(2, 500, 200))
+    torch.testing.assert_close(parts.matrix, Hessian(200).add(x).matrix, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(parts.matrix, 2 / 1500 * (x.double().T @ x.double()), rtol=1e-4, atol=1e-4)
+    assert parts.tokens == 1500
+
+
+def test_sharing_a_hessian_equals_stacking_rows():
+    weight, x = layer()
+    hessian = Hessian(200).add(x)
+    whole = gptq_quantize(weight, hessian, bits=4, group_size=32)
+    halves = [gptq_quantize(w, hessian, bits=4, group_size=32).codes for w in weight.split(24)]
+    assert torch.equal(whole.codes, torch.cat(halves))
+    assert len(hessian._factors) == 1  # factorized once
+
+
+def test_dead_columns_are_rounded_to_nearest_and_harm_nothing():
+    weight, x = layer()
+    x[:, 50:60] = 0
+    for act_order in (False, True):
+        q = gptq_quantize(weight.double(), Hessian(200).add(x), bits=4, act_order=act_order)
+        nearest = quantize_tensor(weight, bits=4, granularity=PerAxis(0), symmetric=False)
+        assert torch.equal(q.codes[:, 50:60], nearest.codes[:, 50:60])
+        codes, *_ = plain_gptq(weight, Hessian(200).add(x).matrix, bits=4, act_order=act_order)
+        assert torch.equal(q.codes.double(), codes)
+
+
+def test_damping_rises_when_it_must():
+    weight, x = layer(tokens=50)  # fewer tokens than columns: singular
+    with pytest.warns(UserWarning, match="not positive definite with damping 0; trying 0.01"):
+        q = gptq_quantize(weight, Hessian(200).add(x[:50]), bits=4, damping=0.0)
+    assert torch.isfinite(q.dequantize()).all()
+    with pytest.warns(UserWarning, match="not positive definite"):
+        assert factorize(torch.tensor([[1.0, 2.0], [2.0, 1.0]]), damping=0.0).damping >= 0.01
+
+
+def test_factor_is_one():
+    _, x = layer(columns=40)
+    H = Hessian(40).add(x).matrix
+    for act_order in (False, True):
+        f = factorize(H, act_order=act_order, damping=0.01)
+        damped = H + 0.01 * H.diagonal().mean() * torch.eye(40)
+        damped = damped if f.order is None else damped[f.order][:, f.order]
+        torch.testing.assert_close(f.R @ f.R.T, damped)
+        assert torch.equal(f.R, f.R.triu())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtype_comes_back_and_nothing_changes_in_place(dtype):
+    weight, x = layer()
+    weight = weight.to(dtype)
+    before, hessian = weight.clone(), Hessian(200).add(x)
+    H = hessian.matrix.clone()
+    assert gptq_quantize(weight, hessian, bits=4).dequantize().dtype == dtype
+    assert torch.equal(weight, before)
+    assert torch.equal(hessian.matrix, H)
+
+
+def test_act_order_with_groups_counts_its_index():
+    weight, x = layer()
+    q = gptq_quantize(weight, Hessian(200).add(x), bits=4, group_size=50, act_order=True)
+    assert q.nbytes == 48 * 200 // 2 + 48 * 4 * 4 + 48 * 4 // 2 + 200 * 4
+    assert sorted(q.group_index.tolist()) == sorted(list(range(4)) * 50)
+
+
+def test_bad_input_names_the_rule():
+    weight, x = layer()
+    hessian = Hessian(200).add(x)
+    with pytest.raises(ValueError, match="has seen no inputs"):
+        gptq_quantize(weight, Hessian(200), bits=4)
+    with pytest.raises(ValueError, match=r"need a weight \(out, 200\), got shape \(48, 100\)"):
+        gptq_quantize(weight[:, :100], hessian, bits=4)
+    with pytest.raises(ValueError, match="need inputs of 200 features"):
+        hessian.add(x[:, :5])
+    with pytest.raises(ValueError, match="bits must be 1..8"):
+        gptq_quantize(weight, hessian, bits=9)
+    with pytest.raises(ValueError, match="group_size must be at least 1, got 0"):
+        gptq_quantize(weight, hessian, bits=4, group_size=0)
+    with pytest.raises(ValueError, match="damping must be at least 0"):
+        gptq_quantize(weight, hessian, bits=4, damping=-1)
+    with pytest.raises(ValueError, match="finite"):
+        gptq_quantize(weight * float("nan"), hessian, bits=4)
+    with pytest.raises(ValueError, match="finite"):
+        Hessian(200).add(x * float("inf"))
+    with pytest.raises(ValueError, match="in_features must be at least 1"):
+        Hessian(0)
