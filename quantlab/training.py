@@ -13,22 +13,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-SEPARATOR = "<|endoftext|>"  # stands between documents in a text file, and as a token before each document
-
-
-def read_documents(paths) -> list[str]:
-    """The documents of UTF-8 text files, which lines `<|endoftext|>` separate; empty ones are dropped."""
-    documents = []
-    for path in paths:
-        found = [d.strip() for d in Path(path).read_text(encoding="utf-8").split(SEPARATOR)]
-        found = [d for d in found if d]
-        if not found:
-            raise ValueError(f"{path} holds no text")
-        documents += found
-    return documents
-
+from quantlab.lm import SEPARATOR, load_lm, read_documents, token_stream
 
 def train_tokenizer(documents, vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer that puts `<|endoftext|>` (begin, end and padding in one) before a text."""
@@ -42,12 +29,6 @@ def train_tokenizer(documents, vocab_size: int) -> PreTrainedTokenizerFast:
         single=f"{SEPARATOR} $A", special_tokens=[(SEPARATOR, tokenizer.token_to_id(SEPARATOR))])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=SEPARATOR, eos_token=SEPARATOR,
                                    pad_token=SEPARATOR, clean_up_tokenization_spaces=False)
-
-
-def token_stream(tokenizer, documents) -> Tensor:
-    """All documents as one row of token ids, a begin token before each. Shape (tokens,), int64."""
-    rows = tokenizer(list(documents))["input_ids"]
-    return torch.tensor([token for row in rows for token in row])
 
 
 def new_model(tokenizer, *, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int,
@@ -89,7 +70,7 @@ def batch_at(stream: Tensor, step: int, *, batch: int, context: int, seed: int) 
     return stream[(offset + chosen * context)[:, None] + torch.arange(context + 1)]
 
 
-def learning_rate(step: int, *, peak: float, steps: int, warmup: int = 100, decay: float = 0.3) -> float:
+def learning_rate(step: int, *, peak: float, steps: int, warmup: int = 100, decay: float = 0.4) -> float:
     """Up in a line, level, then down in a line over the last `decay` of the steps.
 
     Level in the middle, so that a run can be given more steps before its decay begins without redoing any.
@@ -230,8 +211,7 @@ def main(argv=None) -> dict:
     out, folder = Path(args.out), Path(f"{args.out}.checkpoint")
     documents = read_documents(args.train)
     if args.start_from:
-        tokenizer = AutoTokenizer.from_pretrained(args.start_from)
-        model = AutoModelForCausalLM.from_pretrained(args.start_from, dtype=torch.float32)
+        model, tokenizer = load_lm(args.start_from)
     else:
         tokenizer = train_tokenizer(documents[:-args.hold_out], args.vocab)
         model = new_model(tokenizer, hidden=args.hidden, intermediate=args.intermediate, layers=args.layers,

@@ -1,0 +1,73 @@
+"""Pictures: a result in, Axes out. One colour has one meaning throughout the workbook."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from torch import Tensor
+
+# Okabe and Ito's palette, told apart with any colour vision.
+FLOAT, QUANTIZED, ERROR, CLIPPED, OTHER = "0.65", "#0072B2", "#D55E00", "#CC79A7", "#009E73"
+
+
+def to_numpy(x: Tensor) -> np.ndarray:
+    return x.detach().cpu().flatten().numpy()
+
+
+def plot_error(x: Tensor, x_hat: Tensor, *, ax: Axes | None = None, label: str | None = None) -> Axes:
+    """Scatter the quantization error x_hat - x against x.
+
+    Inside the grid the points lie on a sawtooth of height one scale; clipped values leave it along a line
+    of slope -1.
+    """
+    ax = ax if ax is not None else plt.gca()
+    ax.plot(to_numpy(x), to_numpy(x_hat - x), ".", markersize=3, color=ERROR, label=label)
+    ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
+    ax.set(xlabel="x", ylabel="error, x̂ − x")
+    if label is not None:
+        ax.legend(loc="best")
+    return ax
+
+
+def plot_histogram(x: Tensor, *, bins: int = 120, ax: Axes | None = None, label: str | None = None,
+                   color: str = FLOAT) -> Axes:
+    """How many elements of x lie where, on a logarithmic count, so that a single outlier can be seen."""
+    ax = ax if ax is not None else plt.gca()
+    ax.hist(to_numpy(x), bins=bins, color=color, label=label, log=True)
+    ax.set(xlabel="value", ylabel="count (log)")
+    if label is not None:
+        ax.legend(loc="best")
+    return ax
+
+
+def plot_number_line(x: Tensor, x_hat: Tensor, *, ax: Axes | None = None) -> Axes:
+    """A few reals on one line, the grid points they are rounded to on another, an arrow for each."""
+    ax = ax if ax is not None else plt.gca()
+    for start, end in zip(to_numpy(x), to_numpy(x_hat), strict=True):
+        ax.annotate("", (end, 0.05), (start, 0.95), arrowprops={"arrowstyle": "->", "color": ERROR})
+    ax.plot(to_numpy(x), np.ones(x.numel()), "o", color=FLOAT, label="x")
+    ax.plot(to_numpy(x_hat), np.zeros(x.numel()), "s", color=QUANTIZED, label="x̂, on the grid")
+    ax.set(yticks=[], ylim=(-0.3, 1.3), xlabel="real value")
+    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return ax
+
+
+def plot_against_bits(rows: dict[str, dict[int, tuple[float, float]]], *, ylabel: str, ax: Axes | None = None) -> Axes:
+    """One line a method: {method: {bits: (value, standard error)}}, on a logarithmic scale with error bars."""
+    ax = ax if ax is not None else plt.gca()
+    for (method, points), color, marker in zip(rows.items(), (ERROR, QUANTIZED, OTHER, CLIPPED), "osD^", strict=False):
+        bits = sorted(points)
+        values, errors = zip(*(points[b] for b in bits), strict=True)
+        ax.errorbar(bits, values, yerr=errors, marker=marker, color=color, capsize=3, label=method)
+    ax.set(xlabel="bits", ylabel=ylabel, yscale="log", xticks=bits)
+    ax.legend(loc="best")
+    return ax
+
+
+def plot_layer_errors(reports: dict, *, ax: Axes | None = None) -> Axes:
+    """The output error of every layer, in the order of the model: {method: QuantizeReport}."""
+    ax = ax if ax is not None else plt.gca()
+    for (method, report), color, marker in zip(reports.items(), (ERROR, QUANTIZED, OTHER, CLIPPED), "osD^", strict=False):
+        ax.plot([row.output_error for row in report.layers], marker, color=color, markersize=4, label=method)
+    ax.set(xlabel="layer, in the order of the model", ylabel="relative output error", yscale="log")
+    ax.legend(loc="best")
+    return ax
