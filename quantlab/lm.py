@@ -5,6 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from quantlab.gptq import Hessian, gptq_quantize
 from quantlab.granularity import PerAxis, PerGroup, QTensor, quantize_tensor
@@ -42,9 +44,24 @@ def load_lm(name_or_path: str = "bundled"):
         folder = _download(name_or_path)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True,
-                                                 trust_remote_code=False)
+    small = sum(file.stat().st_size for file in folder.glob("*.safetensors")) < 100e6
+    with _quiet(small):  # no progress bar for what takes less than a second
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True,
+                                                     trust_remote_code=False)
     return model.eval(), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+@contextmanager
+def _quiet(quiet: bool):
+    """transformers' own progress bars off for a while, and then as they were."""
+    shown = logging.is_progress_bar_enabled()
+    if quiet:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _download(name: str) -> Path:

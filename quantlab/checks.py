@@ -1,0 +1,77 @@
+"""Exercises that answer back:  check("1.1", answer) · hint("1.1") · solution("1.1")"""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+class Wrong(Exception):
+    """Raised by an exercise's test: the property that broke, what was got, and a likely cause."""
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """One exercise: its test (raises Wrong), three hints from soft to strong, and a solution."""
+
+    title: str
+    test: Callable  # called with the learner's answer
+    hints: tuple[str, str, str]
+    solution: object  # a function, or a value
+
+
+_given: dict[str, int] = {}  # hints shown so far, by exercise
+
+
+def check(name: str, answer) -> None:
+    """Test an answer and print what was found: passed, not attempted yet, or the property that broke and a hint."""
+    exercise = find(name)
+    verdict = judge(exercise, answer)
+    print(f"{name} {exercise.title}: {verdict}")
+
+
+def judge(exercise: Exercise, answer) -> str:
+    """What check says of an answer, as text; never a traceback from inside the checker."""
+    if answer is None or answer is ...:
+        return "not attempted yet"
+    try:
+        note = exercise.test(answer)
+    except NotImplementedError:
+        return "not attempted yet"
+    except Wrong as wrong:
+        return f"not yet. {wrong}"
+    except Exception as error:  # noqa: BLE001  the learner's own code failed, in any way it likes
+        return f"not yet. Your code stopped with {type(error).__name__}: {error}"
+    return "passed" if note is None else f"passed. {note}"
+
+
+def hint(name: str) -> None:
+    """Print the next of an exercise's three hints; after the third, that one again."""
+    hints = find(name).hints
+    number = min(_given.get(name, 0) + 1, len(hints))
+    _given[name] = number
+    print(f"{name} hint {number} of {len(hints)}: {hints[number - 1]}")
+
+
+def solution(name: str) -> None:
+    """Print an exercise's solution."""
+    found = find(name).solution
+    print(inspect.getsource(found) if callable(found) else repr(found))
+
+
+def find(name: str) -> Exercise:
+    """The exercise of this name. Raises ValueError, listing the names there are, if there is none."""
+    chapter = str(name).partition(".")[0]
+    try:
+        exercises = importlib.import_module(f"quantlab.exercises.n{int(chapter):02}").EXERCISES
+    except (ImportError, ValueError):
+        raise ValueError(f"no exercise {name!r}: there is no chapter {chapter!r}") from None
+    if name not in exercises:
+        raise ValueError(f"no exercise {name!r}; chapter {chapter} has {', '.join(exercises)}")
+    return exercises[name]
+
+
+def expect(true: bool, message: str) -> None:
+    """Raise Wrong(message) unless the property holds."""
+    if not true:
+        raise Wrong(message)

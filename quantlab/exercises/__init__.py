@@ -1,0 +1,1 @@
+"""One file a notebook: its exercises, with hints, solutions and the tests that judge answers."""

@@ -1,0 +1,103 @@
+"""The learner's ledger: one measured row for each way of quantizing the model, kept in a CSV file."""
+
+import csv
+import os
+import statistics
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quantlab.lm import QuantizeReport, divergence, model_bytes, perplexity
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of quantizing one model, measured. Errors are standard errors; latencies are ratios to the float model."""
+
+    method: str
+    bits: int  # 32 for the float model
+    group: str  # group size, "row" or "tensor", "-" for the float model
+    perplexity: float
+    perplexity_error: float
+    kl: float  # nats per token, float model || this model
+    kl_error: float
+    top1: float  # fraction of tokens
+    bits_per_weight: float  # all bytes of the model over all parameters
+    bytes: int  # packed layers, the rest in 16 bits
+    prefill: float  # time to read 256 tokens, over the float model's in the same run
+    decode: float  # time to say a token, likewise
+    seconds: float  # to quantize
+    calibration_tokens: int
+
+
+def measure(reference, model, tokens: Tensor, *, method: str, bits: int = 32, group: str = "-",
+            report: QuantizeReport | None = None, window: int = 512) -> Row:
+    """A ledger row: model against the float model `reference` on the same tokens, in the same run.
+
+    report is what quantize_lm returned; without it the model counts as 16-bit floats.
+    """
+    p, d = perplexity(model, tokens, window=window), divergence(reference, model, tokens, window=window)
+    slow, fast = _latencies(reference, model, tokens)
+    size = report.nbytes if report else model_bytes(model)
+    return Row(method, bits, group, p.value, p.stderr, d.kl, d.stderr, d.top1,
+               8 * size / sum(w.numel() for w in model.parameters()), size, slow, fast,
+               report.seconds if report else 0.0, report.calibration_tokens if report else 0)
+
+
+def _latencies(reference, model, tokens: Tensor) -> tuple[float, float]:
+    """Median times of model over those of reference, taken in turns: (prefill, decode)."""
+    prompt, times = tokens[None, :256].to(model.device), {}
+    for _ in range(5):
+        for name, m in (("reference", reference), ("model", model)):
+            with torch.no_grad():
+                start = time.perf_counter()
+                cache = m(prompt, use_cache=True).past_key_values
+                middle = time.perf_counter()
+                m(prompt[:, -1:], past_key_values=cache, use_cache=True)
+            times.setdefault(name, []).append((middle - start, time.perf_counter() - middle))
+    medians = {name: [statistics.median(part) for part in zip(*t, strict=True)] for name, t in times.items()}
+    return tuple(m / r for m, r in zip(medians["model"], medians["reference"], strict=True))
+
+
+def append(row: Row, path="ledger.csv") -> list[Row]:
+    """Write a row to the ledger, in place of an older one of the same method, bits and group; returns all rows."""
+    path = Path(path)
+    rows = [r for r in (read(path) if path.exists() else []) if _key(r) != _key(row)] + [row]
+    part = path.with_suffix(".part")
+    with part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+        writer.writeheader()
+        writer.writerows(asdict(r) for r in rows)
+    os.replace(part, path)  # written whole or not at all
+    return rows
+
+
+def read(path="ledger.csv") -> list[Row]:
+    """The rows of a ledger. Raises FileNotFoundError if there is none, ValueError if it is not a ledger."""
+    with Path(path).open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != [f.name for f in fields(Row)]:
+            raise ValueError(f"{path} is not a ledger: its columns are {reader.fieldnames}")
+        return [Row(**{f.name: f.type(line[f.name]) for f in fields(Row)}) for line in reader]
+
+
+def _key(row: Row) -> tuple:
+    return row.method, row.bits, row.group
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows as a notebook shows them."""
+
+    rows: list
+
+    def __repr__(self) -> str:
+        lines = [f"{'method':18}{'bits':>5}{'group':>7}  {'perplexity':>16}  {'KL':>17}{'top-1':>7}{'bits/w':>7}"
+                 f"{'kB':>7}{'prefill':>8}{'decode':>7}{'s':>6}"]
+        lines += [f"{r.method:18}{r.bits:5}{r.group:>7}  {r.perplexity:8.3f} ± {r.perplexity_error:5.3f}  "
+                  f"{r.kl:8.5f} ± {r.kl_error:7.5f}{r.top1:6.1%}{r.bits_per_weight:7.2f}{r.bytes / 1000:7.0f}"
+                  f"{r.prefill:7.2f}x{r.decode:6.2f}x{r.seconds:6.1f}" for r in self.rows]
+        return "\n".join(lines)

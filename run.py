@@ -1,0 +1,110 @@
+"""python run.py lab | test | notebooks | bench | setup      (each makes .venv on first use)
+
+lab [options]      opens the workbook in JupyterLab, which gets the options (--no-browser --port=9999)
+test [options]     runs ruff, the notebooks and the tests; given options (-k affine), pytest with them alone
+notebooks [names]  builds notebooks/*.ipynb from notebooks/src/*.py (--help tells more)
+bench              runs every script in benchmarks/
+
+QUANTLAB_TORCH_INDEX=<address of PyTorch's CPU wheel index> spares a Linux machine several GB of CUDA.
+"""
+
+from __future__ import annotations  # lets an old Python get as far as the message about its age
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+PYTHON = ROOT / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+STAMP = ROOT / ".venv/complete"  # written last: Python's version, and a hash of what is installed and where
+
+
+def obstacle(version: tuple, lacking: list, free_gb: float) -> str | None:
+    """What keeps .venv from being made, in one sentence; None when nothing does."""
+    if version < (3, 11):
+        return "Python 3.11 or newer is needed to run this, and yours is {}.{}.".format(*version)
+    if lacking:
+        return f"This Python lacks {' and '.join(lacking)} (Debian, Ubuntu: sudo apt install python3-venv)."
+    if free_gb < 3:
+        return f"About 3 GB of disk are needed for .venv, and {free_gb:.1f} GB are free."
+    return None
+
+
+def setup() -> None:
+    """Make .venv, or bring it up to date, or do nothing when it is."""
+    python, files = "{}.{}".format(*sys.version_info), [ROOT / "pyproject.toml", ROOT / "constraints.txt"]
+    wanted = [python, hashlib.sha256(b"".join([bytes(ROOT), *map(Path.read_bytes, files)])).hexdigest()]
+    made = STAMP.read_text().split() if STAMP.exists() and PYTHON.exists() else [None]
+    if made == wanted:
+        return
+    lacking = [name for name in ("venv", "ensurepip") if importlib.util.find_spec(name) is None]
+    free_gb = shutil.disk_usage(ROOT).free / 1e9 if made == [None] else float("inf")
+    if message := obstacle(tuple(sys.version_info), lacking, free_gb):
+        sys.exit(message)
+    clear = [] if made[0] == python else ["--clear"]  # what another Python made, or what was never completed
+    or_exit("[1/3] creating .venv", [sys.executable, "-m", "venv", *clear, ".venv"])
+    install(torch=next(pin for pin in files[1].read_text().split() if pin.startswith("torch==")))
+    STAMP.write_text(" ".join(wanted))
+
+
+def install(torch: str) -> None:
+    """torch comes first and alone: an index out of reach costs pip about 9 seconds for every package."""
+    pip = [PYTHON, "-m", "pip", "install", *([] if sys.stdout.isatty() else ["--quiet"])]
+    index = os.environ.get("QUANTLAB_TORCH_INDEX")
+    extra = ["--retries=1", f"--extra-index-url={index}"] if index else []
+    or_exit(f"[2/3] installing {torch}", [*pip, *extra, torch])
+    or_exit("[3/3] installing the other packages", [*pip, "-e", ".[test]", "-c", "constraints.txt"])
+
+
+def or_exit(step: str, command: list) -> None:
+    print(step, "...", flush=True)
+    if subprocess.call(command, cwd=ROOT):
+        sys.exit(f"{step} failed for the reason above; most often the network or disk space is missing.")
+
+
+def lab(*options: str) -> int:
+    """The repository is Lab's root, so that a notebook's links to files of the library work."""
+    flags = ["--ip=127.0.0.1", f"--ServerApp.root_dir={ROOT}", f"--LabApp.app_settings_dir={ROOT / '.lab'}",
+             "--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb"]
+    with subprocess.Popen([PYTHON, "-m", "jupyterlab", *flags, *options], cwd=ROOT) as process:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for JupyterLab, which asks before it ends
+        return process.wait()
+
+
+def steps(what: str, options: list) -> dict:
+    """What to run for one word of the command line, by name. pytest's tests come last, with their count."""
+    nbval = ["--nbval", "--nbval-current-env", "--nbval-sanitize-with", "tests/nbval_sanitize.cfg"]
+    if what == "bench":
+        return {path.name: [path] for path in sorted(ROOT.glob("benchmarks/[!_]*.py"))}
+    if what == "notebooks":
+        return {"notebooks": ["notebooks/build.py", *options]}
+    if options:
+        return {"tests": ["-m", "pytest", *options]}
+    found = sorted(ROOT.glob("notebooks/*.ipynb"))
+    checked = {"notebooks": ["-m", "pytest", *nbval, *found]} if found else {}
+    return {"ruff": ["-m", "ruff", "check", "."], **checked, "tests": ["-m", "pytest"]}
+
+
+def main(what: str = "", *options: str) -> int:
+    if what not in ("lab", "test", "notebooks", "bench", "setup"):
+        sys.exit(__doc__)
+    setup()
+    if what in ("setup", "lab"):
+        return lab(*options) if what == "lab" else 0
+    failed = []
+    for name, arguments in steps(what, options).items():
+        print(f"\n== {name}", flush=True)
+        if subprocess.call([PYTHON, *arguments], cwd=ROOT):
+            failed.append(name)
+    if failed:
+        print(f"\n== failed: {', '.join(failed)}")
+    return len(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,78 @@
+"""Every exercise: the solution passes, the stub is "not attempted yet", wrong answers get a message that fits."""
+
+import importlib
+import pkgutil
+
+import pytest
+import wrong_answers
+
+import quantlab.exercises
+from quantlab import checks
+
+CHAPTERS = [m.name for m in pkgutil.iter_modules(quantlab.exercises.__path__)]
+NAMES = [name for c in CHAPTERS for name in importlib.import_module(f"quantlab.exercises.{c}").EXERCISES]
+
+
+def stub(*_args):
+    raise NotImplementedError
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_solution_passes(name):
+    exercise = checks.find(name)
+    assert checks.judge(exercise, exercise.solution).startswith("passed")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("answer", [stub, None, ...], ids=["stub", "None", "dots"])
+def test_the_stub_is_not_attempted(name, answer):
+    exercise = checks.find(name)
+    if answer is stub and not callable(exercise.solution):
+        return  # an exercise whose answer is a value has no function to leave as it is
+    assert checks.judge(exercise, answer) == "not attempted yet"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_wrong_answers_are_told_why(name):
+    wrong = wrong_answers.WRONG[name]
+    assert len(wrong) >= 3
+    for answer, message in wrong:
+        verdict = checks.judge(checks.find(name), answer)
+        assert verdict.startswith("not yet."), (answer, verdict)
+        assert message in verdict, (message, verdict)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_three_hints_that_are_not_the_solution(name, capsys):
+    exercise = checks.find(name)
+    assert len(exercise.hints) == 3
+    assert len(set(exercise.hints)) == 3
+    checks.solution(name)
+    shown = capsys.readouterr().out
+    assert shown.strip()
+    assert not any(shown.strip() in hint for hint in exercise.hints)
+
+
+def test_hints_come_one_after_the_other(capsys, monkeypatch):
+    monkeypatch.setattr(checks, "_given", {})
+    for _ in range(4):
+        checks.hint("1.1")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [f"1.1 hint {i} of 3" for i in (1, 2, 3, 3)]
+
+
+def test_check_prints_one_verdict(capsys):
+    checks.check("1.1", stub)
+    assert capsys.readouterr().out == "1.1 quantize: not attempted yet\n"
+
+
+def test_an_error_in_the_answer_is_no_traceback():
+    def broken(*_args):
+        return 1 / 0
+    assert "ZeroDivisionError" in checks.judge(checks.find("1.1"), broken)
+
+
+@pytest.mark.parametrize("name", ["1.99", "99.1", "x"])
+def test_unknown_exercises_are_named(name):
+    with pytest.raises(ValueError, match="no exercise"):
+        checks.check(name, None)
