@@ -71,6 +71,7 @@ def build(source: Path, *, fresh: bool = False) -> list[str]:
     notebook = normal_form(notebook)
     if target.exists() and not fresh:
         keep_old_outputs(normal_form(nbformat.read(target, 4)), notebook)
+        notebook = normal_form(notebook)  # an old output may have been that of another number
     text = as_text(notebook)
     found = problems(text, source)
     if not found:

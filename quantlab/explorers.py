@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from quantlab.affine import QParams, choose_qparams, fake_quantize
-from quantlab.gptq import Hessian, gptq_quantize
+from quantlab.gptq import Hessian, gptq_quantize, gptq_steps
 from quantlab.granularity import PerAxis, PerGroup, QTensor, quantize_tensor
 from quantlab.metrics import split_error, sqnr_db
 from quantlab.plots import CLIPPED, ERROR, FLOAT, OTHER, QUANTIZED
@@ -239,6 +239,40 @@ def explore_gptq(weight: Tensor, hessian: Hessian, *, bits: int = 4, group_size:
                 f"({o1 / o0:.2f} ×)   rows that GPTQ improves: {np.mean(r1 < r0):.0%}")
 
     return _explorer(controls, left, [*bars, rows], update)
+
+
+def explore_columns(weight: Tensor, hessian: Hessian, *, bits: int = 3, rows: int = 24) -> Explorer:
+    """GPTQ column by column: how far each weight has moved, and the output error so far beside round-to-nearest's."""
+    weight = weight.detach().double()[:rows]
+    H, states = hessian.matrix, gptq_steps(weight, hessian, bits=bits)
+    nearest = quantize_tensor(weight, bits=bits, granularity=PerAxis(0), symmetric=False).dequantize()
+    columns = weight.shape[1]
+    mixed = [torch.cat([nearest[:, :k], weight[:, k:]], dim=1) for k in range(columns + 1)]
+    energy = _row_energy(weight, H).sum()
+    curves = [[(_row_energy(weight - state, H).sum() / energy).item() for state in way] for way in (mixed, states)]
+    controls = {"column": widgets.IntSlider(0, min=0, max=columns, description="columns done",
+                                            style={"description_width": "initial"}, layout={"width": "500px"})}
+    fig, (top, bottom) = _figure(rows=2, height=4.6, gridspec_kw={"height_ratios": [3, 2]}, sharex=True)
+    moved = (states - weight).numpy()
+    picture = top.imshow(moved[0], aspect="auto", cmap="PuOr", interpolation="nearest", extent=(0, columns, rows, 0),
+                         vmin=-np.quantile(abs(moved), 0.995), vmax=np.quantile(abs(moved), 0.995))
+    front = top.axvline(0, color="black", linewidth=1.2)
+    top.set(ylabel="row of W", title="how far each weight has moved from its original value (violet up, orange down)")
+    bottom.plot(curves[0], color=ERROR, label="round to nearest")
+    bottom.plot(curves[1], color=QUANTIZED, label="GPTQ")
+    here, = bottom.plot([0], [0], "o", color=QUANTIZED, markersize=9)
+    bottom.set(xlabel="columns rounded so far", ylabel="output error", xlim=(0, columns), ylim=(0, None))
+    bottom.legend(loc="upper left", fontsize="small")
+    fig.subplots_adjust(left=0.09, right=0.98, top=0.93, bottom=0.11, hspace=0.1)
+
+    def update(column) -> str:
+        picture.set_data(moved[column])
+        front.set_xdata([column, column])
+        here.set_data([column], [curves[1][column]])
+        return (f"{column} of {columns} columns rounded   output error so far: round to nearest "
+                f"{curves[0][column]:.2e}, GPTQ {curves[1][column]:.2e}")
+
+    return _explorer(controls, top, [picture, front, here], update)
 
 
 def _row_energy(w: Tensor, H: Tensor) -> Tensor:

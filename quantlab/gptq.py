@@ -132,6 +132,27 @@ def gptq_quantize(weight: Tensor, hessian: Hessian, *, bits: int, group_size: in
     return QTensor(codes.T.contiguous(), grid.qparams(), bits, granularity, symmetric, weight.dtype, index)
 
 
+def gptq_steps(weight: Tensor, hessian: Hessian, *, bits: int, damping: float = 0.01) -> Tensor:
+    """The weight before and after each column, (in + 1, out, in): how GPTQ gets there, one scale a row.
+
+    In state k the first k columns are on the grid and the others have taken up their errors. The plain loop of
+    the paper, for looking at small layers; gptq_quantize gives the last state faster.
+    """
+    check_real(weight, "weight")
+    factor = hessian.factor(act_order=False, damping=damping)
+    U = torch.linalg.inv(factor.R)
+    W, grid = weight.detach().double().clone(), _Grid(weight.detach().double().T, bits, None, False)
+    grid.fit(grid.columns)
+    states = [W.clone()]
+    for i in range(W.shape[1]):
+        q = grid.scale * (grid.codes(W[:, i]) - grid.zero_point)
+        error = (W[:, i] - q) / U[i, i]
+        W[:, i + 1:] -= error[:, None] * U[i, i + 1:]
+        W[:, i] = q
+        states.append(W.clone())
+    return torch.stack(states)
+
+
 @dataclass
 class _Grid:
     """The grid in force for the current column, and those of all groups so far. A column of W is a row here."""

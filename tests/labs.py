@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]
 SETTINGS = {
-    "notebook-extension/tracker": {"windowingMode": "none"},  # all cells are in the page, not only those in sight
-    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},  # no question at the start
+    "notebook-extension/tracker": {"windowingMode": "none"},  # keeps cells out of sight in the page
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},  # asks nothing
 }
 START = 120  # seconds that a busy machine may need to start JupyterLab, or to open a notebook
 
@@ -32,13 +32,23 @@ HASH = """async address => {
     const bytes = await (await fetch(address)).arrayBuffer();
     return [...new Uint8Array(await crypto.subtle.digest('SHA-1', bytes))].map(b => b.toString(16)).join(' ');
 }"""
-IDLE = "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
+IDLE = """() => {
+    const panel = window.jupyterapp?.shell.currentWidget;
+    return panel?.context?.isReady && panel.sessionContext.session?.kernel?.status === 'idle';
+}"""
 RUN_ALL = """() => {
     window.ran = false;
     const end = () => window.ran = true;
     jupyterapp.commands.execute('notebook:run-all-cells').then(end, end);
 }"""
-COUNT = "() => jupyterapp.shell.currentWidget.content.widgets.filter(cell => cell.model.executionCount).length"
+PROGRESS = """() => {
+    const {content, sessionContext} = jupyterapp.shell.currentWidget;
+    const cells = content.widgets.map(cell => cell.model);
+    const code = cells.filter(cell => cell.type === 'code' && cell.sharedModel.getSource().trim());
+    const done = code.filter(cell => cell.executionCount).length;
+    const idle = window.ran && sessionContext.session.kernel.status === 'idle';
+    return {done, idle, complete: idle && done === code.length};
+}"""
 WATCH = """() => {
     window.raised = [];
     jupyterapp.shell.currentWidget.sessionContext.session.kernel.iopubMessage.connect((_, message) => {
@@ -75,7 +85,7 @@ class Lab:
 
 @contextmanager
 def jupyterlab(root: Path) -> Iterator[Lab]:
-    """JupyterLab in the folder root, with nothing of the user's own: no settings, no extensions, no history."""
+    """JupyterLab in the folder root, with nothing of the user's own: no settings, no extensions."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         lab, log = Lab(free.getsockname()[1], secrets.token_hex(16)), Path(home) / "log"
@@ -91,9 +101,10 @@ def jupyterlab(root: Path) -> Iterator[Lab]:
 
 
 def _command(lab: Lab, root: Path) -> list[str]:
-    return [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={lab.port}",
-            "--ServerApp.port_retries=0", f"--IdentityProvider.token={lab.token}", f"--ServerApp.root_dir={root}",
-            "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=None"]
+    flags = ["--no-browser", "--allow-root", f"--ServerApp.root_dir={root}", "--LabApp.news_url=None",
+             "--ip=127.0.0.1", f"--port={lab.port}", "--ServerApp.port_retries=0",
+             f"--IdentityProvider.token={lab.token}", "--LabApp.expose_app_in_browser=True"]
+    return [sys.executable, "-m", "jupyterlab", *flags]
 
 
 def _private(home: Path) -> dict:
@@ -103,7 +114,8 @@ def _private(home: Path) -> dict:
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(settings), encoding="utf-8")
     names = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_RUNTIME_DIR": "runtime", "JUPYTER_DATA_DIR": "data",
-             "JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces", "IPYTHONDIR": "ipython"}
+             "JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
+             "IPYTHONDIR": "ipython"}
     folders = {name: str(home / folder) for name, folder in names.items()}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return os.environ | folders | {"PYTHONPATH": path}
@@ -141,12 +153,15 @@ class Notebook:
     def run_all(self, cell_timeout: float = 300) -> None:
         """Run every cell. Raises RuntimeError when one raises, is not reached, or takes too long."""
         self.page.evaluate(RUN_ALL)
-        done, deadline = 0, time.monotonic() + cell_timeout
-        while not self.page.evaluate("() => window.ran"):
-            if (count := self.page.evaluate(COUNT)) > done:
-                done, deadline = count, time.monotonic() + cell_timeout
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"a cell ran for more than {cell_timeout} s; {done} were done before it")
+        done, moved, worked = 0, time.monotonic(), time.monotonic()
+        while not (progress := self.page.evaluate(PROGRESS))["complete"]:
+            now = time.monotonic()
+            moved = now if progress["done"] > done else moved
+            worked = worked if progress["idle"] else now
+            # Lab's command ends at an intended error too, but the kernel then goes on with the next cells.
+            if now - moved > cell_timeout or now - max(moved, worked) > 10:
+                break
+            done = progress["done"]
             self.page.wait_for_timeout(200)
         if problems := [problem for cell in self.code_cells() for problem in _problems(cell)]:
             raise RuntimeError("; ".join(problems))
@@ -155,9 +170,10 @@ class Notebook:
     def code_cells(self) -> list[dict]:
         return [cell for cell in self.page.evaluate(CONTENT)["cells"] if cell["cell_type"] == "code"]
 
-    def explorers(self) -> list[Locator]:
+    def explorers(self) -> Locator:
         """The boxes of sliders, picture and numbers in the page, from top to bottom."""
-        return self.page.locator(".jp-OutputArea-output .widget-vbox", has=self.page.locator("img.widget-image")).all()
+        picture = self.page.locator("img.widget-image")
+        return self.page.locator(".jp-OutputArea-output .widget-vbox", has=picture)
 
     def idle(self) -> bool:
         return self.page.evaluate(IDLE)
@@ -168,12 +184,12 @@ class Notebook:
 
 
 def _problems(cell: dict) -> list[str]:
-    raised = [f"{out['ename']}: {out['evalue']}" for out in cell["outputs"] if out["output_type"] == "error"]
-    if "raises-exception" in cell["metadata"].get("tags", []):
-        return []
     source = "".join(cell["source"])
-    missed = ["never ran"] if source.strip() and cell["execution_count"] is None else []
-    return [f"{problem}, in the cell {source[:60]!r}" for problem in raised + missed]
+    if not source.strip() or "raises-exception" in cell["metadata"].get("tags", []):
+        return []
+    found = [f"{out['ename']}: {out['evalue']}" for out in cell["outputs"] if out["output_type"] == "error"]
+    found += ["no end reached"] if cell["execution_count"] is None else []
+    return [f"{problem} (in the cell {source[:60]!r})" for problem in found]
 
 
 @contextmanager

@@ -9,23 +9,23 @@ from typing import NamedTuple
 
 import labs
 import pytest
+from playwright.sync_api import expect
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(1800)]
 
-FOLDER = Path(os.environ.get("QUANTLAB_NOTEBOOKS", labs.ROOT / "notebooks"))
+NOTEBOOKS = sorted(Path(os.environ.get("QUANTLAB_NOTEBOOKS", labs.ROOT / "notebooks")).glob("*.ipynb"))
 FIRST = "01_scale_and_zero_point.ipynb"
 WIDGET = "application/vnd.jupyter.widget-view+json"
-SLOWEST = 60  # seconds in which the slowest slider must have changed what is shown
+SLOWEST = 30  # seconds in which the slowest slider must have changed what is shown
 
 
 def code_cells(notebook: dict) -> list[dict]:
     return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
 
 
-def names_with_explorers() -> list[str]:
-    notebooks = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.ipynb"))}
-    return [name for name, notebook in notebooks.items()
-            if any("explore_" in "".join(cell["source"]) for cell in code_cells(notebook))]
+def has_explorer(path: Path) -> bool:
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    return any("explore_" in "".join(cell["source"]) for cell in code_cells(notebook))
 
 
 def copy_without_outputs(source: Path, target: Path) -> None:
@@ -46,11 +46,11 @@ def browser():
 
 @pytest.fixture(scope="module")
 def lab(browser, tmp_path_factory):
-    """JupyterLab on a copy: the notebooks write files, and a stored output must not pass for one just made."""
+    """JupyterLab on a copy: the notebooks write files, and no stored output may pass for a new one."""
     root = tmp_path_factory.mktemp("root")
     shutil.copytree(labs.ROOT / "data", root / "data")
     (root / "notebooks").mkdir()
-    for path in FOLDER.glob("*.ipynb"):
+    for path in NOTEBOOKS:
         copy_without_outputs(path, root / "notebooks" / path.name)
     with labs.jupyterlab(root) as lab:
         yield lab
@@ -88,14 +88,14 @@ def shown_next(notebook, explorer, before: Shown) -> Shown:
     return now
 
 
-def drag(notebook, handle, end: float | None = None) -> None:
+def drag(notebook, slider, end: float | None = None) -> None:
     """Drag a slider's handle with the mouse to an end of its track: 0 left, 1 right, None the farther one."""
-    handle.scroll_into_view_if_needed()
-    track = handle.locator("xpath=ancestor::*[contains(@class, 'noUi-target')]").bounding_box()
-    box, mouse = handle.bounding_box(), notebook.page.mouse
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    slider.scroll_into_view_if_needed()
+    handle, track = (slider.locator(f".noUi-{part}").bounding_box() for part in ("handle", "target"))
+    x, y = handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2
     if end is None:
         end = x < track["x"] + track["width"] / 2
+    mouse = notebook.page.mouse
     mouse.move(x, y)
     mouse.down()
     mouse.move(track["x"] + end * track["width"], y, steps=8)
@@ -104,10 +104,11 @@ def drag(notebook, handle, end: float | None = None) -> None:
 
 @pytest.mark.parametrize("notebook", [FIRST], indirect=True)
 def test_a_slider_moves_picture_and_numbers_by_mouse_and_by_key(notebook):
-    explorer = notebook.explorers()[0]
-    handle, before = explorer.locator(".noUi-handle").first, shown(explorer)
+    explorer = notebook.explorers().first
+    slider = explorer.locator(".widget-slider").first
+    handle, before = slider.locator(".noUi-handle"), shown(explorer)
     value = handle.get_attribute("aria-valuenow")
-    drag(notebook, handle, end=0)
+    drag(notebook, slider, end=0)
     dragged = shown_next(notebook, explorer, before)
     assert handle.get_attribute("aria-valuenow") != value
     assert dragged.picture != before.picture
@@ -118,16 +119,17 @@ def test_a_slider_moves_picture_and_numbers_by_mouse_and_by_key(notebook):
     assert stepped.numbers != dragged.numbers
 
 
-@pytest.mark.parametrize("notebook", names_with_explorers(), indirect=True)
+@pytest.mark.parametrize("notebook", [path.name for path in NOTEBOOKS if has_explorer(path)], indirect=True)
 def test_every_slider_of_every_explorer_changes_what_is_shown(notebook):
     bundles = [out.get("data", {}) for cell in notebook.code_cells() for out in cell["outputs"]]
     sent = [bundle for bundle in bundles if {WIDGET, "image/png"} <= bundle.keys()]
-    explorers, dead = notebook.explorers(), []
-    assert len(explorers) == len(sent) > 0, "some explorer is not in the page"
-    for number, explorer in enumerate(explorers, 1):
-        for handle in explorer.locator(".noUi-handle").all():
+    assert sent
+    expect(notebook.explorers()).to_have_count(len(sent), timeout=SLOWEST * 1000)
+    dead = []
+    for number, explorer in enumerate(notebook.explorers().all(), 1):
+        for slider in explorer.locator(".widget-slider").all():
             before = shown(explorer)
-            drag(notebook, handle)
+            drag(notebook, slider)
             if shown_next(notebook, explorer, before) == before:
-                dead.append(f"explorer {number}, slider {handle.get_attribute('aria-valuetext')}")
+                dead.append(f"explorer {number}: {slider.locator('label').inner_text()}")
     assert (dead, notebook.errors()) == ([], [])

@@ -5,7 +5,7 @@ import torch
 from slow import plain_gptq
 
 from quantlab import Hessian, PerAxis, PerGroup, gptq_quantize, quantize_tensor
-from quantlab.gptq import factorize
+from quantlab.gptq import factorize, gptq_steps
 
 
 def layer(rows=48, columns=200, tokens=1500, seed=0):
@@ -181,3 +181,13 @@ def test_bad_input_names_the_rule():
         Hessian(200).add(x * float("inf"))
     with pytest.raises(ValueError, match="in_features must be at least 1"):
         Hessian(0)
+
+
+def test_steps_end_where_gptq_ends():
+    weight, x = layer()
+    hessian = Hessian(200).add(x)
+    states = gptq_steps(weight, hessian, bits=4)
+    assert states.shape == (201, 48, 200)
+    assert torch.equal(states[0], weight.double())
+    torch.testing.assert_close(states[-1].float(), gptq_quantize(weight.double(), hessian, bits=4).dequantize().float())
+    assert torch.equal(states[9][:, :9], states[-1][:, :9])  # a column that is done stays
