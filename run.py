@@ -69,8 +69,12 @@ def or_exit(step: str, command: list) -> None:
 
 def lab(*options: str) -> int:
     """The repository is Lab's root, so that a notebook's links to files of the library work."""
-    flags = ["--ip=127.0.0.1", f"--ServerApp.root_dir={ROOT}", f"--LabApp.app_settings_dir={ROOT / '.lab'}",
-             "--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb"]
+    flags = [
+        "--ip=127.0.0.1",
+        f"--ServerApp.root_dir={ROOT}",
+        f"--LabApp.app_settings_dir={ROOT / '.lab'}",
+        "--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb",
+    ]
     with subprocess.Popen([PYTHON, "-m", "jupyterlab", *flags, *options], cwd=ROOT) as process:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for JupyterLab, which asks before it ends
         return process.wait()

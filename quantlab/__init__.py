@@ -7,7 +7,23 @@ from quantlab.metrics import kl_divergence, mse, split_error, sqnr_db, top1_agre
 from quantlab.packing import pack, unpack
 
 __all__ = [
-    "Hessian", "PerAxis", "PerGroup", "PerTensor", "QParams", "QTensor", "choose_qparams", "dequantize",
-    "fake_quantize", "gptq_quantize", "kl_divergence", "mse", "pack", "quantize", "quantize_tensor", "split_error",
-    "sqnr_db", "top1_agreement", "unpack",
+    "Hessian",
+    "PerAxis",
+    "PerGroup",
+    "PerTensor",
+    "QParams",
+    "QTensor",
+    "choose_qparams",
+    "dequantize",
+    "fake_quantize",
+    "gptq_quantize",
+    "kl_divergence",
+    "mse",
+    "pack",
+    "quantize",
+    "quantize_tensor",
+    "split_error",
+    "sqnr_db",
+    "top1_agreement",
+    "unpack",
 ]

@@ -16,7 +16,9 @@ class QParams:
     qmax: int  # largest code, inclusive
 
 
-def choose_qparams(min_val: Tensor, max_val: Tensor, *, qmin: int, qmax: int, symmetric: bool = False) -> QParams:
+def choose_qparams(
+    min_val: Tensor, max_val: Tensor, *, qmin: int, qmax: int, symmetric: bool = False
+) -> QParams:
     """The affine map that lays the codes qmin..qmax over the real range [min_val, max_val].
 
         real ≈ scale * (code - zero_point)          Jacob et al. 2018, eq. 1
@@ -75,7 +77,9 @@ def dequantize(codes: Tensor, qp: QParams) -> Tensor:
     [-0.5, 0.0, 0.5, 1.0]
     """
     if codes.is_floating_point() or codes.is_complex():
-        raise ValueError(f"codes must be integers, got {codes.dtype}; did you pass x instead of quantize(x, qp)?")
+        raise ValueError(
+            f"codes must be integers, got {codes.dtype}; did you pass x instead of quantize(x, qp)?"
+        )
     return qp.scale * (codes.to(torch.int32) - qp.zero_point)
 
 
@@ -104,7 +108,9 @@ def check_real(x: Tensor, name: str = "x") -> None:
     if x.numel() == 0:
         raise ValueError(f"{name} is empty, shape {tuple(x.shape)}")
     if not torch.isfinite(x).all():
-        raise ValueError(f"{name} must be finite, got {int((~torch.isfinite(x)).sum())} NaN or infinite values")
+        raise ValueError(
+            f"{name} must be finite, got {int((~torch.isfinite(x)).sum())} NaN or infinite values"
+        )
 
 
 def _check_bounds(min_val: Tensor, max_val: Tensor, qmin: int, qmax: int) -> None:

@@ -95,7 +95,9 @@ def _explorer(controls: dict, ax: Axes, moving: list, update: Callable[..., str]
         control.observe(draw, names="value")
     draw()
     row = widgets.HBox(list(controls.values()), layout={"flex_flow": "row wrap"})
-    return Explorer(_View([row, image, line], lambda: image.value, lambda: said[0]), controls, ax, lambda: said[0])
+    return Explorer(
+        _View([row, image, line], lambda: image.value, lambda: said[0]), controls, ax, lambda: said[0]
+    )
 
 
 def _figure(columns: int = 1, rows: int = 1, height: float = 3.4, **options):
@@ -128,24 +130,31 @@ def explore_affine(x: Tensor, *, bits: int = 4, symmetric: bool = False) -> Expl
     top.set(ylabel="weights", xlim=(-1.6 * reach, 1.6 * reach), ylim=(0, 1.15 * counts.max()))
     line = torch.linspace(-1.6 * reach, 1.6 * reach, 1500)
     grid = top.vlines([], 0, 1, colors=QUANTIZED, linewidth=1.0, transform=top.get_xaxis_transform())
-    zero, = top.plot([0], [0], "^", color=QUANTIZED, markersize=9, clip_on=False)
-    error, = bottom.plot(line, torch.zeros_like(line), color=ERROR, linewidth=1.2)
+    (zero,) = top.plot([0], [0], "^", color=QUANTIZED, markersize=9, clip_on=False)
+    (error,) = bottom.plot(line, torch.zeros_like(line), color=ERROR, linewidth=1.2)
     band = bottom.hlines([], -1.6 * reach, 1.6 * reach, colors="0.4", linestyles="dashed", linewidth=0.8)
     bottom.set(xlabel="real value", ylabel="error x̂ − x", ylim=(-0.6 * reach, 0.6 * reach))
     fig.subplots_adjust(left=0.09, right=0.98, top=0.97, bottom=0.12, hspace=0.08)
 
     def update(bits, low, high, symmetric) -> str:
-        qp = choose_qparams(torch.tensor(low * reach), torch.tensor(high * reach), qmin=0, qmax=2**bits - 1,
-                            symmetric=symmetric)
+        qp = choose_qparams(
+            torch.tensor(low * reach),
+            torch.tensor(high * reach),
+            qmin=0,
+            qmax=2**bits - 1,
+            symmetric=symmetric,
+        )
         points = qp.scale * (torch.arange(qp.qmin, qp.qmax + 1) - qp.zero_point)
         grid.set_segments([[(p, 0), (p, 1)] for p in points.tolist()])
         error.set_ydata((fake_quantize(line, qp) - line).numpy())
         half = qp.scale.item() / 2
         band.set_segments([[(-1.6 * reach, y), (1.6 * reach, y)] for y in (-half, half)])
         split, back = split_error(x, qp), fake_quantize(x, qp)
-        return (f"scale {qp.scale.item():.4g}   zero point {qp.zero_point.item()}   codes 0..{qp.qmax}   "
-                f"mean squared error {sum(split):.2e} = rounding {split.rounding:.2e} + clipping {split.clipping:.2e}   "
-                f"signal to noise {sqnr_db(x, back):.1f} dB")
+        return (
+            f"scale {qp.scale.item():.4g}   zero point {qp.zero_point.item()}   codes 0..{qp.qmax}   "
+            f"mean squared error {sum(split):.2e} = rounding {split.rounding:.2e} + clipping {split.clipping:.2e}   "
+            f"signal to noise {sqnr_db(x, back):.1f} dB"
+        )
 
     return _explorer(controls, top, [grid, zero, error, band], update)
 
@@ -165,21 +174,28 @@ def explore_clipping(x: Tensor, *, bits: int = 4, clip: float = 1.0) -> Explorer
     x = _sample(x)
     clips = np.round(np.arange(0.05, 1.001, 0.05), 2)
     curves = cache(lambda bits: np.array(clipping_curves(x, bits, clips)))  # once for each number of bits
-    controls = {"bits": widgets.IntSlider(bits, min=2, max=8, description="bits"),
-                "clip": widgets.FloatSlider(clip, min=0.05, max=1.0, step=0.05, description="clip")}
+    controls = {
+        "bits": widgets.IntSlider(bits, min=2, max=8, description="bits"),
+        "clip": widgets.FloatSlider(clip, min=0.05, max=1.0, step=0.05, description="clip"),
+    }
     fig, (left, right) = _figure(columns=2)
     largest = x.abs().max().item()
     left.hist(x.numpy(), bins=160, color=FLOAT, log=True)
     left.set(xlabel="value", ylabel="count (log)", title="grid over the values")
     grid = left.vlines([], 0, 1, colors=QUANTIZED, linewidth=0.7, transform=left.get_xaxis_transform())
     cut = [left.axvspan(sign * largest, sign * largest, color=CLIPPED, alpha=0.35) for sign in (-1, 1)]
-    rounding, = right.plot(clips, clips, color=ERROR, label="rounding")
-    clipping, = right.plot(clips, clips, color=CLIPPED, linestyle="--", label="clipping")
-    total, = right.plot(clips, clips, color="black", linewidth=2, label="sum")
-    here, = right.plot([clip], [1], "o", color=QUANTIZED, markersize=9)
+    (rounding,) = right.plot(clips, clips, color=ERROR, label="rounding")
+    (clipping,) = right.plot(clips, clips, color=CLIPPED, linestyle="--", label="clipping")
+    (total,) = right.plot(clips, clips, color="black", linewidth=2, label="sum")
+    (here,) = right.plot([clip], [1], "o", color=QUANTIZED, markersize=9)
     sizes = [e for b in (2, 8) for e in curves(b).sum(1)]
-    right.set(xlabel="clip (fraction of the largest)", ylabel="mean squared error", yscale="log",
-              ylim=(min(sizes) / 3, max(sizes) * 3), title="error")
+    right.set(
+        xlabel="clip (fraction of the largest)",
+        ylabel="mean squared error",
+        yscale="log",
+        ylim=(min(sizes) / 3, max(sizes) * 3),
+        title="error",
+    )
     right.legend(loc="upper center", ncols=3, fontsize="small")
     fig.subplots_adjust(left=0.09, right=0.98, top=0.9, bottom=0.16, wspace=0.28)
 
@@ -194,19 +210,25 @@ def explore_clipping(x: Tensor, *, bits: int = 4, clip: float = 1.0) -> Explorer
             artist.set_ydata(np.maximum(values, 1e-30))
         split = split_error(x, qp)
         here.set_data([clip], [sum(split)])
-        return (f"grid ±{clip * largest:.4g}   scale {qp.scale.item():.4g}   rounding {split.rounding:.2e}   "
-                f"clipping {split.clipping:.2e}   sum {sum(split):.2e}   best clip {clips[errors.sum(1).argmin()]:.2f}")
+        return (
+            f"grid ±{clip * largest:.4g}   scale {qp.scale.item():.4g}   rounding {split.rounding:.2e}   "
+            f"clipping {split.clipping:.2e}   sum {sum(split):.2e}   best clip {clips[errors.sum(1).argmin()]:.2f}"
+        )
 
     return _explorer(controls, left, [*cut, grid, rounding, clipping, total, here], update)
 
 
-def explore_gptq(weight: Tensor, hessian: Hessian, *, bits: int = 4, group_size: int | None = None) -> Explorer:
+def explore_gptq(
+    weight: Tensor, hessian: Hessian, *, bits: int = 4, group_size: int | None = None
+) -> Explorer:
     """GPTQ beside round-to-nearest on one layer: the two errors of each, and the output error of every row."""
     groups = [("whole row", 0), *((str(size), size) for size in (128, 64, 32, 16))]
     controls = {
         "bits": widgets.IntSlider(bits, min=2, max=8, description="bits"),
         "group": widgets.SelectionSlider(options=groups, value=group_size or 0, description="group"),
-        "damping": widgets.SelectionSlider(options=[0.0001, 0.001, 0.01, 0.1, 1.0, 10.0], value=0.01, description="damping"),
+        "damping": widgets.SelectionSlider(
+            options=[0.0001, 0.001, 0.01, 0.1, 1.0, 10.0], value=0.01, description="damping"
+        ),
         "act_order": widgets.Checkbox(False, description="act-order"),
     }
     H, energy = hessian.matrix, _row_energy(weight, hessian.matrix)
@@ -215,19 +237,27 @@ def explore_gptq(weight: Tensor, hessian: Hessian, *, bits: int = 4, group_size:
     def errors(bits, group, damping, act_order) -> tuple:
         granularity = PerGroup(group) if group else PerAxis(0)
         nearest = quantize_tensor(weight, bits=bits, granularity=granularity, symmetric=False)
-        gptq = gptq_quantize(weight, hessian, bits=bits, group_size=group or None, damping=damping,
-                             act_order=act_order)
+        gptq = gptq_quantize(
+            weight, hessian, bits=bits, group_size=group or None, damping=damping, act_order=act_order
+        )
         return tuple(_two_errors(weight, q, H, energy) for q in (nearest, gptq))
 
     fig, (left, right) = _figure(columns=2)
     bars = left.bar([0, 1, 3, 4], [1] * 4, color=[ERROR, QUANTIZED] * 2, bottom=1e-9)
-    left.set(yscale="log", ylim=(1e-7, 1), xticks=[0.5, 3.5], ylabel="relative error")
+    left.set(yscale="log", ylim=(1e-6, 1), xticks=[0.5, 3.5], ylabel="relative error")
     left.set_xticklabels(["of the weight", "of the output"])
     left.legend(bars[:2], ["round to nearest", "GPTQ"], loc="upper center", ncols=2, fontsize="small")
     right.plot([1e-9, 10], [1e-9, 10], color="0.5", linewidth=0.8)
-    rows, = right.plot([], [], ".", color=QUANTIZED, markersize=4)
-    right.set(xscale="log", yscale="log", xlim=(1e-6, 3), ylim=(1e-6, 3), xlabel="round to nearest",
-              ylabel="GPTQ", title="output error, a dot for each row")
+    (rows,) = right.plot([], [], ".", color=QUANTIZED, markersize=4)
+    right.set(
+        xscale="log",
+        yscale="log",
+        xlim=(1e-6, 3),
+        ylim=(1e-6, 3),
+        xlabel="round to nearest",
+        ylabel="GPTQ",
+        title="output error, a dot for each row",
+    )
     fig.subplots_adjust(left=0.09, right=0.98, top=0.9, bottom=0.16, wspace=0.28)
 
     def update(bits, group, damping, act_order) -> str:
@@ -235,13 +265,17 @@ def explore_gptq(weight: Tensor, hessian: Hessian, *, bits: int = 4, group_size:
         for bar, value in zip(bars, (w0, w1, o0, o1), strict=True):
             bar.set_height(value)
         rows.set_data(r0, r1)
-        return (f"weight error {w0:.2e} → {w1:.2e} ({w1 / w0:.2f} ×)   output error {o0:.2e} → {o1:.2e} "
-                f"({o1 / o0:.2f} ×)   rows that GPTQ improves: {np.mean(r1 < r0):.0%}")
+        return (
+            f"weight error {w0:.2e} → {w1:.2e} ({w1 / w0:.2f} ×)   output error {o0:.2e} → {o1:.2e} "
+            f"({o1 / o0:.2f} ×)   rows that GPTQ improves: {np.mean(r1 < r0):.0%}"
+        )
 
     return _explorer(controls, left, [*bars, rows], update)
 
 
-def explore_columns(weight: Tensor, hessian: Hessian, *, bits: int = 3, rows: int = 24) -> Explorer:
+def explore_columns(
+    weight: Tensor, hessian: Hessian, *, bits: int = 3, rows: int = 24, column: int = 0
+) -> Explorer:
     """GPTQ column by column: how far each weight has moved, and the output error so far beside round-to-nearest's."""
     weight = weight.detach().double()[:rows]
     H, states = hessian.matrix, gptq_steps(weight, hessian, bits=bits)
@@ -249,18 +283,38 @@ def explore_columns(weight: Tensor, hessian: Hessian, *, bits: int = 3, rows: in
     columns = weight.shape[1]
     mixed = [torch.cat([nearest[:, :k], weight[:, k:]], dim=1) for k in range(columns + 1)]
     energy = _row_energy(weight, H).sum()
-    curves = [[(_row_energy(weight - state, H).sum() / energy).item() for state in way] for way in (mixed, states)]
-    controls = {"column": widgets.IntSlider(0, min=0, max=columns, description="columns done",
-                                            style={"description_width": "initial"}, layout={"width": "500px"})}
+    curves = [
+        [(_row_energy(weight - state, H).sum() / energy).item() for state in way] for way in (mixed, states)
+    ]
+    controls = {
+        "column": widgets.IntSlider(
+            column,
+            min=0,
+            max=columns,
+            description="columns done",
+            style={"description_width": "initial"},
+            layout={"width": "500px"},
+        )
+    }
     fig, (top, bottom) = _figure(rows=2, height=4.6, gridspec_kw={"height_ratios": [3, 2]}, sharex=True)
     moved = (states - weight).numpy()
-    picture = top.imshow(moved[0], aspect="auto", cmap="PuOr", interpolation="nearest", extent=(0, columns, rows, 0),
-                         vmin=-np.quantile(abs(moved), 0.995), vmax=np.quantile(abs(moved), 0.995))
+    picture = top.imshow(
+        moved[0],
+        aspect="auto",
+        cmap="PuOr",
+        interpolation="nearest",
+        extent=(0, columns, rows, 0),
+        vmin=-np.quantile(abs(moved), 0.995),
+        vmax=np.quantile(abs(moved), 0.995),
+    )
     front = top.axvline(0, color="black", linewidth=1.2)
-    top.set(ylabel="row of W", title="how far each weight has moved from its original value (violet up, orange down)")
+    top.set(
+        ylabel="row of W",
+        title="how far each weight has moved from its original value (violet up, orange down)",
+    )
     bottom.plot(curves[0], color=ERROR, label="round to nearest")
     bottom.plot(curves[1], color=QUANTIZED, label="GPTQ")
-    here, = bottom.plot([0], [0], "o", color=QUANTIZED, markersize=9)
+    (here,) = bottom.plot([0], [0], "o", color=QUANTIZED, markersize=9)
     bottom.set(xlabel="columns rounded so far", ylabel="output error", xlim=(0, columns), ylim=(0, None))
     bottom.legend(loc="upper left", fontsize="small")
     fig.subplots_adjust(left=0.09, right=0.98, top=0.93, bottom=0.11, hspace=0.1)
@@ -269,8 +323,10 @@ def explore_columns(weight: Tensor, hessian: Hessian, *, bits: int = 3, rows: in
         picture.set_data(moved[column])
         front.set_xdata([column, column])
         here.set_data([column], [curves[1][column]])
-        return (f"{column} of {columns} columns rounded   output error so far: round to nearest "
-                f"{curves[0][column]:.2e}, GPTQ {curves[1][column]:.2e}")
+        return (
+            f"{column} of {columns} columns rounded   output error so far: round to nearest "
+            f"{curves[0][column]:.2e}, GPTQ {curves[1][column]:.2e}"
+        )
 
     return _explorer(controls, top, [picture, front, here], update)
 
@@ -287,19 +343,28 @@ def _two_errors(weight: Tensor, q: QTensor, H: Tensor, energy: Tensor) -> tuple:
     return of_weight, (rows.sum() / energy.sum()).item(), (rows / energy).numpy()
 
 
-def explore_temperature(model, tokenizer, generate: Callable, *, prompt: str, tokens: int = 60, words: int = 12) -> Explorer:
+def explore_temperature(
+    model, tokenizer, generate: Callable, *, prompt: str, tokens: int = 60, words: int = 12
+) -> Explorer:
     """The likeliest next tokens after the prompt at each temperature, and the story that sampling then tells.
 
     generate is quantlab.lm.generate; the stories are told once, before the slider moves.
     """
     temperatures = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0]
-    stories = {t: generate(model, tokenizer, prompt, tokens=tokens, temperature=t, seed=1)
-               for t in tqdm(temperatures, desc="telling stories", leave=False)}
+    stories = {
+        t: generate(model, tokenizer, prompt, tokens=tokens, temperature=t, seed=1)
+        for t in tqdm(temperatures, desc="telling stories", leave=False)
+    }
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ids = torch.tensor(
+        [begin + tokenizer(prompt, add_special_tokens=False)["input_ids"]], device=model.device
+    )
     with torch.no_grad():
-        logits = model(torch.tensor([[tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]]))
-    scores, best = logits.logits[0, -1].float().topk(words)
-    rest = logits.logits[0, -1].float()
-    controls = {"temperature": widgets.SelectionSlider(options=temperatures, value=0.0, description="temperature")}
+        everything = model(ids).logits[0, -1].float().cpu()
+    scores, best = everything.topk(words)
+    controls = {
+        "temperature": widgets.SelectionSlider(options=temperatures, value=0.0, description="temperature")
+    }
     controls["temperature"].style.description_width = "initial"
     fig, ax = _figure(height=2.6)
     bars = ax.bar(range(words), [0.5] * words, color=QUANTIZED)
@@ -308,7 +373,11 @@ def explore_temperature(model, tokenizer, generate: Callable, *, prompt: str, to
     fig.subplots_adjust(left=0.09, right=0.98, top=0.88, bottom=0.13)
 
     def update(temperature) -> str:
-        chance = (scores == scores.max()).float() if temperature == 0 else torch.softmax(rest / temperature, 0)[best]
+        chance = (
+            (scores == scores.max()).float()
+            if temperature == 0
+            else torch.softmax(everything / temperature, 0)[best]
+        )
         for bar, value in zip(bars, chance.tolist(), strict=True):
             bar.set_height(value)
         return f"temperature {temperature}: {stories[temperature]}"
@@ -325,14 +394,23 @@ def explore_bits(results: list[dict]) -> Explorer:
     controls = {"model": widgets.SelectionSlider(options=labels, value=labels[0], description="model")}
     fig, (left, right) = _figure(columns=2, height=2.8)
     places = range(len(results))
-    left.errorbar(places, [r["perplexity"] for r in results], yerr=[r["stderr"] for r in results], color=ERROR, capsize=3,
-                  marker="o", markersize=4)
+    left.errorbar(
+        places,
+        [r["perplexity"] for r in results],
+        yerr=[r["stderr"] for r in results],
+        color=ERROR,
+        capsize=3,
+        marker="o",
+        markersize=4,
+    )
     right.plot(places, [max(r["kl"], 1e-6) for r in results], "s-", color=QUANTIZED, markersize=4)
     for ax, name in ((left, "perplexity"), (right, "KL to the float model, nats")):
         ax.set(yscale="log", ylabel=name, xticks=places)
         ax.set_xticklabels(labels, fontsize="small", rotation=30)
-    marks = [left.plot([0], [1], "o", color=OTHER, markersize=11, fillstyle="none", markeredgewidth=2.5)[0],
-             right.plot([0], [1], "o", color=OTHER, markersize=11, fillstyle="none", markeredgewidth=2.5)[0]]
+    marks = [
+        left.plot([0], [1], "o", color=OTHER, markersize=11, fillstyle="none", markeredgewidth=2.5)[0],
+        right.plot([0], [1], "o", color=OTHER, markersize=11, fillstyle="none", markeredgewidth=2.5)[0],
+    ]
     fig.subplots_adjust(left=0.09, right=0.98, top=0.96, bottom=0.24, wspace=0.28)
 
     def update(model) -> str:

@@ -56,9 +56,13 @@ class Hessian:
 
     def output_error(self, weight: Tensor, weight_hat: Tensor) -> float:
         """‖X(W - Ŵ)ᵀ‖² / ‖XWᵀ‖², without X: both are traces with H."""
+
         def energy(w: Tensor) -> Tensor:
             return ((w.double() @ self.matrix) * w.double()).sum()
-        return (energy(weight - weight_hat) / energy(weight).clamp(min=torch.finfo(torch.float64).tiny)).item()
+
+        return (
+            energy(weight - weight_hat) / energy(weight).clamp(min=torch.finfo(torch.float64).tiny)
+        ).item()
 
 
 @dataclass(frozen=True)
@@ -91,13 +95,24 @@ def factorize(H: Tensor, *, act_order: bool = False, damping: float = 0.01) -> F
         if not failed and torch.isfinite(lower).all():
             return Factor(lower.flip(0, 1), order, used)
         used = max(10 * used, 0.01)
-        warnings.warn(f"the Hessian is not positive definite with damping {damping:g}; trying {used:g} "
-                      "(more calibration tokens than in_features avoid this)", stacklevel=2)
+        warnings.warn(
+            f"the Hessian is not positive definite with damping {damping:g}; trying {used:g} "
+            "(more calibration tokens than in_features avoid this)",
+            stacklevel=2,
+        )
     raise ValueError("the Hessian is not positive definite even with damping 1000; are its inputs finite?")
 
 
-def gptq_quantize(weight: Tensor, hessian: Hessian, *, bits: int, group_size: int | None = None,
-                  symmetric: bool = False, act_order: bool = False, damping: float = 0.01) -> QTensor:
+def gptq_quantize(
+    weight: Tensor,
+    hessian: Hessian,
+    *,
+    bits: int,
+    group_size: int | None = None,
+    symmetric: bool = False,
+    act_order: bool = False,
+    damping: float = 0.01,
+) -> QTensor:
     """The weight rounded by GPTQ: larger error in W than round-to-nearest, smaller error in the layer's output.
 
     Column i in turn: q = the grid point nearest to w_i, e = (w_i - q) / U_ii, and w_j -= e U_ij for j > i
@@ -147,7 +162,7 @@ def gptq_steps(weight: Tensor, hessian: Hessian, *, bits: int, damping: float = 
     for i in range(W.shape[1]):
         q = grid.scale * (grid.codes(W[:, i]) - grid.zero_point)
         error = (W[:, i] - q) / U[i, i]
-        W[:, i + 1:] -= error[:, None] * U[i, i + 1:]
+        W[:, i + 1 :] -= error[:, None] * U[i, i + 1 :]
         W[:, i] = q
         states.append(W.clone())
     return torch.stack(states)
@@ -171,7 +186,9 @@ class _Grid:
 
     def fit(self, group: Tensor) -> None:
         """Take the grid from the minimum and maximum of these columns, one scale a row of W."""
-        qp = choose_qparams(group.amin(0), group.amax(0), qmin=self.qmin, qmax=self.qmax, symmetric=self.symmetric)
+        qp = choose_qparams(
+            group.amin(0), group.amax(0), qmin=self.qmin, qmax=self.qmax, symmetric=self.symmetric
+        )
         self.scales.append(qp.scale)
         self.zero_points.append(qp.zero_point)
         self.scale, self.inverse = qp.scale.to(group.dtype), (1.0 / qp.scale).to(group.dtype)
@@ -198,7 +215,9 @@ def _quantize_columns(W: Tensor, R: Tensor, grid: _Grid) -> Tensor:
     size = BLOCK if grid.per_row else grid.group_size * max(1, BLOCK // grid.group_size)
     for a in range(0, len(W), size):
         b = min(a + size, len(W))
-        U = torch.linalg.solve_triangular(R[a:b, a:b], torch.eye(b - a, dtype=R.dtype, device=R.device), upper=True)
+        U = torch.linalg.solve_triangular(
+            R[a:b, a:b], torch.eye(b - a, dtype=R.dtype, device=R.device), upper=True
+        )
         U = U.T.to(W.dtype).contiguous()  # row i: what columns 0..i give to column i
         block = W[a:b].clone()
         if a:

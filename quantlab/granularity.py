@@ -62,7 +62,9 @@ class QTensor:
             return self.qparams
         index = self.group_index
         if index is None:
-            index = torch.arange(self.codes.shape[-1], device=self.codes.device) // self.granularity.group_size
+            index = (
+                torch.arange(self.codes.shape[-1], device=self.codes.device) // self.granularity.group_size
+            )
         qp = self.qparams
         return replace(qp, scale=qp.scale[..., index], zero_point=qp.zero_point[..., index])
 
@@ -73,8 +75,10 @@ class QTensor:
     @property
     def nbytes(self) -> int:
         """Bytes to store it: packed codes, scales, packed zero points (none if symmetric), group index if any."""
+
         def packed(count: int) -> int:
             return -(-count * self.bits // 8)
+
         scales = self.qparams.scale
         zeros = 0 if self.symmetric else packed(scales.numel())
         index = 0 if self.group_index is None else self.group_index.numel() * self.group_index.element_size()
@@ -86,8 +90,9 @@ class QTensor:
         return 8 * self.nbytes / self.codes.numel()
 
 
-def quantize_tensor(x: Tensor, *, bits: int, granularity: Granularity, symmetric: bool = True,
-                    signed: bool = True) -> QTensor:
+def quantize_tensor(
+    x: Tensor, *, bits: int, granularity: Granularity, symmetric: bool = True, signed: bool = True
+) -> QTensor:
     """x rounded to the nearest of 2**bits codes, each block on a grid from its own minimum and maximum.
 
     signed codes run from -2**(bits-1) to 2**(bits-1) - 1, unsigned ones from 0 to 2**bits - 1.
@@ -102,8 +107,9 @@ def quantize_tensor(x: Tensor, *, bits: int, granularity: Granularity, symmetric
     check_real(x)
     qmin, qmax = code_range(bits, signed=signed, symmetric=symmetric)
     blocks = to_blocks(x.detach(), granularity)
-    qp = choose_qparams(blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True), qmin=qmin, qmax=qmax,
-                        symmetric=symmetric)
+    qp = choose_qparams(
+        blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True), qmin=qmin, qmax=qmax, symmetric=symmetric
+    )
     codes = from_blocks(quantize(blocks, qp), granularity, x.shape).to(torch.int8 if signed else torch.uint8)
     return QTensor(codes, _shape_qparams(qp, granularity, x.shape), bits, granularity, symmetric, x.dtype)
 
@@ -116,7 +122,9 @@ def code_range(bits: int, *, signed: bool = True, symmetric: bool = False) -> tu
     """
     least = 2 if symmetric else 1
     if not least <= bits <= 8:
-        raise ValueError(f"bits must be {least}..8 for a {'symmetric' if symmetric else 'asymmetric'} grid, got {bits}")
+        raise ValueError(
+            f"bits must be {least}..8 for a {'symmetric' if symmetric else 'asymmetric'} grid, got {bits}"
+        )
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 
@@ -143,7 +151,7 @@ def from_blocks(blocks: Tensor, granularity: Granularity, shape: torch.Size) -> 
         return blocks.reshape(shape)
     if isinstance(granularity, PerAxis):
         axis = _checked_axis(len(shape), granularity)
-        moved = (shape[axis], *shape[:axis], *shape[axis + 1:])
+        moved = (shape[axis], *shape[:axis], *shape[axis + 1 :])
         return blocks.reshape(moved).movedim(0, axis)
     return blocks.reshape(*shape[:-1], -1)[..., : shape[-1]]
 

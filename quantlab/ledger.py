@@ -15,7 +15,7 @@ from quantlab.lm import QuantizeReport, divergence, model_bytes, perplexity
 
 @dataclass(frozen=True)
 class Row:
-    """One way of quantizing one model, measured. Errors are standard errors; latencies are ratios to the float model."""
+    """One way of quantizing a model, measured. Errors are standard errors, latencies ratios to the float model."""
 
     method: str
     bits: int  # 32 for the float model
@@ -33,8 +33,17 @@ class Row:
     calibration_tokens: int
 
 
-def measure(reference, model, tokens: Tensor, *, method: str, bits: int = 32, group: str = "-",
-            report: QuantizeReport | None = None, window: int = 512) -> Row:
+def measure(
+    reference,
+    model,
+    tokens: Tensor,
+    *,
+    method: str,
+    bits: int = 32,
+    group: str = "-",
+    report: QuantizeReport | None = None,
+    window: int = 512,
+) -> Row:
     """A ledger row: model against the float model `reference` on the same tokens, in the same run.
 
     report is what quantize_lm returned; without it the model counts as 16-bit floats.
@@ -42,9 +51,22 @@ def measure(reference, model, tokens: Tensor, *, method: str, bits: int = 32, gr
     p, d = perplexity(model, tokens, window=window), divergence(reference, model, tokens, window=window)
     slow, fast = _latencies(reference, model, tokens)
     size = report.nbytes if report else model_bytes(model)
-    return Row(method, bits, group, p.value, p.stderr, d.kl, d.stderr, d.top1,
-               8 * size / sum(w.numel() for w in model.parameters()), size, slow, fast,
-               report.seconds if report else 0.0, report.calibration_tokens if report else 0)
+    return Row(
+        method,
+        bits,
+        group,
+        p.value,
+        p.stderr,
+        d.kl,
+        d.stderr,
+        d.top1,
+        8 * size / sum(w.numel() for w in model.parameters()),
+        size,
+        slow,
+        fast,
+        report.seconds if report else 0.0,
+        report.calibration_tokens if report else 0,
+    )
 
 
 def _latencies(reference, model, tokens: Tensor) -> tuple[float, float]:
@@ -95,9 +117,14 @@ class Table:
     rows: list
 
     def __repr__(self) -> str:
-        lines = [f"{'method':18}{'bits':>5}{'group':>7}  {'perplexity':>16}  {'KL':>17}{'top-1':>7}{'bits/w':>7}"
-                 f"{'kB':>7}{'prefill':>8}{'decode':>7}{'s':>6}"]
-        lines += [f"{r.method:18}{r.bits:5}{r.group:>7}  {r.perplexity:8.3f} ± {r.perplexity_error:5.3f}  "
-                  f"{r.kl:8.5f} ± {r.kl_error:7.5f}{r.top1:6.1%}{r.bits_per_weight:7.2f}{r.bytes / 1000:7.0f}"
-                  f"{r.prefill:7.2f}x{r.decode:6.2f}x{r.seconds:6.1f}" for r in self.rows]
+        lines = [
+            f"{'method':18}{'bits':>5}{'group':>7}  {'perplexity':>16}  {'KL':>17}{'top-1':>8}{'bits/w':>8}"
+            f"{'kB':>7}{'prefill':>8}{'decode':>7}{'s':>6}"
+        ]
+        lines += [
+            f"{r.method:18}{r.bits:5}{r.group:>7}  {r.perplexity:8.3f} ± {r.perplexity_error:5.3f}  "
+            f"{r.kl:8.5f} ± {r.kl_error:7.5f}{r.top1:8.1%}{r.bits_per_weight:8.2f}{r.bytes / 1000:7.0f}"
+            f"{r.prefill:7.2f}x{r.decode:6.2f}x{r.seconds:6.1f}"
+            for r in self.rows
+        ]
         return "\n".join(lines)

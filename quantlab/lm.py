@@ -46,8 +46,9 @@ def load_lm(name_or_path: str = "bundled"):
         raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
     small = sum(file.stat().st_size for file in folder.glob("*.safetensors")) < 100e6
     with _quiet(small):  # no progress bar for what takes less than a second
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True,
-                                                     trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
     return model.eval(), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
@@ -68,13 +69,20 @@ def _download(name: str) -> Path:
     """The local copy of a hub model, fetched through huggingface_hub where it is not yet in its cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     repository, _, revision = name.partition("@")
     try:
-        return Path(snapshot_download(repository, revision=revision or None,
-                                      allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"]))
+        return Path(
+            snapshot_download(
+                repository,
+                revision=revision or None,
+                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"],
+            )
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
-            f"no model {name!r}: it is no folder here, and the Hugging Face hub did not give it ({type(error).__name__}). "
+            f"no model {name!r}: it is no folder here, and the Hugging Face hub did not give it "
+            f"({type(error).__name__}). "
             'Check the name and the connection, download it once and pass its folder, or use load_lm("bundled")'
         ) from error
 
@@ -105,13 +113,15 @@ def load_text(name: str) -> list[str]:
 
 
 def token_stream(tokenizer, documents) -> Tensor:
-    """All documents as one row of token ids, the begin token (where the model has one) before each. (tokens,), int64."""
+    """All documents as one row of ids, (tokens,) int64; the begin token, where the model has one, before each."""
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     rows = tokenizer(list(documents), add_special_tokens=False)["input_ids"]
     return torch.tensor([token for row in rows for token in start + row])
 
 
-def generate(model, tokenizer, prompt: str = "", *, tokens: int = 120, temperature: float = 0.0, seed: int = 0) -> str:
+def generate(
+    model, tokenizer, prompt: str = "", *, tokens: int = 120, temperature: float = 0.0, seed: int = 0
+) -> str:
     """The prompt and how the model goes on, until it ends the text or `tokens` are said.
 
     temperature divides the logits before sampling: 0 always takes the likeliest token, 1 samples from the
@@ -186,7 +196,9 @@ def perplexity(model, tokens: Tensor, *, window: int = 512, stride: int | None =
     return Perplexity(value, value * stderr, mean, int(sum(counts)))
 
 
-def divergence(reference, model, tokens: Tensor, *, window: int = 512, stride: int | None = None) -> Divergence:
+def divergence(
+    reference, model, tokens: Tensor, *, window: int = 512, stride: int | None = None
+) -> Divergence:
     """KL(reference || model) and top-1 agreement over the same windows as perplexity; stderr over windows.
 
     Unlike a difference of perplexities it cannot cancel out, and its error bar is far smaller: both
@@ -196,7 +208,9 @@ def divergence(reference, model, tokens: Tensor, *, window: int = 512, stride: i
     sums, counts, agreed = [], [], 0.0
     for ids, scored in _windows(tokens, window, stride):
         with torch.no_grad():
-            p, q = (m(ids.to(m.device), use_cache=False).logits[:, :-1].float().cpu() for m in (reference, model))
+            p, q = (
+                m(ids.to(m.device), use_cache=False).logits[:, :-1].float().cpu() for m in (reference, model)
+            )
         sums += (kl_per_position(p, q) * scored).sum(1).double().tolist()
         counts += scored.sum(1).tolist()
         agreed += ((p.argmax(-1) == q.argmax(-1)) * scored).sum().item()
@@ -222,17 +236,17 @@ def _windows(tokens: Tensor, window: int, stride: int, batch: int = 8) -> Iterat
     """Batches of windows (batch, window), and which of their predictions count, (batch, window - 1), as 0 or 1."""
     rows, reached = [], 1  # tokens predicted so far; the first has nothing before it
     for start in range(0, max(1, len(tokens) - 1), stride):
-        ids = tokens[start:start + window]
+        ids = tokens[start : start + window]
         if len(ids) < 2 or start + len(ids) <= reached:
             break
         scored = (torch.arange(start + 1, start + len(ids)) >= reached).long()
         rows.append((ids, scored))
         reached = start + len(ids)
     for i in range(0, len(rows), batch):
-        full = [r for r in rows[i:i + batch] if len(r[0]) == window]
+        full = [r for r in rows[i : i + batch] if len(r[0]) == window]
         if full:
             yield torch.stack([r[0] for r in full]), torch.stack([r[1] for r in full])
-        for ids, scored in rows[i + len(full):i + batch]:  # the last one may be shorter
+        for ids, scored in rows[i + len(full) : i + batch]:  # the last one may be shorter
             yield ids[None], scored[None]
 
 
@@ -255,7 +269,9 @@ def blocks_of(model) -> tuple[str, nn.ModuleList]:
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return name, module
-    raise ValueError(f"no list of {depth} blocks in {type(model).__name__}; is it a decoder-only language model?")
+    raise ValueError(
+        f"no list of {depth} blocks in {type(model).__name__}; is it a decoder-only language model?"
+    )
 
 
 def linear_layers(model) -> dict[str, nn.Module]:
@@ -283,8 +299,10 @@ def capture_inputs(model, tokens: Tensor, layers, *, window: int = 512) -> dict[
     for name in caught:
         if name not in modules:
             raise ValueError(f"the model has no layer {name!r}; linear_layers(model) lists them")
+
     def catch(name):
         return lambda _module, inputs: caught[name].append(inputs[0].detach().float().flatten(0, -2).cpu())
+
     hooks = [modules[name].register_forward_pre_hook(catch(name)) for name in caught]
     try:
         with torch.no_grad():
@@ -324,16 +342,30 @@ class QuantizeReport:
 
     def __str__(self) -> str:
         lines = [f"{'layer':44}{'output error':>13}{'weight error':>13}{'bits':>7}{'ms':>7}"]
-        lines += [f"{r.name:44}{r.output_error:13.2e}{r.weight_error:13.2e}{r.bits_per_weight:7.2f}{r.seconds * 1e3:7.0f}"
-                  for r in self.layers]
-        lines.append(f"{self.method}: {self.nbytes:,} bytes, {self.bits_per_parameter:.2f} bits per parameter, "
-                     f"{self.seconds:.1f} s")
+        lines += [
+            f"{r.name:44}{r.output_error:13.2e}{r.weight_error:13.2e}{r.bits_per_weight:7.2f}{r.seconds * 1e3:7.0f}"
+            for r in self.layers
+        ]
+        lines.append(
+            f"{self.method}: {self.nbytes:,} bytes, {self.bits_per_parameter:.2f} bits per parameter, "
+            f"{self.seconds:.1f} s"
+        )
         return "\n".join(lines)
 
 
-def quantize_lm(model, tokens: Tensor, *, method: str = "rtn", bits: int = 4, group_size: int | None = 128,
-                symmetric: bool = False, act_order: bool = False, damping: float = 0.01, window: int = 512,
-                progress: bool = True) -> tuple[nn.Module, QuantizeReport]:
+def quantize_lm(
+    model,
+    tokens: Tensor,
+    *,
+    method: str = "rtn",
+    bits: int = 4,
+    group_size: int | None = 128,
+    symmetric: bool = False,
+    act_order: bool = False,
+    damping: float = 0.01,
+    window: int = 512,
+    progress: bool = True,
+) -> tuple[nn.Module, QuantizeReport]:
     """A new model whose linear layers hold quantized weights (as floats on the grid), and a report.
 
     method "rtn" rounds to nearest, "gptq" runs GPTQ; group_size=None gives one scale a row. The walk goes block by
@@ -371,10 +403,14 @@ def quantize_lm(model, tokens: Tensor, *, method: str = "rtn", bits: int = 4, gr
 def model_bytes(model, qtensors: dict[str, QTensor] | None = None) -> int:
     """Bytes to store a model: its quantized layers packed, every other parameter in 16 bits."""
     quantized = {f"{name}.weight": q for name, q in (qtensors or {}).items()}
-    return sum(quantized[name].nbytes if name in quantized else 2 * p.numel() for name, p in model.named_parameters())
+    return sum(
+        quantized[name].nbytes if name in quantized else 2 * p.numel() for name, p in model.named_parameters()
+    )
 
 
-def _round_to_nearest(weight: Tensor, hessian: Hessian, *, bits: int, group_size: int | None, symmetric: bool) -> QTensor:
+def _round_to_nearest(
+    weight: Tensor, hessian: Hessian, *, bits: int, group_size: int | None, symmetric: bool
+) -> QTensor:
     granularity = PerAxis(0) if group_size is None else PerGroup(group_size)
     return quantize_tensor(weight, bits=bits, granularity=granularity, symmetric=symmetric)
 
@@ -390,6 +426,7 @@ def _block_inputs(model, tokens: Tensor, window: int) -> tuple[list[Tensor], lis
     """
     _, blocks = blocks_of(model)
     hidden, arguments = [], [{} for _ in blocks]
+
     def remember(i):
         def hook(_block, inputs, keywords):
             arguments[i].update(keywords)
@@ -397,7 +434,9 @@ def _block_inputs(model, tokens: Tensor, window: int) -> tuple[list[Tensor], lis
                 hidden.append(inputs[0])
                 if len(hidden) > 1:
                     raise _Stop
+
         return hook
+
     hooks = [b.register_forward_pre_hook(remember(i), with_kwargs=True) for i, b in enumerate(blocks)]
     try:
         for ids in _whole_windows(tokens, window):
@@ -425,12 +464,16 @@ def _hessians(block, hidden: list[Tensor], arguments: dict) -> list[tuple[dict[s
     """One (layers, Hessian) for each distinct input in the block: layers handed the same tensor share it."""
     layers = {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     seen: dict[int, tuple[Tensor, list[str]]] = {}  # the tensor is kept, so that its id stays its own
+
     def look(name):
         return lambda _module, inputs: seen.setdefault(id(inputs[0]), (inputs[0], []))[1].append(name)
+
     _run_hooked(block, hidden[:1], arguments, {m: look(name) for name, m in layers.items()})
     groups = [(names, Hessian(x.shape[-1])) for x, names in seen.values()]
+
     def add(hessian):
         return lambda _module, inputs: hessian.add(inputs[0]) and None
+
     _run_hooked(block, hidden, arguments, {layers[names[0]]: add(hessian) for names, hessian in groups})
     return [({name: layers[name] for name in names}, hessian) for names, hessian in groups]
 
@@ -455,5 +498,8 @@ def _quantize_shared(prefix: str, shared, rounder: Callable, settings: dict, rep
         seconds, new = time.perf_counter() - began, weight_of(layer)
         weight_error = ((weight - new).square().sum() / weight.square().sum()).item()
         report.qtensors[prefix + name] = q
-        report.layers.append(LayerReport(prefix + name, hessian.output_error(weight, new), weight_error,
-                                         q.bits_per_element, seconds))
+        report.layers.append(
+            LayerReport(
+                prefix + name, hessian.output_error(weight, new), weight_error, q.bits_per_element, seconds
+            )
+        )

@@ -37,8 +37,10 @@ def unpack(packed: Tensor, *, bits: int, count: int) -> Tensor:
     if packed.dtype != torch.uint8:
         raise ValueError(f"packed must be uint8, got {packed.dtype}")
     if not 0 <= count * bits <= packed.numel() * 8:
-        raise ValueError(f"{packed.numel()} bytes hold at most {packed.numel() * 8 // bits} codes of {bits} bits, "
-                         f"asked for {count}")
+        raise ValueError(
+            f"{packed.numel()} bytes hold at most {packed.numel() * 8 // bits} codes of {bits} bits, "
+            f"asked for {count}"
+        )
     if 8 % bits == 0:
         return _unpack_whole(packed.flatten(), bits)[:count]
     return _unpack_across(packed.flatten(), bits)[:count]

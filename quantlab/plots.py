@@ -28,8 +28,9 @@ def plot_error(x: Tensor, x_hat: Tensor, *, ax: Axes | None = None, label: str |
     return ax
 
 
-def plot_histogram(x: Tensor, *, bins: int = 120, ax: Axes | None = None, label: str | None = None,
-                   color: str = FLOAT) -> Axes:
+def plot_histogram(
+    x: Tensor, *, bins: int = 120, ax: Axes | None = None, label: str | None = None, color: str = FLOAT
+) -> Axes:
     """How many elements of x lie where, on a logarithmic count, so that a single outlier can be seen."""
     ax = ax if ax is not None else plt.gca()
     ax.hist(to_numpy(x), bins=bins, color=color, label=label, log=True)
@@ -51,10 +52,14 @@ def plot_number_line(x: Tensor, x_hat: Tensor, *, ax: Axes | None = None) -> Axe
     return ax
 
 
-def plot_against_bits(rows: dict[str, dict[int, tuple[float, float]]], *, ylabel: str, ax: Axes | None = None) -> Axes:
+def plot_against_bits(
+    rows: dict[str, dict[int, tuple[float, float]]], *, ylabel: str, ax: Axes | None = None
+) -> Axes:
     """One line a method: {method: {bits: (value, standard error)}}, on a logarithmic scale with error bars."""
     ax = ax if ax is not None else plt.gca()
-    for (method, points), color, marker in zip(rows.items(), (ERROR, QUANTIZED, OTHER, CLIPPED), "osD^", strict=False):
+    for (method, points), color, marker in zip(
+        rows.items(), (ERROR, QUANTIZED, OTHER, CLIPPED), "osD^", strict=False
+    ):
         bits = sorted(points)
         values, errors = zip(*(points[b] for b in bits), strict=True)
         ax.errorbar(bits, values, yerr=errors, marker=marker, color=color, capsize=3, label=method)
@@ -66,7 +71,9 @@ def plot_against_bits(rows: dict[str, dict[int, tuple[float, float]]], *, ylabel
 def plot_layer_errors(reports: dict, *, ax: Axes | None = None) -> Axes:
     """The output error of every layer, in the order of the model: {method: QuantizeReport}."""
     ax = ax if ax is not None else plt.gca()
-    for (method, report), color, marker in zip(reports.items(), (ERROR, QUANTIZED, OTHER, CLIPPED), "osD^", strict=False):
+    for (method, report), color, marker in zip(
+        reports.items(), (ERROR, QUANTIZED, OTHER, CLIPPED), "osD^", strict=False
+    ):
         ax.plot([row.output_error for row in report.layers], marker, color=color, markersize=4, label=method)
     ax.set(xlabel="layer, in the order of the model", ylabel="relative output error", yscale="log")
     ax.legend(loc="best")

@@ -1,4 +1,4 @@
-"""What the workbook needs, and what to install where if it is missing. It imports none of what it looks for."""
+"""What the workbook needs, and what to install where if it is missing. It imports nothing it looks for."""
 
 import json
 import os
@@ -19,12 +19,17 @@ def selftest() -> list[str]:
     if trouble := python_trouble(tuple(sys.version_info[:2])):
         return [f"Python: {trouble}"]  # nothing else can be looked for
     if not (ROOT / "pyproject.toml").is_file():
-        return [f"workbook: its folder is not here; go to it and run  {pip(['-e', '.'])}"]
+        return [f"workbook: its folder is not here; in a terminal go to it and run  {pip(['-e', '.'])}"]
     import tomllib  # here, because a Python before 3.11 has none
+
     needs = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
-    found = {"Python": None, "packages": package_trouble(needs, installed), "sliders": slider_trouble(lab_python()),
-             "model": model_trouble(os.environ.get("QUANTLAB_MODEL")),
-             "texts": lacking(ROOT / "data/text", ["eval.txt", "calibration.txt"])}
+    found = {
+        "Python": None,
+        "packages": package_trouble(needs, installed),
+        "sliders": slider_trouble(lab_python()),
+        "model": model_trouble(os.environ.get("QUANTLAB_MODEL")),
+        "texts": lacking(ROOT / "data/text", ["eval.txt", "calibration.txt"]),
+    }
     return [f"{what}: {trouble or 'ok'}" for what, trouble in found.items()]
 
 
@@ -38,8 +43,10 @@ def python_trouble(mine: tuple) -> str | None:
     (None, 'this kernel is 3.10')
     """
     if mine < (3, 11):
-        return ("this kernel is {}.{} and the workbook needs 3.11: install it from python.org, then run  "
-                "python3.11 run.py lab  in the folder of the workbook").format(*mine)
+        return (
+            "this kernel is {}.{} and the workbook needs 3.11: install it from python.org, then run  "
+            "python3.11 run.py lab  in the folder of the workbook"
+        ).format(*mine)
 
 
 def installed(name: str) -> str | None:
@@ -59,16 +66,18 @@ def package_trouble(needs: list[str], version_of) -> str | None:
     """
     wrong = {}
     for need in map(Requirement, needs):
-        there = version_of(need.name)
-        if there is None or not need.specifier.contains(there, prereleases=True):
+        there, may_lack = version_of(need.name), need.name == "jupyterlab"  # which can run elsewhere
+        if not may_lack and not (there and need.specifier.contains(there, prereleases=True)):
             wrong[f'"{need}"'] = f"{need.name} {there}" if there else f"no {need.name}"
     if wrong:
-        return (f"the environment of this kernel has {' and '.join(wrong.values())}: run  {pip(list(wrong))}  "
-                "and restart the kernel")
+        return (
+            f"the environment of this kernel has {' and '.join(wrong.values())}: restart the kernel "
+            f"after running in a terminal  {pip(list(wrong))}"
+        )
 
 
 def lab_python() -> str | None:
-    """The Python that runs the Jupyter above this kernel, or None where that cannot be told (VS Code, nbval)."""
+    """The Python that runs the Jupyter above this kernel; None where that cannot be told (VS Code, nbval)."""
     try:
         for process in psutil.Process().parents():
             command = process.cmdline()
@@ -79,15 +88,17 @@ def lab_python() -> str | None:
 
 
 def slider_trouble(lab: str | None) -> str | None:
-    """JupyterLab and the kernel may live in different environments (ipywidgets #3965); each needs its half."""
+    """JupyterLab and the kernel may live in two environments, and each needs its half (ipywidgets #3965)."""
     prefix = Path(lab).parent.resolve().parent if lab else Path(sys.prefix)
     folders = [prefix / "share/jupyter", jupyter_data_dir(), *SYSTEM_JUPYTER_PATH]
     found = next((place for place in (Path(f, MANAGER) for f in folders) if place.is_file()), None)
     major = found and int(json.loads(found.read_text(encoding="utf-8"))["version"].split(".")[0])
     if not found or major < 5:  # 5 goes with ipywidgets 8
         command = pip(['"jupyterlab_widgets>=3"'], lab or sys.executable)
-        return (f"the environment of JupyterLab has {'an old' if found else 'no'} jupyterlab_widgets: run  {command}  , "
-                "restart JupyterLab and reload this page")
+        return (
+            f"the environment of JupyterLab has {'an old' if found else 'no'} jupyterlab_widgets: "
+            f"restart JupyterLab and reload this page after running in a terminal  {command}"
+        )
 
 
 def model_trouble(chosen: str | None) -> str | None:
@@ -95,7 +106,8 @@ def model_trouble(chosen: str | None) -> str | None:
     if chosen and not folder.is_dir():
         return None  # a name on the hub; load_lm says what is wrong with it
     weights = [file.name for file in folder.glob("*.safetensors")] or ["model.safetensors"]
-    return lacking(folder, ["config.json", "tokenizer.json", *weights])
+    trouble = lacking(folder, ["config.json", *weights])
+    return f"{trouble}, or set QUANTLAB_MODEL to a whole one" if trouble and chosen else trouble
 
 
 def lacking(folder: Path, names: list[str]) -> str | None:

@@ -17,29 +17,61 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from quantlab.lm import SEPARATOR, load_lm, read_documents, token_stream
 
+
 def train_tokenizer(documents, vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer that puts `<|endoftext|>` (begin, end and padding in one) before a text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(documents, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[SEPARATOR], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
+    tokenizer.train_from_iterator(
+        documents,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[SEPARATOR],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{SEPARATOR} $A", special_tokens=[(SEPARATOR, tokenizer.token_to_id(SEPARATOR))])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=SEPARATOR, eos_token=SEPARATOR,
-                                   pad_token=SEPARATOR, clean_up_tokenization_spaces=False)
+        single=f"{SEPARATOR} $A", special_tokens=[(SEPARATOR, tokenizer.token_to_id(SEPARATOR))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=SEPARATOR,
+        eos_token=SEPARATOR,
+        pad_token=SEPARATOR,
+        clean_up_tokenization_spaces=False,
+    )
 
 
-def new_model(tokenizer, *, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int,
-              context: int, seed: int) -> LlamaForCausalLM:
+def new_model(
+    tokenizer,
+    *,
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    context: int,
+    seed: int,
+) -> LlamaForCausalLM:
     """A Llama with random weights and tied embeddings. Residual outputs start smaller, as in GPT-2."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=context,
-        tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=None))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            max_position_embeddings=context,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=None,
+        )
+    )
     for block in model.model.layers:
         for linear in (block.self_attn.o_proj, block.mlp.down_proj):
             linear.weight.data.div_(math.sqrt(2 * layers))
@@ -48,8 +80,10 @@ def new_model(tokenizer, *, hidden: int, intermediate: int, layers: int, heads: 
 
 def add_dropout(model, p: float) -> None:
     """Drop outputs of the embedding and of each attention and MLP while training (Llama itself has none)."""
+
     def drop(module, _inputs, output):
         return F.dropout(output, p, module.training)
+
     for block in model.model.layers:
         block.self_attn.o_proj.register_forward_hook(drop)
         block.mlp.down_proj.register_forward_hook(drop)
@@ -66,7 +100,7 @@ def batch_at(stream: Tensor, step: int, *, batch: int, context: int, seed: int) 
     random = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     windows = (len(stream) - 1) // context - 1
     offset = torch.randint(context, (1,), generator=random)
-    chosen = torch.randperm(windows, generator=random)[index * batch:(index + 1) * batch]
+    chosen = torch.randperm(windows, generator=random)[index * batch : (index + 1) * batch]
     return stream[(offset + chosen * context)[:, None] + torch.arange(context + 1)]
 
 
@@ -100,8 +134,10 @@ def make_optimizers(model, weight_decay: float) -> list[torch.optim.Optimizer]:
     embedding = model.get_input_embeddings().weight
     matrices = [p for p in model.parameters() if p.ndim == 2 and p is not embedding]
     rest = [p for p in model.parameters() if p.ndim != 2 or p is embedding]
-    return [torch.optim.Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, weight_decay=0.0, betas=(0.9, 0.95))]
+    return [
+        torch.optim.Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, weight_decay=0.0, betas=(0.9, 0.95)),
+    ]
 
 
 def save_checkpoint(folder: Path, model, optimizers, tokenizer, step: int, log: list) -> None:
@@ -110,8 +146,12 @@ def save_checkpoint(folder: Path, model, optimizers, tokenizer, step: int, log: 
     Each file is written whole and renamed, so a run that is cut off goes on from the last complete checkpoint.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    moments = {f"{n}.{i}.{key}": value.contiguous().cpu() for n, optimizer in enumerate(optimizers)
-               for i, state in optimizer.state_dict()["state"].items() for key, value in state.items()}
+    moments = {
+        f"{n}.{i}.{key}": value.contiguous().cpu()
+        for n, optimizer in enumerate(optimizers)
+        for i, state in optimizer.state_dict()["state"].items()
+        for key, value in state.items()
+    }
     weights = {name: p.detach().contiguous().cpu() for name, p in model.named_parameters()}
     for name, tensors in {"optimizer": moments, "weights": weights}.items():
         save_file(tensors, folder / f"{name}.part")
@@ -160,26 +200,31 @@ def train_step(model, optimizers, ids: Tensor, rate: float, loss_of=next_token_l
     return loss.item()
 
 
-def train(model, tokenizer, documents, *, folder: Path, hold_out: int, steps: int, batch: int, context: int,
-          rate: float, weight_decay: float, dropout: float, every: int, seed: int, device: str,
-          compiled: bool = False) -> list:
-    """Train in place, with checkpoints in `folder`; returns a log of (step, train loss, held-out bits per character).
+def train(model, tokenizer, documents, args: argparse.Namespace) -> list:
+    """Train in place, checkpoints in `args.out`.checkpoint; the log: (step, train loss, held-out bits per character).
 
-    The last `hold_out` documents are never trained on; they measure progress.
+    The last `args.hold_out` documents are never trained on; they measure progress.
     """
-    model.to(device).train()
-    add_dropout(model, dropout)
-    optimizers = make_optimizers(model, weight_decay)
-    start, log = load_checkpoint(folder, model, optimizers) if (folder / "progress.json").exists() else (0, [])
-    held, documents = documents[len(documents) - hold_out:], documents[:len(documents) - hold_out]
+    folder, context = Path(f"{args.out}.checkpoint"), args.context
+    model.to(args.device).train()
+    add_dropout(model, args.dropout)
+    optimizers = make_optimizers(model, args.weight_decay)
+    start, log = (
+        load_checkpoint(folder, model, optimizers) if (folder / "progress.json").exists() else (0, [])
+    )
+    held, documents = documents[len(documents) - args.hold_out :], documents[: len(documents) - args.hold_out]
     stream = token_stream(tokenizer, documents)
-    torch.manual_seed(seed + start)
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=f"{len(stream):,} tokens an epoch")
-    losses, loss_of = [], torch.compile(next_token_loss) if compiled else next_token_loss
+    torch.manual_seed(args.seed + start)
+    bar = tqdm(
+        range(start, args.steps), initial=start, total=args.steps, desc=f"{len(stream):,} tokens an epoch"
+    )
+    losses, loss_of = [], torch.compile(next_token_loss) if args.compile else next_token_loss
     for step in bar:
-        ids = batch_at(stream, step, batch=batch, context=context, seed=seed).to(device)
-        losses.append(train_step(model, optimizers, ids, learning_rate(step, peak=rate, steps=steps), loss_of))
-        if (step + 1) % every == 0 or step + 1 == steps:
+        ids = batch_at(stream, step, batch=args.batch, context=context, seed=args.seed).to(args.device)
+        losses.append(
+            train_step(model, optimizers, ids, learning_rate(step, peak=args.rate, steps=args.steps), loss_of)
+        )
+        if (step + 1) % args.every == 0 or step + 1 == args.steps:
             bits = bits_per_character(model, tokenizer, held, context=context)
             log.append((step + 1, sum(losses) / len(losses), bits))
             losses = []
@@ -188,49 +233,60 @@ def train(model, tokenizer, documents, *, folder: Path, hold_out: int, steps: in
     return log
 
 
+SIZES = {"hidden": 256, "intermediate": 768, "layers": 4, "heads": 8, "kv_heads": 4, "vocab": 2048}
+LENGTHS = {"context": 512, "batch": 16, "steps": 1600, "every": 100, "seed": 0, "hold_out": 300}
+RATES = {"rate": 4e-3, "weight_decay": 0.1, "dropout": 0.0}
+
+
 def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m quantlab.training", description=__doc__)
-    parser.add_argument("--train", nargs="+", required=True, help="text files; lines <|endoftext|> separate documents")
-    parser.add_argument("--out", required=True, help="folder for the finished model; OUT.checkpoint holds the way there")
+    parser.add_argument(
+        "--train", nargs="+", required=True, help="text files, <|endoftext|> between documents"
+    )
+    parser.add_argument(
+        "--out", required=True, help="folder for the model; OUT.checkpoint holds the way there"
+    )
     parser.add_argument("--start-from", help="folder of a model to go on from, instead of random weights")
-    parser.add_argument("--test", help="text file measured once, at the end")
-    parser.add_argument("--test-documents", type=int, default=300)
-    parser.add_argument("--hold-out", type=int, default=300, help="last documents of the last file, never trained on")
-    for name, value in {"hidden": 256, "intermediate": 768, "layers": 4, "heads": 8, "kv_heads": 4, "vocab": 2048,
-                        "context": 512, "batch": 32, "steps": 2500, "every": 100, "seed": 0}.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
-    for name, value in {"rate": 4e-3, "weight_decay": 0.1, "dropout": 0.0}.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=value)
-    parser.add_argument("--compile", action="store_true", help="torch.compile the loss (a minute at first, then faster)")
+    parser.add_argument("--test", help="text file whose first 300 documents are measured once, at the end")
+    for name, value in (SIZES | LENGTHS | RATES).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"({value})")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile the loss: slow at first, then faster"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
 
 
 def main(argv=None) -> dict:
+    """Train, save model and tokenizer in 16 bits, and write what was done to training.json."""
     args, began = parse(argv), time.time()
-    out, folder = Path(args.out), Path(f"{args.out}.checkpoint")
-    documents = read_documents(args.train)
+    out, documents = Path(args.out), read_documents(args.train)
     if args.start_from:
         model, tokenizer = load_lm(args.start_from)
     else:
-        tokenizer = train_tokenizer(documents[:-args.hold_out], args.vocab)
-        model = new_model(tokenizer, hidden=args.hidden, intermediate=args.intermediate, layers=args.layers,
-                          heads=args.heads, kv_heads=args.kv_heads, context=args.context, seed=args.seed)
-    log = train(model, tokenizer, documents, folder=folder, hold_out=args.hold_out, steps=args.steps,
-                batch=args.batch, context=args.context, rate=args.rate, weight_decay=args.weight_decay,
-                dropout=args.dropout, every=args.every, seed=args.seed, device=args.device,
-                compiled=args.compile)
+        tokenizer = train_tokenizer(documents[: -args.hold_out], args.vocab)
+        sizes = {name: getattr(args, name) for name in SIZES if name != "vocab"}
+        model = new_model(tokenizer, **sizes, context=args.context, seed=args.seed)
+    log = train(model, tokenizer, documents, args)
     model = model.eval().to(torch.bfloat16)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    report = {"parameters": sum(p.numel() for p in model.parameters()), "tokens": args.steps * args.batch * args.context,
-              "seconds": round(time.time() - began), "device": args.device, "arguments": vars(args), "log": log}
+    report = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "tokens": args.steps * args.batch * args.context,
+        "seconds_of_this_run": round(time.time() - began),
+        "texts": [Path(name).name for name in args.train],
+        "settings": {name: getattr(args, name) for name in SIZES | LENGTHS | RATES},
+        "log": log,
+    }
     if args.test:
-        test = read_documents([args.test])[:args.test_documents]
-        report["test_bits_per_character"] = bits_per_character(model.float(), tokenizer, test, context=args.context)
-    (out / "training.json").write_text(json.dumps(report, indent=1))
+        test = read_documents([args.test])[:300]
+        report["test_bits_per_character"] = bits_per_character(
+            model.float(), tokenizer, test, context=args.context
+        )
+    (out / "training.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
 
 
 if __name__ == "__main__":
-    print(json.dumps({k: v for k, v in main().items() if k != "log"}))
+    print(json.dumps({key: value for key, value in main().items() if key != "log"}))

@@ -19,8 +19,14 @@ from pathlib import Path
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "none"},  # keeps cells out of sight in the page
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},  # asks nothing
@@ -30,7 +36,8 @@ START = 120  # seconds that a busy machine may need to start JupyterLab, or to o
 # JavaScript. Every picture of a page is known by a hash of its bytes, be it a data: or a blob: address.
 HASH = """async address => {
     const bytes = await (await fetch(address)).arrayBuffer();
-    return [...new Uint8Array(await crypto.subtle.digest('SHA-1', bytes))].map(b => b.toString(16)).join(' ');
+    const hash = new Uint8Array(await crypto.subtle.digest('SHA-1', bytes));
+    return [...hash].map(byte => byte.toString(16).padStart(2, '0')).join('');
 }"""
 IDLE = """() => {
     const panel = window.jupyterapp?.shell.currentWidget;
@@ -86,13 +93,17 @@ class Lab:
 @contextmanager
 def jupyterlab(root: Path) -> Iterator[Lab]:
     """JupyterLab in the folder root, with nothing of the user's own: no settings, no extensions."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home, socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        lab, log = Lab(free.getsockname()[1], secrets.token_hex(16)), Path(home) / "log"
-        free.close()
+    lab = Lab(_free_port(), secrets.token_hex(16))
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
+        log = Path(home) / "log"
         with log.open("w") as file:
-            process = subprocess.Popen(_command(lab, root), env=_private(Path(home)), stdout=file,
-                                       stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen(
+                _command(lab, root),
+                env=_private(Path(home)),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         try:
             _wait_for(lab, process, log)
             yield lab
@@ -100,10 +111,24 @@ def jupyterlab(root: Path) -> Iterator[Lab]:
             _stop(process)
 
 
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
 def _command(lab: Lab, root: Path) -> list[str]:
-    flags = ["--no-browser", "--allow-root", f"--ServerApp.root_dir={root}", "--LabApp.news_url=None",
-             "--ip=127.0.0.1", f"--port={lab.port}", "--ServerApp.port_retries=0",
-             f"--IdentityProvider.token={lab.token}", "--LabApp.expose_app_in_browser=True"]
+    flags = [
+        "--no-browser",
+        "--allow-root",
+        f"--ServerApp.root_dir={root}",
+        "--LabApp.news_url=None",
+        "--ip=127.0.0.1",
+        f"--port={lab.port}",
+        "--ServerApp.port_retries=0",
+        f"--IdentityProvider.token={lab.token}",
+        "--LabApp.expose_app_in_browser=True",
+    ]
     return [sys.executable, "-m", "jupyterlab", *flags]
 
 
@@ -113,9 +138,14 @@ def _private(home: Path) -> dict:
         path = home / "settings/@jupyterlab" / f"{plugin}.jupyterlab-settings"
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(settings), encoding="utf-8")
-    names = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_RUNTIME_DIR": "runtime", "JUPYTER_DATA_DIR": "data",
-             "JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
-             "IPYTHONDIR": "ipython"}
+    names = {
+        "JUPYTER_CONFIG_DIR": "config",
+        "JUPYTER_RUNTIME_DIR": "runtime",
+        "JUPYTER_DATA_DIR": "data",
+        "JUPYTERLAB_SETTINGS_DIR": "settings",
+        "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
+        "IPYTHONDIR": "ipython",
+    }
     folders = {name: str(home / folder) for name, folder in names.items()}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return os.environ | folders | {"PYTHONPATH": path}

@@ -13,8 +13,9 @@ def quantize_by_hand(x, scale, zero_point, qmin, qmax):
     return codes
 
 
-def plain_gptq(weight, H, *, bits, group_size=None, symmetric=False, act_order=False, damping=0.01,
-               dtype=torch.float64):
+def plain_gptq(
+    weight, H, *, bits, group_size=None, symmetric=False, act_order=False, damping=0.01, dtype=torch.float64
+):
     """The paper's algorithm without blocks: (codes, scale, zero_point, dequantized), each (out, in).
 
     Three factorizations, one column at a time, every later column updated at once.
@@ -24,7 +25,11 @@ def plain_gptq(weight, H, *, bits, group_size=None, symmetric=False, act_order=F
     dead = H.diagonal() == 0
     mean = H.diagonal().mean().item()
     H[dead, dead] = 1
-    order = torch.argsort(torch.where(dead, 0.0, H.diagonal()), descending=True, stable=True) if act_order else torch.arange(columns)
+    order = (
+        torch.argsort(torch.where(dead, 0.0, H.diagonal()), descending=True, stable=True)
+        if act_order
+        else torch.arange(columns)
+    )
     W, H = W[:, order], H[order][:, order]
     H += damping * mean * torch.eye(columns, dtype=dtype)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(H))
@@ -33,11 +38,11 @@ def plain_gptq(weight, H, *, bits, group_size=None, symmetric=False, act_order=F
     size = group_size or columns
     for i in range(columns):
         if i % size == 0:
-            scale, zero, qmin, qmax = _grid_of(W[:, i:i + size], bits, symmetric)
+            scale, zero, qmin, qmax = _grid_of(W[:, i : i + size], bits, symmetric)
         code = torch.clamp(torch.round(W[:, i] * (1 / scale).to(dtype)) + zero, qmin, qmax)
         q = scale.to(dtype) * (code - zero)
         error = (W[:, i] - q) / U[i, i]
-        W[:, i + 1:] -= error[:, None] * U[i, i + 1:]
+        W[:, i + 1 :] -= error[:, None] * U[i, i + 1 :]
         codes[:, i], scales[:, i], zeros[:, i] = code, scale.to(dtype), zero
     back = torch.argsort(order)
     codes, scales, zeros = codes[:, back], scales[:, back], zeros[:, back]

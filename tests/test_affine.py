@@ -34,7 +34,9 @@ def test_codes_equal_the_loop(name):
     qmin, qmax = GRIDS[name]
     x = torch.randn(500, generator=torch.Generator().manual_seed(0)) * 3
     zero_point = (qmin + qmax) // 2
-    assert quantize(x, qparams(0.07, zero_point, qmin, qmax)).tolist() == quantize_by_hand(x.tolist(), 0.07, zero_point, qmin, qmax)
+    assert quantize(x, qparams(0.07, zero_point, qmin, qmax)).tolist() == quantize_by_hand(
+        x.tolist(), 0.07, zero_point, qmin, qmax
+    )
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -48,7 +50,8 @@ def test_codes_and_values_equal_torch_on_two_million_values_and_all_ties(name, s
     x = torch.cat([near, normal])
     ours = fake_quantize(x, qparams(scale, zero_point, qmin, qmax))
     theirs = torch.fake_quantize_per_channel_affine(
-        x[None], torch.tensor([scale]), torch.tensor([zero_point], dtype=torch.int32), 0, qmin, qmax)[0]
+        x[None], torch.tensor([scale]), torch.tensor([zero_point], dtype=torch.int32), 0, qmin, qmax
+    )[0]
     codes = quantize(x, qparams(scale, zero_point, qmin, qmax))
     assert torch.equal(ours, theirs)
     assert torch.equal(codes, torch.round(theirs / scale).int() + zero_point)
@@ -56,6 +59,7 @@ def test_codes_and_values_equal_torch_on_two_million_values_and_all_ties(name, s
 
 def test_codes_equal_quantized_decomposed():
     import torch.ao.quantization.fx._decomposed  # noqa: F401  registers the operators
+
     x = torch.randn(100_000, generator=torch.Generator().manual_seed(2)) * 5
     theirs = torch.ops.quantized_decomposed.quantize_per_tensor(x, 0.037, 11, -128, 127, torch.int8)
     assert torch.equal(quantize(x, qparams(0.037, 11, -128, 127)), theirs.int())
@@ -78,19 +82,35 @@ def test_gradient_equals_torch(zero_point):
 
 def test_zero_is_exact_even_for_a_range_without_zero():
     qp = choose_qparams(torch.tensor(10.0), torch.tensor(11.0), qmin=0, qmax=255)
-    assert fake_quantize(torch.tensor([0.0, 10.5]), qp).tolist() == pytest.approx([0.0, 10.5], abs=11 / 255 / 2)
+    assert fake_quantize(torch.tensor([0.0, 10.5]), qp).tolist() == pytest.approx(
+        [0.0, 10.5], abs=11 / 255 / 2
+    )
     assert fake_quantize(torch.zeros(1), qp).item() == 0.0
     qp = choose_qparams(torch.tensor(-11.0), torch.tensor(-10.0), qmin=0, qmax=255)
     assert qp.zero_point.item() == 255
     assert fake_quantize(torch.tensor([-10.5]), qp).item() == pytest.approx(-10.5, abs=11 / 255 / 2)
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 0), (5, 5), (-5, -5), (0, 1e-40), (-1e-45, 0), (-3e38, 3e38), (0, 3.4e38),
-                                           (-3.4e38, 3.4e38), (1e-38, 1e-38)])
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [
+        (0, 0),
+        (5, 5),
+        (-5, -5),
+        (0, 1e-40),
+        (-1e-45, 0),
+        (-3e38, 3e38),
+        (0, 3.4e38),
+        (-3.4e38, 3.4e38),
+        (1e-38, 1e-38),
+    ],
+)
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("codes", [(0, 1), (-8, 7), (0, 255)])
 def test_scale_is_never_zero_infinite_or_nan(low, high, symmetric, codes):
-    qp = choose_qparams(torch.tensor(float(low)), torch.tensor(float(high)), qmin=codes[0], qmax=codes[1], symmetric=symmetric)
+    qp = choose_qparams(
+        torch.tensor(float(low)), torch.tensor(float(high)), qmin=codes[0], qmax=codes[1], symmetric=symmetric
+    )
     assert torch.isfinite(qp.scale)
     assert qp.scale > 0
     assert codes[0] <= qp.zero_point <= codes[1]
@@ -159,9 +179,15 @@ def test_bad_bounds_name_the_rule():
 
 
 @pytest.mark.parametrize("function", [quantize, fake_quantize])
-@pytest.mark.parametrize(("x", "message"), [
-    (torch.tensor([1, 2]), "must be floating point, got torch.int64"), (torch.tensor([]), "empty"),
-    (torch.tensor([1.0, float("nan")]), "1 NaN or infinite"), (torch.tensor([float("inf")]), "finite")])
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.tensor([1, 2]), "must be floating point, got torch.int64"),
+        (torch.tensor([]), "empty"),
+        (torch.tensor([1.0, float("nan")]), "1 NaN or infinite"),
+        (torch.tensor([float("inf")]), "finite"),
+    ],
+)
 def test_bad_input_names_the_rule(function, x, message):
     with pytest.raises(ValueError, match=message):
         function(x, qparams(1.0))

@@ -4,13 +4,17 @@ import importlib
 import pkgutil
 
 import pytest
-import wrong_answers
 
 import quantlab.exercises
 from quantlab import checks
 
 CHAPTERS = [m.name for m in pkgutil.iter_modules(quantlab.exercises.__path__)]
 NAMES = [name for c in CHAPTERS for name in importlib.import_module(f"quantlab.exercises.{c}").EXERCISES]
+WRONG = {
+    name: wrong
+    for c in CHAPTERS
+    for name, wrong in importlib.import_module(f"wrong_answers_{c[1:]}").WRONG.items()
+}
 
 
 def stub(*_args):
@@ -34,7 +38,7 @@ def test_the_stub_is_not_attempted(name, answer):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_wrong_answers_are_told_why(name):
-    wrong = wrong_answers.WRONG[name]
+    wrong = WRONG[name]
     assert len(wrong) >= 3
     for answer, message in wrong:
         verdict = checks.judge(checks.find(name), answer)
@@ -69,6 +73,7 @@ def test_check_prints_one_verdict(capsys):
 def test_an_error_in_the_answer_is_no_traceback():
     def broken(*_args):
         return 1 / 0
+
     assert "ZeroDivisionError" in checks.judge(checks.find("1.1"), broken)
 
 

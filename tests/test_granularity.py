@@ -61,7 +61,9 @@ def test_shapes_of_scales():
     assert quantize_tensor(x, bits=4, granularity=PerGroup(99)).qparams.scale.shape == (2, 3, 1)
 
 
-@pytest.mark.parametrize("granularity", [PerTensor(), PerAxis(0), PerAxis(1), PerAxis(-1), PerGroup(1), PerGroup(3), PerGroup(64)])
+@pytest.mark.parametrize(
+    "granularity", [PerTensor(), PerAxis(0), PerAxis(1), PerAxis(-1), PerGroup(1), PerGroup(3), PerGroup(64)]
+)
 @pytest.mark.parametrize("shape", [(5,), (4, 6), (2, 3, 7)])
 def test_blocks_go_there_and_back(granularity, shape):
     if isinstance(granularity, PerAxis) and granularity.axis >= len(shape):
@@ -70,17 +72,24 @@ def test_blocks_go_there_and_back(granularity, shape):
     assert torch.equal(from_blocks(to_blocks(x, granularity), granularity, x.shape), x)
 
 
-@pytest.mark.parametrize(("granularity", "symmetric", "by_hand"), [
-    (PerTensor(), True, 30 + 4),  # 60 codes of 4 bits, one float32 scale
-    (PerTensor(), False, 30 + 4 + 1),  # one zero point of 4 bits fills a byte
-    (PerAxis(0), False, 30 + 6 * 4 + 3),
-    (PerGroup(4), False, 30 + 18 * 4 + 9)])
+@pytest.mark.parametrize(
+    ("granularity", "symmetric", "by_hand"),
+    [
+        (PerTensor(), True, 30 + 4),  # 60 codes of 4 bits, one float32 scale
+        (PerTensor(), False, 30 + 4 + 1),  # one zero point of 4 bits fills a byte
+        (PerAxis(0), False, 30 + 6 * 4 + 3),
+        (PerGroup(4), False, 30 + 18 * 4 + 9),
+    ],
+)
 def test_bytes_by_hand(granularity, symmetric, by_hand):
     q = quantize_tensor(tensor(6, 10), bits=4, granularity=granularity, symmetric=symmetric)
     assert q.nbytes == by_hand
     assert q.bits_per_element == 8 * by_hand / 60
-    stored = q.packed().numel() + q.qparams.scale.numel() * 4 + (0 if symmetric else pack(
-        q.qparams.zero_point - q.qparams.qmin, bits=4).numel())
+    stored = (
+        q.packed().numel()
+        + q.qparams.scale.numel() * 4
+        + (0 if symmetric else pack(q.qparams.zero_point - q.qparams.qmin, bits=4).numel())
+    )
     assert stored == by_hand  # what packing really yields
 
 
@@ -97,7 +106,9 @@ def test_dtype_comes_back_and_input_is_unchanged(dtype):
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("x", [torch.zeros(3, 4), torch.ones(3, 4), torch.full((3, 4), 1e-42), torch.tensor([[2.0]])])
+@pytest.mark.parametrize(
+    "x", [torch.zeros(3, 4), torch.ones(3, 4), torch.full((3, 4), 1e-42), torch.tensor([[2.0]])]
+)
 def test_degenerate_blocks(x):
     for granularity in (PerTensor(), PerAxis(0), PerGroup(3)):
         back = quantize_tensor(x, bits=4, granularity=granularity, symmetric=False).dequantize()
@@ -163,11 +174,18 @@ def test_split_error_adds_up_and_names_the_right_part():
 
 def test_sqnr_of_a_bit():
     x = tensor(1_000_000)
+
     def db(bits):
-        return sqnr_db(x, quantize_tensor(x.clamp(-3, 3), bits=bits, granularity=PerTensor()).dequantize().clamp(-9, 9))
+        return sqnr_db(
+            x, quantize_tensor(x.clamp(-3, 3), bits=bits, granularity=PerTensor()).dequantize().clamp(-9, 9)
+        )
+
     assert db(3) - db(2) > 4
     uniform = torch.rand(1_000_000, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    gain = [sqnr_db(uniform, quantize_tensor(uniform, bits=b, granularity=PerTensor()).dequantize()) for b in (7, 8)]
+    gain = [
+        sqnr_db(uniform, quantize_tensor(uniform, bits=b, granularity=PerTensor()).dequantize())
+        for b in (7, 8)
+    ]
     assert gain[1] - gain[0] == pytest.approx(6.02, abs=0.1)
 
 

@@ -9,12 +9,22 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "quantlab"
 LAYERS = {
-    "affine": 0, "packing": 0, "floats": 0,
-    "granularity": 1, "codebook": 1, "metrics": 1,
-    "observers": 2, "gptq": 2, "awq": 2, "outliers": 2,
-    "linear": 3, "qat": 3,
+    "affine": 0,
+    "packing": 0,
+    "floats": 0,
+    "selftest": 0,
+    "granularity": 1,
+    "codebook": 1,
+    "metrics": 1,
+    "observers": 2,
+    "gptq": 2,
+    "awq": 2,
+    "outliers": 2,
+    "linear": 3,
+    "qat": 3,
     "lm": 4,
     "training": 5,
+    "ledger": 5,
 }
 ABOVE = {"__init__", "plots", "explorers", "checks", "exercises"}  # no layer, but rules of their own
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -33,7 +43,7 @@ def imported(path: Path) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             package = ("quantlab", *path.relative_to(PACKAGE).parts[:-1])
-            parent = [".".join(package[:len(package) - node.level + 1])] if node.level else []
+            parent = [".".join(package[: len(package) - node.level + 1])] if node.level else []
             names |= {".".join([*parent, *filter(None, [node.module]), alias.name]) for alias in node.names}
     return names
 

@@ -64,13 +64,20 @@ def test_no_index_and_no_folder_of_one_machine_is_written_down(name):
     assert not re.search(r"https?://|file:|/(home|root|tmp|work|opt)/", text)
 
 
-@pytest.mark.parametrize(("version", "lacking", "free_gb", "told"), [
-    ((3, 10, 13), [], 9, "Python 3.11 or newer is needed to run this, and yours is 3.10."),
-    ((3, 11, 0), ["venv", "ensurepip"], 9,
-     "This Python lacks venv and ensurepip (Debian, Ubuntu: sudo apt install python3-venv)."),
-    ((3, 14, 0), [], 1.26, "About 3 GB of disk are needed for .venv, and 1.3 GB are free."),
-    ((3, 11, 0), [], 3.1, None),
-])
+@pytest.mark.parametrize(
+    ("version", "lacking", "free_gb", "told"),
+    [
+        ((3, 10, 13), [], 9, "Python 3.11 or newer is needed to run this, and yours is 3.10."),
+        (
+            (3, 11, 0),
+            ["venv", "ensurepip"],
+            9,
+            "This Python lacks venv and ensurepip (Debian, Ubuntu: sudo apt install python3-venv).",
+        ),
+        ((3, 14, 0), [], 1.26, "About 3 GB of disk are needed for .venv, and 1.3 GB are free."),
+        ((3, 11, 0), [], 3.1, None),
+    ],
+)
 def test_obstacle_says_what_is_missing(version, lacking, free_gb, told):
     assert run.obstacle(version, lacking, free_gb) == told
 

@@ -2,8 +2,8 @@
 # # 01 Scale and zero point
 # *50 minutes, of which the computer needs less than one. You need notebook 00.*
 #
-# A weight is a real number, a code is a small integer, and two numbers tie them together: the **scale** (缩放因子) and the
-# **zero point** (零点). At the end of this notebook you can
+# A weight is a real number, a code is a small integer, and two numbers tie them together: the **scale**
+# (缩放因子) and the **zero point** (零点). At the end of this notebook you can
 #
 # - quantize (量化) and dequantize (反量化) a tensor by hand, and write the five lines that do it;
 # - choose scale and zero point for any range of data, including the ranges on which published code fails;
@@ -18,8 +18,8 @@
 # 3. Which part of the model holds most of the weights?
 #
 # <details><summary>Answers</summary>
-# 1. Four and one. 2. The weights are far smaller than 1, so the cast cut nearly all of them to 0. 3. The linear layers
-# inside the blocks; the embedding comes next.</details>
+# 1. Four and one. 2. The weights are far smaller than 1, so the cast cut nearly all of them to 0. 3. The
+#    linear layers inside the blocks; the embedding comes next.</details>
 # %% [markdown]
 # ## 1. What broke
 # We take one layer of the real model and do what the last notebook did: cast it to integers.
@@ -35,12 +35,12 @@ weight = layers[name].weight.detach()
 cast = weight.to(torch.int8)
 f"{name} {tuple(weight.shape)}: {(cast == 0).float().mean():.1%} of the weights became 0"
 # %% [markdown]
-# The integers are fine. What is missing is a *unit*: how much one integer step is worth. A map of a city is useful because a
-# corner of it says "1 cm is 200 m". The scale is that corner.
+# The integers are fine. What is missing is a *unit*: how much one integer step is worth. A map of a city is
+# useful because a corner of it says "1 cm is 200 m". The scale is that corner.
 # %% [markdown]
 # ## 2. By hand: five numbers, four codes
-# With 2 bits there are four codes, 0 to 3. We lay them over the range from −1 to 2, so that one step is worth 1.0, and real 0
-# falls on code 1. That code is the zero point.
+# With 2 bits there are four codes, 0 to 3. We lay them over the range from −1 to 2, so that one step is
+# worth 1.0, and real 0 falls on code 1. That code is the zero point.
 # %%
 x = torch.tensor([-1.0, -0.4, 0.0, 0.9, 2.0])
 scale, zero_point = 1.0, 1
@@ -52,8 +52,8 @@ codes.tolist()
 x_hat = scale * (codes - zero_point)
 x_hat.tolist()
 # %% [markdown]
-# Two numbers came back changed: −0.4 moved to 0, and 0.9 to 1. Each went to the nearest grid point, and none moved by more than
-# half a step.
+# Two numbers came back changed: −0.4 moved to 0, and 0.9 to 1. Each went to the nearest grid point, and
+# none moved by more than half a step.
 # %%
 import matplotlib.pyplot as plt
 
@@ -67,8 +67,8 @@ plt.show()
 # %%
 torch.round(torch.tensor(5.0) / scale) + zero_point
 # %% [markdown]
-# There is no code 6 in two bits. So a third step is needed: **clamp** to the codes that exist. The whole of it, with `qmin` and
-# `qmax` the smallest and largest code:
+# There is no code 6 in two bits. So a third step is needed: **clamp** to the codes that exist. The whole of
+# it, with `qmin` and `qmax` the smallest and largest code:
 #
 # $$q = \mathrm{clamp}\big(\mathrm{round}(x / s) + z,\ q_{min},\ q_{max}\big) \qquad\qquad \hat x = s\,(q - z)$$
 #
@@ -82,7 +82,8 @@ from quantlab.checks import check, hint, solution
 
 check("1.1", my_quantize)
 # %% [markdown]
-# The library does the same, with both numbers and both bounds in one object, `QParams` (read `quantlab/affine.py`: it is short).
+# The library does the same, with both numbers and both bounds in one object, `QParams` (read
+# `quantlab/affine.py`: it is short).
 # %%
 from quantlab import QParams, dequantize, quantize
 
@@ -92,12 +93,13 @@ assert dequantize(quantize(x, qp), qp).tolist() == x_hat.tolist()
 quantize(torch.tensor([5.0, -5.0]), qp).tolist()
 # %% [markdown]
 # ## 3. Choosing the two numbers
-# Data come with a range, from `low` to `high`; b bits come with 2ᵇ codes, and so 2ᵇ − 1 steps between them. That gives
+# Data come with a range, from `low` to `high`; b bits come with 2ᵇ codes, and so 2ᵇ − 1 steps between them.
+# That gives
 #
 # $$s = \frac{high - low}{2^b - 1} \qquad\qquad z = q_{min} - \mathrm{round}(low / s)$$
 #
-# The zero point is a *code*: an integer between `qmin` and `qmax`. So real 0 comes back as exactly 0. That matters: padding,
-# masks and everything a ReLU switched off are exact zeros, and there are many of them.
+# The zero point is a *code*: an integer between `qmin` and `qmax`. So real 0 comes back as exactly 0. That
+# matters: padding, masks and everything a ReLU switched off are exact zeros, and there are many of them.
 #
 # **Predict.** A tensor has values between 10 and 11. What is z for 8 bits, by the formula? Is that a code?
 # %%
@@ -105,16 +107,16 @@ low, high = 10.0, 11.0
 s = (high - low) / 255
 0 - round(low / s)
 # %% [markdown]
-# It is not. Published code deals with this in two wrong ways and one right one. Wrong: let z be clamped to a code, and say nothing.
-# We try it on 10 to 11:
+# It is not. Published code deals with this in two wrong ways and one right one. Wrong: let z be clamped to
+# a code, and say nothing. We try it on 10 to 11:
 # %%
 x = torch.linspace(10, 11, 1001)
 clipped = QParams(torch.tensor(s), torch.tensor(0, dtype=torch.int32), 0, 255)
 back = dequantize(quantize(x, clipped), clipped)
 f"mean error {(back - x).abs().mean():.1f}, all values became {back.max():.1f} or less"
 # %% [markdown]
-# Everything was lost. Right: **widen the range to hold 0 first**, and only then compute scale and zero point. The step grows,
-# but every value has a code again.
+# Everything was lost. Right: **widen the range to hold 0 first**, and only then compute scale and zero
+# point. The step grows, but every value has a code again.
 # %%
 from quantlab import choose_qparams, fake_quantize
 
@@ -123,7 +125,8 @@ error = (fake_quantize(x, qp) - x).abs()
 assert error.max() <= qp.scale / 2 * 1.001
 f"scale {qp.scale:.4f}, zero point {qp.zero_point}, largest error {error.max():.4f}"
 # %% [markdown]
-# `fake_quantize` is dequantize(quantize(x)): the rounded values, still floating point. Half a step is all that is lost now.
+# `fake_quantize` is dequantize(quantize(x)): the rounded values, still floating point. Half a step is all
+# that is lost now.
 #
 # ### Exercise 1.2: scale and zero point (about 10 minutes)
 # For unsigned codes 0 … 2ᵇ − 1, from `low` and `high`. The check tries ranges on either side of 0.
@@ -134,10 +137,11 @@ def my_parameters(low, high, bits):
 check("1.2", my_parameters)
 # %% [markdown]
 # ## 4. How large is the error?
-# **Predict.** Inside the range, what is the largest possible error, in steps? And if x falls anywhere within a step with equal
-# chance, what is the mean of the *squared* error?
+# **Predict.** Inside the range, what is the largest possible error, in steps? And if x falls anywhere
+# within a step with equal chance, what is the mean of the *squared* error?
 #
-# A rounding error lies between −s/2 and s/2. Spread evenly, its variance is s²/12 (integrate e² over one step).
+# A rounding error lies between −s/2 and s/2. Spread evenly, its variance is s²/12 (integrate e² over one
+# step).
 # %%
 x = torch.rand(1_000_000, generator=torch.Generator().manual_seed(0)) * 2 - 1
 qp = choose_qparams(x.min(), x.max(), qmin=0, qmax=15)
@@ -147,8 +151,8 @@ assert largest < 0.501
 assert abs(variance - 1) < 0.02
 f"largest {largest:.3f} steps, variance {variance:.3f} × s²/12"
 # %% [markdown]
-# One more bit halves the step and so quarters the squared error. Engineers count in decibels, 10·log₁₀ of a ratio of powers, and
-# 10·log₁₀ 4 = 6.02. Signal over noise should therefore grow by 6.02 dB a bit. Does it?
+# One more bit halves the step and so quarters the squared error. Engineers count in decibels, 10·log₁₀ of a
+# ratio of powers, and 10·log₁₀ 4 = 6.02. Signal over noise should therefore grow by 6.02 dB a bit. Does it?
 # %%
 from quantlab import sqnr_db
 
@@ -160,7 +164,8 @@ gains = torch.tensor(decibels).diff()
 assert abs(gains[-3:].mean() - 6.02) < 0.1
 [round(d, 1) for d in decibels], [round(g, 2) for g in gains.tolist()]
 # %% [markdown]
-# It does once the steps are small. With very few codes the gain is larger, because 2ᵇ − 1 more than doubles with each bit.
+# It does once the steps are small. With very few codes the gain is larger, because 2ᵇ − 1 more than doubles
+# with each bit.
 #
 # ### Myth: "quantizing is W/s, rounded down"
 # Some texts write ⌊W/s⌋. **Predict** what floor costs in squared error: nothing, twice, or four times?
@@ -171,13 +176,16 @@ worse = (floored - x).square().mean() / (fake_quantize(x, qp) - x).square().mean
 assert 3.9 < worse < 4.1
 f"{worse:.2f} times the squared error; mean error {(floored - x).mean() / qp.scale:.2f} steps"
 # %% [markdown]
-# Four times, and every value is too small by half a step on average: a *bias*, which a matrix product adds up.
+# Four times, and every value is too small by half a step on average: a *bias*, which a matrix product adds
+# up.
 #
 # ## 5. Symmetric or asymmetric
-# If we force the range to be [−a, a], the zero point is the middle code, the same for every tensor, and need not be stored. Integer
-# matrix products also become simpler (notebook 07). The price is range that nobody uses.
+# If we force the range to be [−a, a], the zero point is the middle code, the same for every tensor, and
+# need not be stored. Integer matrix products also become simpler (notebook 07). The price is range that
+# nobody uses.
 #
-# **Predict.** For weights, which lie about evenly on both sides of 0, how much does it cost? And for the output of a ReLU?
+# **Predict.** For weights, which lie about evenly on both sides of 0, how much does it cost? And for the
+# output of a ReLU?
 # %% tags=["nbval-ignore-output"]
 def error_of(x, symmetric):
     qp = choose_qparams(x.min(), x.max(), qmin=0, qmax=15, symmetric=symmetric)
@@ -189,12 +197,14 @@ costs = {key: (error_of(t, True) / error_of(t, False)).item() for key, t in cost
 assert costs["weights"] < 2.5 < 3 < costs["after a ReLU"]
 {key: f"{value:.2f} times the squared error" for key, value in costs.items()}
 # %% [markdown]
-# Little for weights; about four times the squared error for ReLU outputs, where half of the codes wait for negative values that never
-# come. Hence the usual rule: weights symmetric, activations asymmetric. (And "asymmetric means z ≠ 0" is no definition: unsigned
-# codes on ReLU data have z = 0, symmetric unsigned ones z = 8 here.)
+# Little for weights; about four times the squared error for ReLU outputs, where half of the codes wait for
+# negative values that never come. Hence the usual rule: weights symmetric, activations asymmetric. (And
+# "asymmetric means z ≠ 0" is no definition: unsigned codes on ReLU data have z = 0, symmetric unsigned ones
+# z = 8 here.)
 # %% [markdown]
 # ## 6. Drag it
-# Grey: the weights of the layer. Blue: the grid points; the triangle is 0. Below: the error that a value at each place suffers.
+# Grey: the weights of the layer. Blue: the grid points; the triangle is 0. Below: the error that a value at
+# each place suffers.
 #
 # **Predict first**, then drag:
 # 1. From 4 to 3 bits: what happens to the height of the sawtooth?
@@ -207,12 +217,13 @@ from quantlab.explorers import explore_affine
 explorer = explore_affine(weight, bits=4)
 explorer
 # %% [markdown]
-# **What you saw.** Inside the grid the error is a sawtooth of height s, between −s/2 and s/2 (dashed). Outside, it grows without
-# bound: that is clipping. A narrower grid has a lower sawtooth and a larger outside. The best range lies in between, and notebook
-# 02 is about finding it.
+# **What you saw.** Inside the grid the error is a sawtooth of height s, between −s/2 and s/2 (dashed).
+# Outside, it grows without bound: that is clipping. A narrower grid has a lower sawtooth and a larger
+# outside. The best range lies in between, and notebook 02 is about finding it.
 #
 # ## 7. Rosetta: one map, three spellings
-# Papers and libraries write the same map in different ways, and mixing halves of two of them is the most common bug in the field.
+# Papers and libraries write the same map in different ways, and mixing halves of two of them is the most
+# common bug in the field.
 #
 # | spelling | to codes | back | what the third number is |
 # |---|---|---|---|
@@ -229,8 +240,8 @@ mixed = codes * qp.scale + qp.zero_point
 assert torch.allclose(mixed - x, torch.tensor(10 * (1 + 0.02)), atol=1e-5)
 [round(v, 2) for v in mixed.tolist()], [round(v, 2) for v in dequantize(codes, qp).tolist()]
 # %% [markdown]
-# Off by z·(1 + s) = 10.2 everywhere. It went unnoticed because the example had z = 0. Another trap sits in the *real offset* line:
-# b need not be a multiple of s, and then real 0 has no code.
+# Off by z·(1 + s) = 10.2 everywhere. It went unnoticed because the example had z = 0. Another trap sits in
+# the *real offset* line: b need not be a multiple of s, and then real 0 has no code.
 #
 # ### Exercise 1.3: Rosetta (about 5 minutes)
 # Given our scale and zero point, return `(offset, plus)`: the b of the third line and the z′ of the second.
@@ -241,9 +252,9 @@ def my_rosetta(codes, scale, zero_point):
 check("1.3", my_rosetta)
 # %% [markdown]
 # ## 8. The whole model
-# One scale for each weight matrix, the simplest scheme there is. Five lines make a new model; the ledger measures it against the float
-# model on stories that neither has seen. What the columns mean is the subject of notebook 06; for now: **KL** is how far the
-# predictions moved, 0 is not at all.
+# One scale for each weight matrix, the simplest scheme there is. Five lines make a new model; the ledger
+# measures it against the float model on stories that neither has seen. What the columns mean is the subject
+# of notebook 06; for now: **KL** is how far the predictions moved, 0 is not at all.
 # %%
 import copy
 
@@ -270,11 +281,12 @@ kl = [row.kl for row in rows]
 assert 0 == kl[0] < kl[1] < 0.05 < kl[2] < kl[3]
 ledger.Table(rows)
 # %% [markdown]
-# Eight bits are nearly free. Every bit less costs more than the last. (The sizes count these models as 16-bit floats: nothing
-# has been packed yet, and the latencies stay near 1 for the same reason. Notebooks 03 and 07 change that.)
+# Eight bits are nearly free. Every bit less costs more than the last. (The sizes count these models as
+# 16-bit floats: nothing has been packed yet, and the latencies stay near 1 for the same reason. Notebooks
+# 03 and 07 change that.)
 #
-# **The control that must fail.** The same eight bits, with the zero point left out on the way back. If our measure is worth anything, it
-# must notice.
+# **The control that must fail.** The same eight bits, with the zero point left out on the way back. If our
+# measure is worth anything, it must notice.
 # %%
 def forgetful(x):
     qp = choose_qparams(x.min(), x.max(), qmin=0, qmax=255)
@@ -290,8 +302,8 @@ f"KL {bad.kl:.2f}; it writes: {generate(broken, tokenizer, 'Once upon a time', t
 # %% [markdown]
 # ## 9. Exercises
 # ### Exercise 1.4: bits for 30 dB (about 15 minutes)
-# `x = torch.rand(10_000) * 2 - 1`, on its own minimum and maximum. Return the least number of bits that reaches a signal-to-noise
-# ratio of 30 dB. You can compute it, or reason it out from section 4.
+# `x = torch.rand(10_000) * 2 - 1`, on its own minimum and maximum. Return the least number of bits that
+# reaches a signal-to-noise ratio of 30 dB. You can compute it, or reason it out from section 4.
 # %% tags=["exercise"]
 def my_bits():
     raise NotImplementedError
@@ -299,8 +311,8 @@ def my_bits():
 check("1.4", my_bits)
 # %% [markdown]
 # ### Exercise 1.5: a better range (about 30 minutes)
-# `x` has a few values far from the rest. Return a `(low, high)` whose grid gives at most **0.6 times** the mean squared error of
-# the grid over the whole range.
+# `x` has a few values far from the rest. Return a `(low, high)` whose grid gives at most **0.6 times** the
+# mean squared error of the grid over the whole range.
 # %% tags=["exercise"]
 def my_range(x, bits):
     raise NotImplementedError
@@ -308,8 +320,8 @@ def my_range(x, bits):
 check("1.5", my_range)
 # %% [markdown]
 # ### Open
-# The formula rounds ties to even (0.5 → 0, 1.5 → 2, as IEEE 754 does). Schools teach "half away from zero". For which data could
-# the difference be seen? Find a tensor on which it changes the mean of the result.
+# The formula rounds ties to even (0.5 → 0, 1.5 → 2, as IEEE 754 does). Schools teach "half away from zero".
+# For which data could the difference be seen? Find a tensor on which it changes the mean of the result.
 # %% [markdown]
 # ## 10. What breaks next
 # One weight in ten thousand is large. The grid must reach it, so the step grows, for all.
@@ -330,5 +342,6 @@ f"values that became 0: {before:.0%} before, {share_of_zeros(x):.0%} after one o
 # - Symmetric grids cost little on weights and much on one-sided activations.
 # - Outside the range there is clipping, and one outlier can ruin the step for all.
 #
-# Next: [02 Clamping and calibration](02_clamping_and_calibration.ipynb) makes peace between rounding and clipping. If that notebook is
-# not there yet, [06 Measuring a language model](06_measuring_a_language_model.ipynb) goes on from here.
+# Next: [02 Clamping and calibration](02_clamping_and_calibration.ipynb) makes peace between rounding and
+# clipping. If that notebook is not there yet, [06 Measuring a language
+# model](06_measuring_a_language_model.ipynb) goes on from here.

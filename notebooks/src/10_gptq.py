@@ -2,8 +2,8 @@
 # # 10 GPTQ
 # *60 minutes, of which the computer needs about two. You need notebooks 01 and 06.*
 #
-# GPTQ (Frantar et al. 2022) rounds the weights of a layer one column at a time, and lets the columns still to come absorb each
-# error. At the end of this notebook you can
+# GPTQ (Frantar et al. 2022) rounds the weights of a layer one column at a time, and lets the columns still
+# to come absorb each error. At the end of this notebook you can
 #
 # - say what GPTQ minimises, and why the weights get *worse* while the outputs get better;
 # - derive the update from two lines of calculus, and write the loop;
@@ -16,12 +16,14 @@
 # 3. What happened to the model at 3 bits, and at 2?
 #
 # <details><summary>Answers</summary>
-# 1. Both models read the same text, so the noise of the text cancels; and it cannot improve by luck. 2. Measure on fresh text: the gain
-# shrinks. 3. Round-to-nearest costs much at 3 bits and ruins the model at 2.</details>
+# 1. Both models read the same text, so the noise of the text cancels; and it cannot improve by luck. 2.
+#    Measure on fresh text: the gain shrinks. 3. Round-to-nearest costs much at 3 bits and ruins the model
+#    at 2.</details>
 # %% [markdown]
 # ## 1. What broke
-# Round-to-nearest treats each weight alone. But the weights of a row never act alone: what counts is the sum Σ wᵢxᵢ, and the inputs
-# xᵢ of a language model go up and down together. We collect what one layer really reads.
+# Round-to-nearest treats each weight alone. But the weights of a row never act alone: what counts is the
+# sum Σ wᵢxᵢ, and the inputs xᵢ of a language model go up and down together. We collect what one layer
+# really reads.
 # %%
 import torch
 
@@ -34,8 +36,8 @@ weight = weight_of(linear_layers(model)[name])
 x = capture_inputs(model, calibration[:8192], [name])[name]
 name, tuple(weight.shape), tuple(x.shape)
 # %% [markdown]
-# **Predict:** how many of these inputs are nearly independent? If they all were, the matrix of correlations would be white off
-# the diagonal.
+# **Predict:** how many of these inputs are nearly independent? If they all were, the matrix of correlations
+# would be white off the diagonal.
 # %% tags=["nbval-ignore-output"]
 import matplotlib.pyplot as plt
 
@@ -45,17 +47,21 @@ fig.colorbar(ax.imshow(correlation, cmap="PuOr", vmin=-1, vmax=1), label="correl
 ax.set(xlabel="input", ylabel="input", title="the first 64 inputs")
 plt.show()
 # %% [markdown]
-# They are not independent, and that is the room GPTQ works in: what one weight does wrong, another can put right.
+# They are not independent, and that is the room GPTQ works in: what one weight does wrong, another can put
+# right.
 #
 # ## 2. By hand: four weights
-# Four weights of 0.4, a grid of whole numbers, and inputs that are almost equal to each other. Round-to-nearest makes every one of them 0.
+# Four weights of 0.4, a grid of whole numbers, and inputs that are almost equal to each other.
+# Round-to-nearest makes every one of them 0.
 # %%
 w = torch.tensor([0.4, 0.4, 0.4, 0.4])
 w.round().tolist()
 # %% [markdown]
-# If the inputs are all 1, the output falls from 1.6 to 0. **Predict:** with four whole numbers, how near to 1.6 can one get?
+# If the inputs are all 1, the output falls from 1.6 to 0. **Predict:** with four whole numbers, how near to
+# 1.6 can one get?
 #
-# Now carry the error along, as one does when rounding the parts of a bill: round, and add what was lost to the next.
+# Now carry the error along, as one does when rounding the parts of a bill: round, and add what was lost to
+# the next.
 # %%
 carried, rounded = 0.0, []
 for value in w.tolist():
@@ -63,17 +69,18 @@ for value in w.tolist():
     carried += value - rounded[-1]
 rounded, sum(rounded), round(carried, 1)
 # %% [markdown]
-# Two of the four became 1: each of these is *further* from its weight than 0 was, and yet the sum is 2.0 instead of 0.0. Printers draw grey
-# with black dots in this way (error diffusion). GPTQ is error diffusion in which the data say how much of an error another weight
-# can take over.
+# Two of the four became 1: each of these is *further* from its weight than 0 was, and yet the sum is 2.0
+# instead of 0.0. Printers draw grey with black dots in this way (error diffusion). GPTQ is error diffusion
+# in which the data say how much of an error another weight can take over.
 #
 # ## 3. What exactly is minimised
-# For a weight matrix W (outputs × inputs) and inputs X (tokens × inputs) we look for Q on the grid with the least
+# For a weight matrix W (outputs × inputs) and inputs X (tokens × inputs) we look for Q on the grid with the
+# least
 #
 # $$\lVert XW^\top - XQ^\top\rVert^2 = \sum_{rows} (w-q)\,H\,(w-q)^\top, \qquad H = X^\top X \qquad (1)$$
 #
-# H is the only thing that has to be kept of the data; scaling it changes nothing, and the paper uses 2XᵀX. Each row of W is a
-# problem of its own, with the same H.
+# H is the only thing that has to be kept of the data; scaling it changes nothing, and the paper uses 2XᵀX.
+# Each row of W is a problem of its own, with the same H.
 #
 # ### Exercise 10.1: output error (about 5 minutes)
 # Write the relative output error ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖².
@@ -95,13 +102,15 @@ direct = ((x @ (weight - nearest).T).square().sum() / (x @ weight.T).square().su
 assert abs(hessian.output_error(weight, nearest) / direct - 1) < 1e-3
 # %% [markdown]
 # ## 4. Step one: move one weight, let the others help (OBS)
-# Force weight i of a row onto the grid point q. How should the *other* weights move so that (1) grows least? Minimise δHδᵀ under the
-# one condition δᵢ = q − wᵢ. With a Lagrange multiplier the answer is one line (Optimal Brain Surgeon, Hassibi & Stork 1993):
+# Force weight i of a row onto the grid point q. How should the *other* weights move so that (1) grows
+# least? Minimise δHδᵀ under the one condition δᵢ = q − wᵢ. With a Lagrange multiplier the answer is one
+# line (Optimal Brain Surgeon, Hassibi & Stork 1993):
 #
-# $$\delta = -\,\frac{w_i - q}{[H^{-1}]_{ii}}\; (H^{-1})_{:,i} \qquad (2) \qquad\qquad \text{cost } \frac{(w_i-q)^2}{[H^{-1}]_{ii}}$$
+# $$\delta = -\,\frac{w_i - q}{[H^{-1}]_{ii}}\; (H^{-1})_{:,i} \qquad (2) \qquad
+# \text{cost } \frac{(w_i-q)^2}{[H^{-1}]_{ii}}$$
 #
-# Check the two ends: δᵢ is q − wᵢ, as it must be. And if H is diagonal (independent inputs) all other entries of column i are 0:
-# nobody can help.
+# Check the two ends: δᵢ is q − wᵢ, as it must be. And if H is diagonal (independent inputs) all other
+# entries of column i are 0: nobody can help.
 #
 # ### Exercise 10.2: compensate (about 10 minutes)
 # Return the row w after weight i was set to q and the others moved by (2).
@@ -111,7 +120,8 @@ def my_compensate(w, H, i, q):
 # %%
 check("10.2", my_compensate)
 # %% [markdown]
-# Our four weights again, with inputs that are nearly equal. We set the first to 0 and look at what (2) does to the others.
+# Our four weights again, with inputs that are nearly equal. We set the first to 0 and look at what (2) does
+# to the others.
 # %%
 from quantlab.exercises.n10 import compensate_solution
 
@@ -124,20 +134,21 @@ moved = compensate_solution(w, H, 0, 0.0)
 f"sum {w.sum():.2f} before, {moved.sum():.3f} after; rounding alone would have left {w.sum() - 0.4:.2f}"
 # %% [markdown]
 # ## 5. Step two: one order for all rows
-# The careful version (Optimal Brain Quantization) picks for each row, each time, the weight that costs least. Every row then needs
-# its own inverse. GPTQ's first insight: on large layers the order hardly matters. Take the columns from left to right, for all
-# rows at once, and one inverse serves the whole matrix.
+# The careful version (Optimal Brain Quantization) picks for each row, each time, the weight that costs
+# least. Every row then needs its own inverse. GPTQ's first insight: on large layers the order hardly
+# matters. Take the columns from left to right, for all rows at once, and one inverse serves the whole
+# matrix.
 #
-# A column that is done must not move again. So it is removed from the problem: row and column 0 of H are struck out, and the
-# inverse of the rest follows from the old one by one step of Gaussian elimination:
+# A column that is done must not move again. So it is removed from the problem: row and column 0 of H are
+# struck out, and the inverse of the rest follows from the old one by one step of Gaussian elimination:
 # %%
 inverse = torch.linalg.inv(H)
 shorter = inverse - inverse[:, :1] @ inverse[:1] / inverse[0, 0]
 assert torch.allclose(shorter[1:, 1:], torch.linalg.inv(H[1:, 1:]), atol=1e-4)
 # %% [markdown]
 # ## 6. Step three: all those rows at once (Cholesky)
-# Column after column we need the first row of an inverse that keeps shrinking. GPTQ's second insight: the Cholesky factor of
-# H⁻¹ holds exactly these rows, each divided by the square root of its first entry.
+# Column after column we need the first row of an inverse that keeps shrinking. GPTQ's second insight: the
+# Cholesky factor of H⁻¹ holds exactly these rows, each divided by the square root of its first entry.
 #
 # **Predict:** U is upper triangular with UᵀU = H⁻¹. What is U's second row, in terms of `shorter`?
 # %%
@@ -152,19 +163,21 @@ assert torch.allclose(U[1, 1:], shorter[1, 1:] / shorter[1, 1].sqrt(), atol=1e-5
 # One factorization, then n steps of two lines each. That is GPTQ.
 #
 # ### Exercise 10.3: the loop (about 20 minutes)
-# Round column after column to multiples of `scale` and pass the errors on by (3). Return Q; leave W as it is.
+# Round column after column to multiples of `scale` and pass the errors on by (3). Return Q; leave W as it
+# is.
 # %% tags=["exercise"]
 def my_gptq(W, U, scale):
     raise NotImplementedError
 # %%
 check("10.3", my_gptq)
 # %% [markdown]
-# Written out once with a real grid (a scale and a zero point for each row), it is the library's `gptq_quantize`, code for code. The library
-# works in blocks and needs one Cholesky instead of three matrix operations; the result is the same.
+# Written out once with a real grid (a scale and a zero point for each row), it is the library's
+# `gptq_quantize`, code for code. The library works in blocks and needs one Cholesky instead of three matrix
+# operations; the result is the same.
 # %%
 from quantlab import QParams, choose_qparams, dequantize, gptq_quantize, quantize
 
-H = hessian.matrix + 0.01 * hessian.matrix.diagonal().mean() * torch.eye(len(hessian.matrix))  # damping, section 9
+H = hessian.matrix + 0.01 * hessian.matrix.diagonal().mean() * torch.eye(len(hessian.matrix))
 U = torch.linalg.cholesky(torch.linalg.inv(H), upper=True)
 W, codes = weight.double().clone(), torch.zeros(weight.shape, dtype=torch.int8)
 grid = choose_qparams(weight.amin(1), weight.amax(1), qmin=-4, qmax=3)
@@ -189,40 +202,44 @@ assert ratios[0] > 1.2
 assert ratios[1] < 0.8
 f"weight error {ratios[0]:.2f} times round-to-nearest's, output error {ratios[1]:.2f} times"
 # %% [markdown]
-# Further from W, and nearer to what W *does*. Round-to-nearest is by definition the nearest point; GPTQ leaves it on purpose. So to judge
-# GPTQ by the error of the weights, as some tutorials do, is to measure the wrong thing.
+# Further from W, and nearer to what W *does*. Round-to-nearest is by definition the nearest point; GPTQ
+# leaves it on purpose. So to judge GPTQ by the error of the weights, as some tutorials do, is to measure
+# the wrong thing.
 #
 # ## 8. Drag it
 # One column after the other is rounded. Colours show how far each weight has moved from where it began.
 #
-# **Predict:** right of the black line, do the colours stay white? Does GPTQ's output error grow slower or faster than
-# round-to-nearest's as more columns are done?
+# **Predict:** right of the black line, do the colours stay white? Does GPTQ's output error grow slower or
+# faster than round-to-nearest's as more columns are done?
 # %% tags=["nbval-ignore-output"]
 from quantlab.explorers import explore_columns, explore_gptq
 
-stepper = explore_columns(weight[:, :48], Hessian(48).add(x[:, :48]), bits=3)
+stepper = explore_columns(weight[:, :48], Hessian(48).add(x[:, :48]), column=16)
 stepper
 # %% [markdown]
-# **What you saw.** Left of the line, rounding noise. Right of it, faint colours before any rounding has happened there: the errors
-# that these columns are asked to take over. The last columns have nobody left to pass errors to, so their share grows.
+# **What you saw.** Left of the line, rounding noise. Right of it, faint colours before any rounding has
+# happened there: the errors that these columns are asked to take over. The last columns have nobody left to
+# pass their errors to.
 #
-# Now the whole layer. **Predict:** which of these lowers the output error, and which costs bits? Fewer bits · smaller
-# groups · act-order · more damping.
+# Now the whole layer. **Predict:** which of these lowers the output error, and which costs bits? Fewer bits
+# · smaller groups · act-order · more damping.
 # %% tags=["nbval-ignore-output"]
 explorer = explore_gptq(weight, hessian, bits=4)
 explorer
 # %% [markdown]
-# **What you saw.** Two bars that always stand the wrong way round on the left: GPTQ's weight error above, its output error below. Nearly
-# every row lies under the diagonal. With damping 10 the two methods become one: H is then almost diagonal, and nobody can help.
+# **What you saw.** Two bars that always stand the wrong way round on the left: GPTQ's weight error above,
+# its output error below. Nearly every row lies under the diagonal. With damping 10 the two methods come
+# close: H is then almost diagonal, and nobody can help.
 #
 # ## 9. The knobs
 # ### Damping
-# If two inputs always move together, H has no inverse. Adding a little to its diagonal, `damping` × the mean of diag H, cures that; 0.01 is the
-# paper's choice. When it does not suffice, the library raises it and says so.
+# If two inputs always move together, H has no inverse. Adding a little to its diagonal, `damping` × the
+# mean of diag H, cures that; 0.01 is the paper's choice. When it does not suffice, the library raises it
+# and says so.
 #
 # ### How much calibration data?
-# **Predict:** 256 inputs, calibrated on 128 tokens or on 8192. Which looks better on the calibration tokens themselves, and which on
-# fresh ones?
+# **Predict:** 256 inputs, calibrated on 128 tokens or on 8192. Which looks better on the calibration tokens
+# themselves, and which on fresh ones?
 # %%
 fresh = Hessian(weight.shape[1]).add(capture_inputs(model, calibration[8192:16384], [name])[name])
 seen_error, fresh_error, sizes = [], [], [128, 256, 512, 1024, 2048, 4096, 8192]
@@ -243,49 +260,53 @@ plt.show()
 assert seen_error[0] < seen_error[-1]  # few tokens flatter themselves
 assert fresh_error[0] > fresh_error[-1]  # and serve worse
 # %% [markdown]
-# With few tokens GPTQ fits their noise: excellent on what it saw, worse on what comes. A few thousand tokens are enough here; for
-# larger layers, take several times as many tokens as the layer has inputs.
+# With few tokens GPTQ fits their noise: excellent on what it saw, worse on what comes. A few thousand
+# tokens are enough here; for larger layers, take several times as many tokens as the layer has inputs.
 #
 # ### Groups and act-order
-# A group of 128 columns with its own scale costs bits and lowers the error. `act_order` takes the columns with the largest diag H first, when
-# there are still many others to absorb their errors.
+# A group of 128 columns with its own scale costs bits and lowers the error. `act_order` takes the columns
+# with the largest diag H first, when there are still many others to absorb their errors.
 # %% tags=["nbval-ignore-output"]
 table = {}
 for group_size in (None, 128, 32):
     for act_order in (False, True):
         q = gptq_quantize(weight, hessian, bits=3, group_size=group_size, act_order=act_order)
         table[group_size, act_order] = fresh.output_error(weight, q.dequantize()), q.bits_per_element
-print("\n".join(f"group {g!s:5} act-order {a!s:6} error {e:.4f}  bits {b:.2f}" for (g, a), (e, b) in table.items()))
+for (group_size, act_order), (error, bits) in table.items():
+    print(f"group {group_size!s:5} act-order {act_order!s:6} error {error:.4f}  bits {bits:.2f}")
 # %%
 assert table[32, False][0] < table[None, False][0]
 assert table[32, False][1] > table[128, False][1] > table[None, False][1]
 # %% [markdown]
 # ## 10. The control that must fail
-# If GPTQ's gain comes from the correlations of *this* layer's inputs, it must vanish when they are taken away. First an H that is
-# diagonal; then the true H with its inputs shuffled, so that it speaks of the wrong weights.
+# If GPTQ's gain comes from the correlations of *this* layer's inputs, it must vanish when they are taken
+# away. First an H that is diagonal; then the true H with its inputs shuffled, so that it speaks of the
+# wrong weights.
 # %%
 alone = Hessian(weight.shape[1]).add(torch.eye(weight.shape[1]))
 assert torch.equal(gptq_quantize(weight, alone, bits=3).dequantize(), nearest)
 # %% tags=["nbval-ignore-output"]
-shuffled = Hessian(weight.shape[1]).add(x[:, torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(0))])
-wrong = hessian.output_error(weight, gptq_quantize(weight, shuffled, bits=3).dequantize())
-assert wrong > nearest_errors[1]
-f"output error: round-to-nearest {nearest_errors[1]:.4f}, GPTQ {gptq_errors[1]:.4f}, with shuffled inputs {wrong:.4f}"
+order = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(0))
+shuffled = gptq_quantize(weight, Hessian(len(order)).add(x[:, order]), bits=3)
+results = nearest_errors[1], gptq_errors[1], hessian.output_error(weight, shuffled.dequantize())
+assert results[1] < results[0] < results[2]
+"output error: round-to-nearest {:.4f}, GPTQ {:.4f}, GPTQ with shuffled inputs {:.4f}".format(*results)
 # %% [markdown]
-# Without correlations GPTQ *is* round-to-nearest, to the last code. With the wrong ones it is worse than nothing. A "simplified GPTQ" that takes
-# no calibration data cannot be GPTQ.
+# Without correlations GPTQ *is* round-to-nearest, to the last code. With the wrong ones it is worse than
+# nothing. A "simplified GPTQ" that takes no calibration data cannot be GPTQ.
 #
 # ## 11. The whole model
-# Block by block: collect the inputs of the block's layers, quantize them, and let the quantized block feed the next one. Query, key and value read
-# the same input, so they share one H. Round-to-nearest at the same bits stands beside it.
+# Block by block: collect the inputs of the block's layers, quantize them, and let the quantized block feed
+# the next one. Query, key and value read the same input, so they share one H. Round-to-nearest at the same
+# bits stands beside it.
 # %% tags=["nbval-ignore-output"]
 from quantlab.lm import quantize_lm
 
 models, reports = {}, {}
 for bits in (4, 3, 2):
     for method in ("rtn", "gptq"):
-        models[method, bits], reports[method, bits] = quantize_lm(model, calibration[:16384], method=method, bits=bits,
-                                                                  act_order=method == "gptq")
+        models[method, bits], reports[method, bits] = quantize_lm(
+            model, calibration[:16384], method=method, bits=bits, act_order=method == "gptq")
 print(reports["gptq", 3])
 # %% tags=["nbval-ignore-output"]
 from quantlab.plots import plot_layer_errors
@@ -294,29 +315,32 @@ fig, ax = plt.subplots(figsize=(7, 3))
 plot_layer_errors({"round to nearest, 3 bits": reports["rtn", 3], "GPTQ, 3 bits": reports["gptq", 3]}, ax=ax)
 plt.show()
 # %% [markdown]
-# Every layer's output error fell. **Predict:** by how much does the KL of the whole model fall at 4 bits? At 2 bits, does GPTQ save the
-# model?
+# Every layer's output error fell. **Predict:** by how much does the KL of the whole model fall at 4 bits?
+# At 2 bits, does GPTQ save the model?
 # %% tags=["nbval-ignore-output"]
 from quantlab import ledger
 
 tokens = token_stream(tokenizer, load_text("eval"))[:6144]
-rows = [ledger.measure(model, models[key], tokens, method=key[0], bits=key[1], group="128", report=reports[key])
-        for key in models]
-for row in rows:
-    ledger.append(row)
+rows = []
+for (method, bits), new in models.items():
+    rows.append(ledger.measure(model, new, tokens, method=method, bits=bits, group="128",
+                               report=reports[method, bits]))
+    ledger.append(rows[-1])
 ledger.Table(rows)
 # %%
 kl = {(row.method, row.bits): row.kl for row in rows}
 assert kl["gptq", 4] < 0.8 * kl["rtn", 4]
 assert kl["gptq", 3] < 0.8 * kl["rtn", 3]
+assert kl["gptq", 2] > 4 * kl["gptq", 3]  # far from saved
 # %% tags=["nbval-ignore-output"]
 from quantlab.lm import generate
 
 for key in (("rtn", 3), ("gptq", 3), ("rtn", 2), ("gptq", 2)):
     print(*key, "bits:", generate(models[key], tokenizer, "Once upon a time", tokens=40), "\n")
 # %% [markdown]
-# At 4 and 3 bits GPTQ gives back a large part of what rounding took. At 2 bits a grid of four values is too coarse for any rounding:
-# the step itself must be learned, or the weights trained (notebook 13).
+# GPTQ gives back a large part of what rounding took, at the same bits. At 2 bits it helps as well, but what
+# is left is a damaged model: with four grid points a row's group, the weights themselves must be trained
+# (notebook 13).
 #
 # ### Myth: "GPTQ keeps the important weights at a higher precision"
 # It is said in many places. Look at the grids:
@@ -326,13 +350,14 @@ assert torch.equal(gptq.qparams.scale, plain.qparams.scale)
 assert torch.equal(gptq.qparams.zero_point, plain.qparams.zero_point)
 gptq.bits == plain.bits == 3
 # %% [markdown]
-# The same scales, the same zero points, the same bits for every weight. GPTQ chooses *which* grid point, nothing else. Keeping some channels
-# in higher precision is another idea; notebook 11 takes that one apart.
+# The same scales, the same zero points, the same bits for every weight. GPTQ chooses *which* grid point,
+# nothing else. Keeping some channels in higher precision is another idea; notebook 11 takes that one apart.
 #
 # ## 12. Exercises
 # ### Exercise 10.4: fit the budget (about 15 minutes)
-# Return the settings for `gptq_quantize(weight, hessian, **settings)` that reach an output error of at most **1/8 of round-to-nearest's
-# at 4 bits per row**, with at most **4.5 bits** for each weight, scales included.
+# Return the settings for `gptq_quantize(weight, hessian, **settings)` that reach an output error of at most
+# **1/8 of round-to-nearest's at 4 bits per row**, with at most **4.5 bits** for each weight, scales
+# included.
 # %% tags=["exercise"]
 def my_settings():
     raise NotImplementedError  # return {"bits": ..., ...}
@@ -340,19 +365,21 @@ def my_settings():
 check("10.4", my_settings)
 # %% [markdown]
 # ### Exercise 10.5: whose order? (about 30 minutes, no check)
-# Instead of falling diag H, try other orders: rising, random, by the norm of the columns of W. Permute the columns of `weight` and of `x`,
-# quantize, and compare output errors over ten random orders. How much does the order matter at 4 bits, and at 2?
+# Instead of falling diag H, try other orders: rising, random, by the norm of the columns of W. Permute the
+# columns of `weight` and of `x`, quantize, and compare output errors over ten random orders. How much does
+# the order matter at 4 bits, and at 2?
 #
 # ### Open
-# Round-to-nearest with a *searched clipping range* (notebook 02) also lowers the output error, and needs no inverse. How much of
-# GPTQ's gain can it reach alone? Do the two add up?
+# Round-to-nearest with a *searched clipping range* (notebook 02) also lowers the output error, and needs no
+# inverse. How much of GPTQ's gain can it reach alone? Do the two add up?
 # %% [markdown]
 # ### Recap
 # - What counts is the output: ‖X(W − Q)ᵀ‖², and all it needs of the data is H = XᵀX.
 # - Moving one weight, the best help the others can give is a column of H⁻¹ (OBS).
 # - One order for all rows and one Cholesky factor turn that into a loop of two lines (GPTQ).
 # - The weight error rises, the output error falls; without correlated inputs nothing happens.
-# - Groups cost bits, act-order hardly any, and a few thousand calibration tokens suffice; at 2 bits rounding is not enough.
+# - Groups cost bits, act-order hardly any, and a few thousand calibration tokens suffice; at 2 bits
+#   rounding alone, even this clever, is not enough.
 #
 # Next: [11 AWQ](11_awq.ipynb) scales the channels that matter before rounding. All notebooks are listed in
 # [00 Start here](00_start_here.ipynb).

@@ -1,0 +1,398 @@
+# %% [markdown]
+# # 00 Start here
+# *30 minutes, of which the computer needs less than one. You need some Python, and no GPU, account or
+# network.*
+#
+# A language model is a few million or billion numbers. **Quantizing** (量化) stores them in fewer bits. In
+# this notebook you
+#
+# - make sure that your computer has all the workbook needs, down to the sliders;
+# - meet the model, hear it tell a story, and count its bytes;
+# - learn how predictions, checks, hints and the ledger work;
+# - break the model on purpose, which is where notebook 01 begins.
+# %% [markdown]
+# ### What you will be able to do at the end of the workbook
+# - Write every step yourself, from `round(x / s)` to a GPTQ-quantized language model.
+# - Say how large the error will be before you measure it, and measure it so that others believe you.
+# - Choose bits, groups and method for a budget of bytes, and defend the choice with numbers.
+# - Read published code and tables on quantization, and see what is wrong with them.
+#
+# Each notebook ends with something that breaks, and the next one mends it. In each you **predict**, then
+# **drag** or run, then **explain**. Do not skip the prediction: a surprise that you have bet on stays
+# with you.
+# %% [markdown]
+# ## 1. Does everything work?
+# Run a cell with Shift+Enter. This one looks for all that the workbook needs. Where something is missing,
+# it says in one sentence what to install where.
+# %%
+import sys
+
+try:
+    from quantlab.selftest import selftest
+
+    print(*selftest(), sep="\n")
+except (ImportError, OSError, SyntaxError) as error:
+    print(f"{type(error).__name__}: {error}. In a terminal, in the workbook's folder, run")
+    print(f'    "{sys.executable}" -m pip install -e .    and restart the kernel (menu Kernel)')
+# %% [markdown]
+# A slider has two halves: one runs in Python, the other in your browser. They can be installed in
+# different places, and then the slider does not appear, or Python does not hear of it. Only you can test
+# that. **Drag it to 7**, then run the cell below it, which asks Python where the slider is.
+# %%
+import ipywidgets as widgets
+
+probe = widgets.IntSlider(value=0, min=0, max=10, description="to 7")
+probe
+# %%
+answers = {0: "it has not been moved", 7: "the slider works"}
+answers.get(probe.value, f"Python sees {probe.value}: it works, now to 7")
+# %% [markdown]
+# <details><summary>There is no slider, or Python does not see it move</summary>
+# Most often JupyterLab runs in another environment than the kernel. Close it and start the workbook with
+# <code>python run.py lab</code>, which keeps both in one. Or install both halves: with the Python that
+# runs JupyterLab, <code>python -m pip install "jupyterlab_widgets>=3"</code>, and with this kernel's,
+# <code>python -m pip install "ipywidgets>=8"</code>. Then restart JupyterLab and reload the page.</details>
+#
+# ## 2. Say hello to the model
+# It lies in `data/model`, fits on any laptop, and was trained on short stories. We give it the beginning
+# of one.
+#
+# **Predict.** What will the next word be, and what will the child be called?
+# %% tags=["nbval-ignore-output"]
+from quantlab.lm import generate, load_lm
+
+model, tokenizer = load_lm()
+print(generate(model, tokenizer, "Once upon a time", tokens=80))
+# %% [markdown]
+# The model gives every possible next piece of text a probability. `generate` took the likeliest, again
+# and again: that is *temperature 0*, and there is no chance in it. Above 0 it throws dice, and the
+# **seed** decides how they fall. The same seed tells the same story.
+# %% tags=["nbval-ignore-output"]
+def tell(model, **how):
+    return generate(model, tokenizer, "Once upon a time", tokens=30, **how)
+
+one, two = (tell(model, temperature=1.0, seed=seed) for seed in (1, 2))
+assert tell(model) == tell(model)
+assert tell(model, temperature=1.0, seed=1) == one != two
+print(one, two, sep="\n\n")
+# %% [markdown]
+# The pieces are called **tokens** (词元). A tokenizer cuts the text, and the model sees only the numbers of
+# the pieces. Which words will be one token?
+# %%
+sentence = "The butterfly quantized a boat."
+ids = tokenizer(sentence, add_special_tokens=False)["input_ids"]
+assert "".join(tokenizer.decode([i]) for i in ids) == sentence
+print(*[f"{i:5} {tokenizer.decode([i])!r}" for i in ids], sep="\n")
+# %% [markdown]
+# A word that is common in the stories is one token, with the space before it; a rare one is made of
+# several.
+#
+# ## 3. Count its bytes
+# The parts, in the order in which a token meets them:
+#
+# - the **embedding**, a table with a row of numbers for each token;
+# - **blocks**, each with **attention**, which looks at the earlier tokens, and an **MLP**, which works on
+#   one token alone; between them **norms** keep the numbers at one size;
+# - the head, which turns the last numbers into probabilities. Here it is the embedding once more, stored
+#   once.
+#
+# **Predict** which part holds most of the numbers. Write your guess in place of None; nobody looks.
+# %%
+guess = None  # "embedding", "attention", "MLP" or "norms"
+# %% [markdown]
+# Every parameter has a name, like `model.layers.0.self_attn.q_proj.weight`, and the name says what it
+# belongs to. In float32 a number takes 32 bits, which is 4 bytes.
+# %%
+from collections import Counter
+
+WORDS = {"norm": "norms", "embed": "embedding", "attn": "attention", "mlp": "MLP"}
+def part_of(name):
+    return next((part for word, part in WORDS.items() if word in name), "other")
+
+parts = Counter()
+for name, parameter in model.named_parameters():
+    parts[part_of(name)] += parameter.numel()
+total = parts.total()
+for part, count in [*parts.most_common(), ("together", total)]:
+    print(f"{part:10}{count:>11,} numbers{4 * count:>12,} bytes {count / total:6.1%}")
+largest = parts.most_common(1)[0][0]
+print("no guess yet" if guess is None else f"you said {guess}, and it is the {largest}")
+# %% [markdown]
+# The same, layer by layer:
+# %%
+import matplotlib.pyplot as plt
+
+from quantlab.lm import blocks_of
+
+_, blocks = blocks_of(model)
+rows = [("embedding", {"embedding": parts["embedding"]})]
+for number, block in enumerate(blocks):
+    rows.append((f"block {number}", Counter()))
+    for name, parameter in block.named_parameters():
+        rows[-1][1][part_of(name)] += parameter.numel()
+fig, ax = plt.subplots(figsize=(6, 0.3 * len(rows) + 0.9))
+start = [0.0] * len(rows)
+for part, grey in (("embedding", "0.3"), ("attention", "0.55"), ("MLP", "0.8"), ("norms", "0")):
+    size = [4 * counts.get(part, 0) / 1e6 for _, counts in rows]
+    ax.barh([row for row, _ in rows], size, left=start, color=grey, label=part)
+    start = [a + b for a, b in zip(start, size, strict=True)]
+ax.set(xlabel="megabytes in float32", ylim=(len(rows) - 0.4, -0.6))
+ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+plt.show()
+# %% [markdown]
+# Attention and MLP consist of **linear layers**: matrices that a vector is multiplied with. They hold
+# most of the numbers; the embedding comes next; the norms are a hairline. So quantizers go for the linear
+# layers and leave the rest in 16 bits, and so shall we.
+#
+# **Predict.** How large is the whole model in 32, 16, 8 and 4 bits, and which of them is the file on the
+# disk? Such a file (`.safetensors`) begins with 8 bytes that say how long its table of contents is. Then
+# come that table and the numbers.
+# %%
+import os
+from pathlib import Path
+
+bundled = not os.environ.get("QUANTLAB_MODEL")
+path = next(Path(model.name_or_path).glob("*.safetensors"))
+with path.open("rb") as file:
+    contents = int.from_bytes(file.read(8), "little")
+size = path.stat().st_size
+each = (size - 8 - contents) / total
+assert each == 2 or not bundled
+assert parts["attention"] + parts["MLP"] > parts["embedding"] > parts["norms"] or not bundled
+print(*[f"{bits:2} bits: {total * bits // 8:>10,} bytes" for bits in (32, 16, 8, 4)], sep="\n")
+print(f"the file: {size:>9,} bytes = 8 + {contents:,} + {each:g} × {total:,}")
+# %% [markdown]
+# Two bytes for each number, and not one byte more: this model is stored in 16 bits.
+#
+# ## 4. Exercises that answer back
+# ### Exercise 0.1: bytes of a model (about 3 minutes)
+# How many bytes do `parameters` numbers of `bits` bits take? Targets: 7 billion of them at 4 bits take
+# 3,500,000,000 bytes, and 3 of them take 2, because a file has whole bytes. Replace the `raise` line.
+# %% tags=["exercise"]
+def my_bytes(parameters, bits):
+    raise NotImplementedError
+# %%
+from quantlab.checks import check, hint, solution
+
+check("0.1", my_bytes)
+check("0.1", lambda parameters, bits: parameters * bits)
+# %% [markdown]
+# An untouched exercise is "not attempted yet", and the notebook runs on without it. A wrong answer, like
+# the second one here, is told which property broke. And when you are stuck, ask for a **hint**: there are
+# three for each exercise, from soft to strong, and each call gives the next.
+#
+# ### Exercise 0.2: weights in the linear layers (about 5 minutes)
+# `linear_layers(model)` gives the linear layers inside the blocks, by name. How many weights do they hold
+# together, without biases? Target: the attention row plus the MLP row of the table. The check tries
+# made-up models.
+# %% tags=["exercise"]
+from quantlab.lm import linear_layers
+
+def my_linear_weights(model):
+    raise NotImplementedError
+# %%
+check("0.2", my_linear_weights)
+hint("0.2")
+# %% [markdown]
+# ### Exercise 0.3: share of the embedding (about 5 minutes)
+# Which part of all parameters, between 0 and 1, is in the embedding? Target: the share in the table. Mind
+# the head: in some models it *is* the embedding, in others a matrix of its own.
+#
+# **solution** prints our answer; below it shows the one to 0.1. Look when you have yours. Yours may be as
+# good.
+# %% tags=["exercise"]
+def my_embedding_share(model):
+    raise NotImplementedError
+# %%
+check("0.3", my_embedding_share)
+solution("0.1")
+# %% [markdown]
+# ## 5. Predict, then drag
+# The model gives each token a score, its *logit*. Divided by the temperature T and put through softmax,
+# the scores become probabilities. By hand, with three tokens. **Predict**: does a lower T favour the
+# first or the last?
+# %%
+import torch
+
+logits = torch.tensor([2.0, 1.0, 0.0])
+chances = {T: torch.softmax(logits / T, dim=0) for T in (0.5, 1.0, 2.0)}
+for T, chance in chances.items():
+    assert torch.allclose(chance[0] / chance[1], torch.tensor(1 / T).exp())
+{T: [round(p, 2) for p in chance.tolist()] for T, chance in chances.items()}
+# %% [markdown]
+# Now the real model. **Predict first**, then drag:
+# 1. Towards 0: what happens to the largest bar? And at 0?
+# 2. Does any bar ever overtake another?
+# 3. From which temperature on will the story stop making sense?
+# %% tags=["nbval-ignore-output"]
+from quantlab.explorers import explore_temperature
+
+explore_temperature(model, tokenizer, generate, prompt="Once upon a time, there was a little")
+# %% [markdown]
+# **What you saw.** The order of the bars never changes; how far they are apart does. Two tokens whose
+# logits differ by d have the odds exp(d/T), as asserted above. At 0 the likeliest takes all. Far above 1
+# all become alike, and the story falls apart. We shall compare models at temperature 0: if a quantized
+# one tells another story, it was the model and not the dice.
+#
+# ## 6. The ledger
+# Stories cannot be averaged. So each way of quantizing gets one row of measurements in a table that is
+# yours, `ledger.csv`. The first row is the float model itself. **Predict**: how far is a model from
+# itself?
+# %% tags=["nbval-ignore-output"]
+from quantlab import ledger
+from quantlab.lm import load_text, token_stream
+
+tokens = token_stream(tokenizer, load_text("eval"))[:4096]
+row = ledger.measure(model, model, tokens, method="float")
+ledger.append(row)
+assert row.kl < 1e-6 < 0.999 < row.top1
+assert row.bytes == 2 * total
+ledger.Table([row])
+# %% [markdown]
+# - **perplexity**: how many tokens the model hesitates between, on stories it has not seen; ± is the
+#   error bar.
+# - **KL**: how far the predictions are from the float model's. **top-1**: how often both say the same
+#   token.
+# - **bits/w, kB**: 16 bits a weight, as in the file.
+# - **prefill, decode**: time to read and to write, over the float model's. Here both are the same model:
+#   what is not 1 is the noise of the clock.
+#
+# ## 7. Myth: "FP32 to INT8 is 8 times smaller"
+# **Predict** the factor, for one layer and for the whole model. A quantized layer also stores a scale
+# (缩放因子) for each row, which notebook 01 explains; embedding and norms stay in 16 bits.
+# %%
+from quantlab import PerAxis, quantize_tensor
+from quantlab.lm import linear_layers, model_bytes
+
+layers = linear_layers(model)
+name = list(layers)[4]
+int8 = {n: quantize_tensor(layer.weight, bits=8, granularity=PerAxis(0)) for n, layer in layers.items()}
+gain = 4 * layers[name].weight.numel() / int8[name].nbytes
+whole = 4 * total / model_bytes(model, int8)
+assert whole < gain < 4
+assert gain > 3.9 or not bundled
+print(f"one layer:   {gain:.2f} times smaller than float32")
+print(f"whole model: {whole:.2f} times smaller than float32, {whole / 2:.2f} times than in 16 bits")
+# %% [markdown]
+# 32/8 is 4, a little less with the scales, and less again when everything is counted. The 8 in INT8 is a
+# number of bits, not a gain. So always ask: smaller than *what*, and was *everything* counted?
+#
+# ## 8. What breaks next
+# Why scales at all? PyTorch turns floats into integers by itself. **Predict**: what becomes of 0.9, −0.4
+# and 1.7, and what of the weights of a layer?
+# %% tags=["nbval-ignore-output"]
+print(torch.tensor([0.9, -0.4, 1.7]).to(torch.int8).tolist())
+weight = layers[name].weight.detach()
+zeros = (weight.to(torch.int8) == 0).float().mean().item()
+assert zeros > 0.99 or not bundled
+print(f"half of the weights lie within ±{weight.abs().median():.2f}; after the cast {zeros:.1%} are 0")
+# %% [markdown]
+# A cast cuts off what stands behind the point, and weights are far smaller than 1. **Predict** the story
+# without this one layer, and then with all linear layers cast.
+# %% tags=["nbval-ignore-output"]
+import copy
+
+def cast_to_int8(model, names):
+    new = copy.deepcopy(model)
+    for name in names:
+        layer = linear_layers(new)[name]
+        layer.weight.data = layer.weight.to(torch.int8).float()
+    return new
+
+silent = cast_to_int8(model, layers)
+stories = [tell(m) for m in (model, cast_to_int8(model, [name]), silent)]
+assert len(set(stories)) == 3
+print(*stories, sep="\n\n")
+# %% [markdown]
+# The last one has fallen silent: it says one thing over and over. Its matrices hold nearly nothing but
+# zeros, so the blocks add nothing. The token goes from the embedding straight to the head, and finds
+# itself there.
+#
+# **The control that must fail.** If our measure is worth anything, it must see this. A model that knows
+# nothing, and takes all tokens for equally likely, has the size of the vocabulary as its perplexity.
+# %% tags=["nbval-ignore-output"]
+from quantlab.lm import perplexity
+
+with torch.no_grad():
+    said = silent(tokens[None, :512]).logits[0].argmax(-1)
+repeats, bad = (said == tokens[:512]).float().mean(), perplexity(silent, tokens).value
+assert bad > len(tokenizer) > row.perplexity
+assert repeats > 0.5 or not bundled
+print(f"perplexity: float {row.perplexity:.1f}, knowing nothing {len(tokenizer):,}, cast {bad:.1e}")
+print(f"the cast model says the token that it has just read: {repeats:.0%}")
+# %% [markdown]
+# Worse than knowing nothing: it is sure, and wrong. Eight bits are enough, as notebook 01 shows; what the
+# integers lack is a *unit*.
+#
+# **Open question.** Multiply all weights by 100 before the cast and divide by 100 after it. Does the
+# model speak again? Which factor is best for a layer, and what limits it? Whoever can answer that has
+# invented the scale.
+# %% [markdown]
+# ## 9. Map
+# Linked notebooks are there (✓); the others are being written.
+#
+# | notebook | about |
+# |---|---|
+# | 00 Start here ✓ | this notebook |
+# | [01 Scale and zero point](01_scale_and_zero_point.ipynb) ✓ | codes and back; the size of the error |
+# | 02 Clamping and calibration | cut off outliers, or stretch for them |
+# | 03 Granularity, packing, honest bits | how many weights share a scale; true bytes |
+# | 04 NF4 and other codebooks | levels where the weights are |
+# | 05 Floating-point formats | FP16, BF16, FP8, FP4, bit by bit |
+# | [06 Measuring a language model](06_measuring_a_language_model.ipynb) ✓ | perplexity, KL, error bars |
+# | 07 Integer arithmetic for real | when integers are faster, and when not |
+# | 08 Dynamic or static? | activations: scales now or in advance |
+# %% [markdown]
+# | notebook | about |
+# |---|---|
+# | 09 Outliers | LLM.int8() and SmoothQuant |
+# | [10 GPTQ](10_gptq.ipynb) ✓ | other weights make up for an error |
+# | 11 AWQ | protect the channels that matter |
+# | 12 Sensitivity and mixed precision | which layer gets how many bits |
+# | 13 Quantization-aware training | train through the rounding |
+# | 14 Learned steps, three values, two values | down to one bit |
+# | 15 QLoRA | fine-tune on frozen 4-bit weights |
+# | 16 KV cache | quantize the memory of the text |
+# | 17 From notebook to deployment | files and engines, compared |
+# | 18 Bug hunt | published code that looks right |
+# | 19 Capstone: fit the budget | the best model under N bytes |
+# %% [markdown]
+# ## 10. Glossary
+#
+# | English | 中文 | meaning |
+# |---|---|---|
+# | token | 词元 | a piece of text with a number |
+# | weight | 权重 | a number learned in training |
+# | activation | 激活值 | a number computed from the input |
+# | quantize | 量化 | reals to codes of few bits |
+# | dequantize | 反量化 | codes back to reals, approximately |
+# | scale | 缩放因子 | real units in one integer step |
+# | zero point | 零点 | the code of real 0 |
+# | clamp | 截断 | cut to the smallest or largest code |
+# | granularity | 粒度 | how many numbers share a scale |
+# | outlier | 离群值 | a value far larger than the rest |
+# %% [markdown]
+# | English | 中文 | meaning |
+# |---|---|---|
+# | calibration | 校准 | run sample data to choose ranges |
+# | post-training quantization | 训练后量化 | quantize a finished model, without training |
+# | dynamic quantization | 动态量化 | activation scales from each input |
+# | static quantization | 静态量化 | activation scales fixed in advance |
+# | quantization-aware training | 量化感知训练 | train with rounding in the forward pass |
+# | perplexity | 困惑度 | how surprised a model is by a text |
+# | KL divergence | KL 散度 | how far a prediction is from another |
+#
+# ### Another model
+# `QUANTLAB_MODEL=/folder/of/a/model python run.py lab` runs all notebooks on that model. The folder holds
+# `config.json`, the tokenizer's files and `.safetensors` weights, and no network is needed. A hub name
+# works too (`org/name@revision`): downloaded once, it is found offline afterwards.
+# %% [markdown]
+# ### Recap
+# - A float32 weight takes four bytes, an int8 one. INT8 is 4 times smaller, a little less with scales.
+# - The linear layers inside the blocks hold most of the weights; the embedding comes next.
+# - At temperature 0 the likeliest token is taken, and the same model tells the same story.
+# - The ledger says in numbers what stories only suggest, and a broken model must look broken in it.
+# - Weights are far smaller than 1: cast to int8 they become 0, and the model falls silent. Integers need
+#   a unit.
+#
+# Next: [01 Scale and zero point](01_scale_and_zero_point.ipynb) gives them one.

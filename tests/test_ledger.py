@@ -1,0 +1,61 @@
+"""ledger: what is measured, and that the file is whole, read back equal, and replaced row by row."""
+
+import dataclasses
+
+import pytest
+
+from quantlab import ledger, lm
+
+
+@pytest.fixture(scope="module")
+def measured():
+    model, tokenizer = lm.load_lm(str(lm.DATA / "model"))
+    tokens = lm.token_stream(tokenizer, lm.load_text("eval"))[:600]
+    new, report = lm.quantize_lm(model, tokens, bits=3, window=256, progress=False)
+    row = ledger.measure(model, new, tokens, method="rtn", bits=3, group="128", report=report, window=256)
+    return model, new, report, tokens, row
+
+
+def test_a_row_is_what_the_library_measures(measured):
+    model, new, report, tokens, row = measured
+    p, d = lm.perplexity(new, tokens, window=256), lm.divergence(model, new, tokens, window=256)
+    assert (row.perplexity, row.perplexity_error) == pytest.approx(p[:2])
+    assert (row.kl, row.kl_error, row.top1) == pytest.approx(d[:3])
+    assert row.bytes == report.nbytes
+    assert row.bits_per_weight == pytest.approx(report.bits_per_parameter)
+    assert row.calibration_tokens == 512  # whole windows
+    assert row.prefill > 0
+    assert row.decode > 0
+
+
+def test_the_float_row_counts_sixteen_bits(measured):
+    model, _, _, tokens, _ = measured
+    row = ledger.measure(model, model, tokens, method="float", window=256)
+    assert row.kl == 0
+    assert row.top1 == 1
+    assert row.bits_per_weight == 16
+
+
+def test_rows_come_back_equal_and_replace_their_own_kind(measured, tmp_path):
+    row, path = measured[-1], tmp_path / "ledger.csv"
+    ledger.append(row, path)
+    assert ledger.read(path) == [row]
+    better = dataclasses.replace(row, kl=0.001)
+    other = dataclasses.replace(row, bits=4)
+    assert ledger.append(other, path) == [row, other]
+    assert ledger.append(better, path) == [other, better]
+    assert [p.name for p in tmp_path.iterdir()] == ["ledger.csv"]
+
+
+def test_a_table_shows_every_row(measured):
+    text = repr(ledger.Table([measured[-1]] * 2))
+    assert len(text.splitlines()) == 3
+    assert "rtn" in text
+
+
+def test_foreign_files_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        ledger.read(tmp_path / "none.csv")
+    (tmp_path / "x.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="is not a ledger"):
+        ledger.read(tmp_path / "x.csv")
