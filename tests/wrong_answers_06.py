@@ -65,7 +65,7 @@ WRONG = {
     "6.4": [
         (lambda model, tokens, target: 2, "times the target"),
         (lambda model, tokens, target: 8, "the least number"),
-        (lambda model, tokens, target: 0.02, "an int"),
+        (lambda model, tokens, target: 0.01, "an int"),
         (lambda model, tokens, target: 1, "from 2 to 8"),
     ],
 }

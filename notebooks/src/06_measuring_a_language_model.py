@@ -76,9 +76,8 @@ assert torch.isclose(value, p.prod() ** (-1 / 3))
 # **Predict.** What is the perplexity of a model that gives each of V tokens the probability 1/V?
 #
 # <details><summary>Answer</summary>
-# V: every nll is log V, so is their mean, and exp(log V) = V.</details>
-#
-# So 1 is certainty and V no idea; a model that is sure and *wrong* can lie above V, without bound.
+# V: every nll is log V, so is their mean, and exp(log V) = V. So 1 is certainty and V no idea. A model that is
+# sure and wrong can lie above V, without bound.</details>
 #
 # ### Exercise 6.1: perplexity (about 5 minutes)
 # `logits` has a row for each of n tokens, computed from that token and those before it; `log_softmax` makes
@@ -352,8 +351,9 @@ plot_against_bits({"rtn, group 128": {b: (rows[b].perplexity, rows[b].perplexity
 low, high = (rows[32].perplexity + sign * rows[32].perplexity_error for sign in (-1, 1))
 left.axhspan(low, high, color=FLOAT, alpha=0.5, zorder=0, label="float ± standard error")
 left.legend()
+left.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
 left.yaxis.set_major_formatter("{x:.0f}")
-left.yaxis.set_minor_formatter("{x:.0f}")
+left.yaxis.set_minor_formatter(plt.NullFormatter())
 plot_against_bits({"rtn, group 128": {b: (rows[b].kl, rows[b].kl_error) for b in seen}},
                   ylabel="KL to the float model, nats", ax=right)
 plt.show()
@@ -393,7 +393,8 @@ ax.set(xlabel="KL to the float model, nats")
 plt.show()
 gap = {m: found[m, "fresh"].kl / found[m, "read"].kl for m in ("leaked", "honest")}
 assert 0.8 < gap["honest"] < 1.25
-assert gap["leaked"] > 1.2 * gap["honest"]
+assert gap["leaked"] > gap["honest"]
+assert found["leaked", "fresh"].kl > 0.9 * found["honest", "fresh"].kl
 f"fresh text over read text: leaked {gap['leaked']:.2f}, honest {gap['honest']:.2f}"
 # %% [markdown]
 # The leaked model shines on the text that it has read, and on fresh text it is no better than the honest
@@ -409,11 +410,11 @@ assert gaps[512] > gaps[1024] > gaps[4096]
 {f"{count} tokens": f"KL {gap:.2f} times as large on fresh text" for count, gap in gaps.items()}
 # %% tags=["nbval-ignore-output"]
 one, other = (perplexity(m, read, window=128) for m in (leaked, honest))
-assert abs(one.value - other.value) < one.stderr
-f"text read: leaked {one.value:.1f} ± {one.stderr:.1f}, honest {other.value:.1f} ± {other.stderr:.1f}"
+assert one.value < other.value < one.value + one.stderr + other.stderr
+f"perplexity: leaked {one.value:.1f} ± {one.stderr:.1f}, honest {other.value:.1f} ± {other.stderr:.1f}"
 # %% [markdown]
 # It shrinks: a few hundred tokens can be fitted, a few thousand hardly; with ample text the leak is small.
-# Perplexity cannot show it at all: the difference is within the error bar.
+# Perplexity is flattered too, but the two error bars overlap: it would leave the question open.
 #
 # ## 9. Myth: "measure the model on what it writes"
 # A much copied tutorial lets each model write a text, and reports the perplexity of each on *its own*.
@@ -430,17 +431,17 @@ table = {name: [row.perplexity, own(m, 1.0), own(m, 0.0)] for name, (m, row) in 
 print(f"{'':8}{'common text':>14}{'own, sampled':>14}{'own, likeliest':>16}")
 print("\n".join(f"{name:8}{a:14.2f}{b:14.2f}{c:16.2f}" for name, (a, b, c) in table.items()))
 assert table["3 bits"][2] < table["float"][1] < table["float"][0] < table["3 bits"][0]
-assert all(max(own_text) < common / 1.5 for common, *own_text in table.values())
+assert all(max(own_text) < common for common, *own_text in table.values())
 # %% [markdown]
-# Every model likes its own words: all own-text numbers are far too low. They depend on the temperature more
+# Every model likes its own words: all own-text numbers are too low. They depend on the temperature more
 # than on the model: let the 3-bit model always take the likeliest token and the float model sample, and the
-# damaged one wins by far. Only the first column compares the models. One fixed text that none of them
+# damaged one wins. Only the first column compares the models. One fixed text that none of them
 # wrote, the same for all.
 #
 # ## 10. Exercises
 # ### Exercise 6.4: the least bits (about 20 minutes)
 # Return the least number of bits (2 … 8, round-to-nearest, group 128) whose KL to the float model on
-# `tokens` is at most `target`. The check asks for **0.5** and for **0.02** nats, on 1024 tokens, and
+# `tokens` is at most `target`. The check asks for **0.2** and for **0.01** nats, on 1024 tokens, and
 # measures too, so it takes a moment.
 # %% tags=["exercise"]
 def my_bits(model, tokens, target):
