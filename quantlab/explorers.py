@@ -7,6 +7,7 @@ notebook that has no kernel, and a line of text under it says the numbers.
 import base64
 import html
 import io
+import textwrap
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,9 +56,26 @@ class _View(widgets.VBox):
 
     def _repr_mimebundle_(self, **options):
         bundle = super()._repr_mimebundle_(**options)
-        bundle["image/png"] = base64.b64encode(self._png()).decode()
+        bundle["image/png"] = base64.b64encode(with_caption(self._png(), self._text())).decode()
         bundle["text/plain"] = self._text()
         return bundle
+
+
+def with_caption(png: bytes, text: str) -> bytes:
+    """The picture with the text under it, for readers who have no kernel."""
+    picture = Image.open(io.BytesIO(png))
+    lines = [part for line in text.splitlines() for part in textwrap.wrap(line, 105) or [""]]
+    fig = Figure(figsize=(picture.width / 100, 0.19 * len(lines) + 0.1), dpi=100)
+    canvas = FigureCanvasAgg(fig)
+    fig.text(0.01, 0.98, "\n".join(lines), va="top", fontsize=10, parse_math=False)
+    with _DRAWING:
+        canvas.draw()
+    caption, out = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), io.BytesIO()
+    both = Image.new("RGB", (picture.width, picture.height + caption.height), "white")
+    both.paste(picture, (0, 0))
+    both.paste(caption, (0, picture.height))
+    both.save(out, "png", optimize=True)
+    return out.getvalue()
 
 
 class _Canvas:
@@ -408,8 +426,8 @@ def explore_bits(results: list[dict]) -> Explorer:
         ax.set(yscale="log", ylabel=name, xticks=places)
         ax.set_xticklabels(labels, fontsize="small", rotation=30)
     marks = [
-        left.plot([0], [1], "o", color=OTHER, markersize=11, fillstyle="none", markeredgewidth=2.5)[0],
-        right.plot([0], [1], "o", color=OTHER, markersize=11, fillstyle="none", markeredgewidth=2.5)[0],
+        left.plot([0], [results[0]["perplexity"]], "o", color=OTHER, markersize=11, fillstyle="none", markeredgewidth=2.5)[0],
+        right.plot([0], [1e-4], "o", color=OTHER, markersize=11, fillstyle="none", markeredgewidth=2.5)[0],
     ]
     fig.subplots_adjust(left=0.09, right=0.98, top=0.96, bottom=0.24, wspace=0.28)
 

@@ -117,14 +117,13 @@ class Table:
     rows: list
 
     def __repr__(self) -> str:
+        head = ("method", "bits", "group", "perplexity ±", "KL ±", "top-1", "bits/w", "kB", "prefill", "decode", "s")
+        widths = (11, 4, 6, 13, 16, 6, 6, 6, 7, 6, 5)
         lines = [
-            f"{'method':18}{'bits':>5}{'group':>7}  {'perplexity':>16}  {'KL':>17}{'top-1':>8}{'bits/w':>8}"
-            f"{'kB':>7}{'prefill':>8}{'decode':>7}{'s':>6}"
-        ]
-        lines += [
-            f"{r.method:18}{r.bits:5}{r.group:>7}  {r.perplexity:8.3f} ± {r.perplexity_error:5.3f}  "
-            f"{r.kl:8.5f} ± {r.kl_error:7.5f}{r.top1:8.1%}{r.bits_per_weight:8.2f}{r.bytes / 1000:7.0f}"
-            f"{r.prefill:7.2f}x{r.decode:6.2f}x{r.seconds:6.1f}"
+            (r.method, f"{r.bits}", r.group, f"{r.perplexity:.2f} {r.perplexity_error:.2f}",
+             f"{r.kl:.4f} {r.kl_error:.4f}", f"{r.top1:.1%}", f"{r.bits_per_weight:.2f}", f"{r.bytes / 1000:.0f}",
+             f"{r.prefill:.2f}x", f"{r.decode:.2f}x", f"{r.seconds:.1f}")
             for r in self.rows
-        ]
+        ]  # fmt: skip
+        lines = ["  ".join(f"{text:>{w}}" for text, w in zip(row, widths, strict=True)) for row in (head, *lines)]
         return "\n".join(lines)

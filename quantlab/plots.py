@@ -3,6 +3,7 @@
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
 # Okabe and Ito's palette, told apart with any colour vision.
@@ -64,6 +65,11 @@ def plot_against_bits(
         values, errors = zip(*(points[b] for b in bits), strict=True)
         ax.errorbar(bits, values, yerr=errors, marker=marker, color=color, capsize=3, label=method)
     ax.set(xlabel="bits", ylabel=ylabel, yscale="log", xticks=bits)
+    low, high = ax.get_ylim()
+    if high < 100 * low:  # too short for powers of ten: 50, 100, 200 instead
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
     ax.legend(loc="best")
     return ax
 

@@ -351,9 +351,6 @@ plot_against_bits({"rtn, group 128": {b: (rows[b].perplexity, rows[b].perplexity
 low, high = (rows[32].perplexity + sign * rows[32].perplexity_error for sign in (-1, 1))
 left.axhspan(low, high, color=FLOAT, alpha=0.5, zorder=0, label="float ± standard error")
 left.legend()
-left.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
-left.yaxis.set_major_formatter("{x:.0f}")
-left.yaxis.set_minor_formatter(plt.NullFormatter())
 plot_against_bits({"rtn, group 128": {b: (rows[b].kl, rows[b].kl_error) for b in seen}},
                   ylabel="KL to the float model, nats", ax=right)
 plt.show()
