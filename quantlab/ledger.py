@@ -117,7 +117,19 @@ class Table:
     rows: list
 
     def __repr__(self) -> str:
-        head = ("method", "bits", "group", "perplexity ±", "KL ±", "top-1", "bits/w", "kB", "prefill", "decode", "s")
+        head = (
+            "method",
+            "bits",
+            "group",
+            "perplexity ±",
+            "KL ±",
+            "top-1",
+            "bits/w",
+            "kB",
+            "prefill",
+            "decode",
+            "s",
+        )
         widths = (11, 4, 6, 13, 16, 6, 6, 6, 7, 6, 5)
         lines = [
             (r.method, f"{r.bits}", r.group, f"{r.perplexity:.2f} {r.perplexity_error:.2f}",
@@ -125,5 +137,7 @@ class Table:
              f"{r.prefill:.2f}x", f"{r.decode:.2f}x", f"{r.seconds:.1f}")
             for r in self.rows
         ]  # fmt: skip
-        lines = ["  ".join(f"{text:>{w}}" for text, w in zip(row, widths, strict=True)) for row in (head, *lines)]
+        lines = [
+            "  ".join(f"{text:>{w}}" for text, w in zip(row, widths, strict=True)) for row in (head, *lines)
+        ]
         return "\n".join(lines)
