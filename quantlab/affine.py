@@ -1,12 +1,13 @@
 """The affine map between reals and integer codes: scale, zero_point, rounding, clamping."""
 
+import operator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class QParams:
     """One affine map per block: real ≈ scale * (code - zero_point). Both tensors broadcast against the data."""
 
@@ -25,7 +26,7 @@ def choose_qparams(
 
     The range is first widened to hold 0.0, so that zero (padding, ReLU, masks) is a code and stays exact.
     symmetric=True covers [-a, a], a = max(|min_val|, |max_val|), with the middle code as zero_point.
-    A range of zero width gets the smallest normal float32 as its scale, so x / scale is always finite.
+    A range of zero width gets the smallest normal float32 as its scale, so 1 / scale is always finite.
 
     Shapes: min_val and max_val alike, () for a whole tensor, (rows, 1) for one map per row.
     Raises: ValueError if qmin >= qmax, a bound is not finite, or min_val > max_val.
@@ -64,7 +65,7 @@ def quantize(x: Tensor, qp: QParams) -> Tensor:
     [0, 1, 2, 3]
     """
     check_real(x)
-    return _steps(x, qp).clamp(qp.qmin, qp.qmax).to(torch.int32)
+    return unclamped_codes(x, qp).clamp(qp.qmin, qp.qmax).to(torch.int32)
 
 
 def dequantize(codes: Tensor, qp: QParams) -> Tensor:
@@ -101,8 +102,25 @@ def fake_quantize(x: Tensor, qp: QParams) -> Tensor:
     return _StraightThrough.apply(x, qp)
 
 
+def check_int(value, name: str, low: int | None = None, high: int | None = None) -> int:
+    """The value as an int; ValueError unless it is a whole number (no bool, no float) in low..high."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise ValueError(f"{name} must be an int, got {value!r}")
+    if (low is not None and number < low) or (high is not None and number > high):
+        if high is None:
+            raise ValueError(f"{name} must be at least {low}, got {number}")
+        raise ValueError(f"{name} must be {low}..{high}, got {number}")
+    return number
+
+
 def check_real(x: Tensor, name: str = "x") -> None:
     """Raise a ValueError unless x is a tensor of finite floating-point numbers with at least one element."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
     if not x.is_floating_point():
         raise ValueError(f"{name} must be floating point, got {x.dtype}")
     if x.numel() == 0:
@@ -114,23 +132,30 @@ def check_real(x: Tensor, name: str = "x") -> None:
 
 
 def _check_bounds(min_val: Tensor, max_val: Tensor, qmin: int, qmax: int) -> None:
+    for name, bound in (("qmin", qmin), ("qmax", qmax)):
+        check_int(bound, name)
     if qmin >= qmax:
         raise ValueError(f"need qmin < qmax, got qmin={qmin}, qmax={qmax}")
-    if not (torch.isfinite(min_val).all() and torch.isfinite(max_val).all()):
-        raise ValueError("min_val and max_val must be finite; has the observer seen any data?")
+    if min_val.shape != max_val.shape or min_val.numel() == 0:
+        raise ValueError(f"need bounds of one shape, got {tuple(min_val.shape)} and {tuple(max_val.shape)}")
+    if not (torch.isfinite(min_val.float()).all() and torch.isfinite(max_val.float()).all()):
+        raise ValueError(
+            "min_val and max_val must be finite float32 numbers; has the observer seen any data?"
+        )
     if (min_val > max_val).any():
         raise ValueError("need min_val <= max_val; are the two swapped?")
 
 
-def _steps(x: Tensor, qp: QParams) -> Tensor:
+def unclamped_codes(x: Tensor, qp: QParams) -> Tensor:
     """round(x / scale) + zero_point before clamping, float32 (exact: codes are far below 2**24)."""
-    return torch.round(x.float() * (1.0 / qp.scale)) + qp.zero_point
+    x = x if x.dtype == torch.float64 else x.float()
+    return torch.round(x * (1.0 / qp.scale).to(x.dtype)) + qp.zero_point
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, qp):
-        steps = _steps(x, qp)
+        steps = unclamped_codes(x, qp)
         ctx.save_for_backward((steps >= qp.qmin) & (steps <= qp.qmax))
         return (qp.scale * (steps.clamp(qp.qmin, qp.qmax) - qp.zero_point)).to(x.dtype)
 

@@ -34,6 +34,8 @@ def judge(exercise: Exercise, answer) -> str:
     """What check says of an answer, as text; never a traceback from inside the checker."""
     if answer is None or answer is ...:
         return "not attempted yet"
+    if callable(exercise.solution) and not callable(answer):
+        return "not yet. Pass the function itself, without brackets: check(name, f), not check(name, f(...))"
     try:
         note = exercise.test(answer)
     except NotImplementedError:
@@ -41,8 +43,18 @@ def judge(exercise: Exercise, answer) -> str:
     except Wrong as wrong:
         return f"not yet. {wrong}"
     except Exception as error:  # noqa: BLE001  the learner's own code failed, in any way it likes
-        return f"not yet. Your code stopped with {type(error).__name__}: {error}"
+        if getattr(answer, "__code__", None) in _codes(error.__traceback__):
+            return f"not yet. Your code stopped with {type(error).__name__}: {error}"
+        return (
+            "not yet. What your code returned is not of the kind asked for "
+            f"({type(error).__name__}: {error}). Did it return, and everything?"
+        )
     return "passed" if note is None else f"passed. {note}"
+
+
+def _codes(trace) -> list:
+    """The code objects that an error came through."""
+    return [] if trace is None else [trace.tb_frame.f_code, *_codes(trace.tb_next)]
 
 
 def hint(name: str) -> None:

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from quantlab.affine import QParams, choose_qparams, fake_quantize
+from quantlab.affine import QParams, check_real, choose_qparams, fake_quantize
 from quantlab.gptq import Hessian, gptq_quantize, gptq_steps
 from quantlab.granularity import PerAxis, PerGroup, QTensor, quantize_tensor
 from quantlab.metrics import split_error, sqnr_db
@@ -135,15 +135,16 @@ def _figure(columns: int = 1, rows: int = 1, height: float = 3.4, **options):
 
 
 def _sample(x: Tensor) -> Tensor:
+    check_real(x)
     flat = x.detach().float().flatten()
-    return flat[torch.linspace(0, len(flat) - 1, min(len(flat), _MOST)).long()]
+    return flat[torch.linspace(0, len(flat) - 1, min(len(flat), _MOST), dtype=torch.float64).long()]
 
 
 def explore_affine(x: Tensor, *, bits: int = 4, symmetric: bool = False) -> Explorer:
     """Lay a grid over the values of a layer: choose bits and range, see the grid points and each value's error."""
     x = _sample(x)
     low, high = min(x.min().item(), 0.0), max(x.max().item(), 0.0)
-    reach = max(-low, high)
+    reach = max(-low, high) or 1.0
     slider = {"min": -1.5, "max": 1.5, "step": 0.01, "readout_format": ".2f"}
     controls = {
         "bits": widgets.IntSlider(bits, min=1, max=8, description="bits"),
@@ -251,6 +252,7 @@ def explore_gptq(
     weight: Tensor, hessian: Hessian, *, bits: int = 4, group_size: int | None = None
 ) -> Explorer:
     """GPTQ beside round-to-nearest on one layer: the two errors of each, and the output error of every row."""
+    weight = weight.detach()
     groups = [("whole row", 0), *((str(size), size) for size in (128, 64, 32, 16))]
     controls = {
         "bits": widgets.IntSlider(bits, min=2, max=8, description="bits"),
@@ -307,6 +309,7 @@ def explore_columns(
 ) -> Explorer:
     """GPTQ column by column: how far each weight has moved, and the output error so far beside round-to-nearest's."""
     weight = weight.detach().double()[:rows]
+    rows = len(weight)
     H, states = hessian.matrix, gptq_steps(weight, hessian, bits=bits)
     nearest = quantize_tensor(weight, bits=bits, granularity=PerAxis(0), symmetric=False).dequantize()
     columns = weight.shape[1]

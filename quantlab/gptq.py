@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from quantlab.affine import QParams, check_real, choose_qparams
+from quantlab.affine import QParams, check_int, check_real, choose_qparams
 from quantlab.granularity import PerAxis, PerGroup, QTensor, code_range
 
 BLOCK = 128  # columns that are finished before the rest hears of their error; any size gives the same result
@@ -20,9 +20,7 @@ class Hessian:
     """H = 2/tokens XᵀX of a layer's input, summed up batch by batch. Layers that share an input share one."""
 
     def __init__(self, in_features: int):
-        if in_features < 1:
-            raise ValueError(f"in_features must be at least 1, got {in_features}")
-        self.in_features = in_features
+        self.in_features = check_int(in_features, "in_features", 1)
         self.tokens = 0
         self._sum: Tensor | None = None  # XᵀX, float64, on the device of the inputs
         self._factors: dict = {}
@@ -30,11 +28,13 @@ class Hessian:
     def add(self, x: Tensor) -> "Hessian":
         """Count in a batch of inputs, (..., in_features). Returns self, so calls can be chained."""
         check_real(x, "the input of a Hessian")
-        if x.shape[-1] != self.in_features:
+        if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"need inputs of {self.in_features} features, got shape {tuple(x.shape)}")
         rows = x.detach().reshape(-1, self.in_features)
         rows = rows if rows.dtype == torch.float64 else rows.float()
         product = (rows.T @ rows).double()
+        if not torch.isfinite(product).all():
+            raise ValueError(f"inputs as large as {rows.abs().max():.1e} overflow XᵀX; scale them down")
         self._sum = product if self._sum is None else self._sum + product
         self.tokens += len(rows)
         self._factors.clear()
@@ -56,6 +56,13 @@ class Hessian:
 
     def output_error(self, weight: Tensor, weight_hat: Tensor) -> float:
         """‖X(W - Ŵ)ᵀ‖² / ‖XWᵀ‖², without X: both are traces with H."""
+
+        for w in (weight, weight_hat):
+            check_weight(w, self)
+        if weight.shape != weight_hat.shape:
+            raise ValueError(
+                f"need two weights of one shape, got {tuple(weight.shape)}, {tuple(weight_hat.shape)}"
+            )
 
         def energy(w: Tensor) -> Tensor:
             return ((w.double() @ self.matrix) * w.double()).sum()
@@ -81,8 +88,8 @@ def factorize(H: Tensor, *, act_order: bool = False, damping: float = 0.01) -> F
     as much is tried (from 0.01 up, with a warning), up to 1000. A column that never fires (H_ii = 0)
     gets H_ii = 1: it is rounded to nearest and passes no error on.
     """
-    if damping < 0:
-        raise ValueError(f"damping must be at least 0, got {damping}")
+    if not 0 <= damping <= 1000:
+        raise ValueError(f"damping must be at least 0 and at most 1000, got {damping}")
     H, diagonal = H.double().clone(), H.diagonal().double()
     H.diagonal().copy_(torch.where(diagonal == 0, 1.0, diagonal))
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else None
@@ -130,9 +137,7 @@ def gptq_quantize(
     >>> q.dequantize().tolist()   # row 1: 0.4 and 0.4 on the grid 0, 0.4; row 2: 1 and 0 on 0, 1
     [[0.4000000059604645, 0.4000000059604645], [1.0, 0.0]]
     """
-    check_real(weight, "weight")
-    if weight.ndim != 2 or weight.shape[1] != hessian.in_features:
-        raise ValueError(f"need a weight (out, {hessian.in_features}), got shape {tuple(weight.shape)}")
+    check_weight(weight, hessian)
     granularity = PerAxis(0) if group_size is None else PerGroup(group_size)
     factor = hessian.factor(act_order=act_order, damping=damping)
     columns = weight.detach().T if factor.order is None else weight.detach().T[factor.order]
@@ -147,13 +152,20 @@ def gptq_quantize(
     return QTensor(codes.T.contiguous(), grid.qparams(), bits, granularity, symmetric, weight.dtype, index)
 
 
+def check_weight(weight: Tensor, hessian: Hessian) -> None:
+    """Raise a ValueError unless weight is a finite matrix with the Hessian's number of columns."""
+    check_real(weight, "weight")
+    if weight.ndim != 2 or weight.shape[1] != hessian.in_features:
+        raise ValueError(f"need a weight (out, {hessian.in_features}), got shape {tuple(weight.shape)}")
+
+
 def gptq_steps(weight: Tensor, hessian: Hessian, *, bits: int, damping: float = 0.01) -> Tensor:
     """The weight before and after each column, (in + 1, out, in): how GPTQ gets there, one scale a row.
 
     In state k the first k columns are on the grid and the others have taken up their errors. The plain loop of
     the paper, for looking at small layers; gptq_quantize gives the last state faster.
     """
-    check_real(weight, "weight")
+    check_weight(weight, hessian)
     factor = hessian.factor(act_order=False, damping=damping)
     U = torch.linalg.inv(factor.R)
     W, grid = weight.detach().double().clone(), _Grid(weight.detach().double().T, bits, None, False)

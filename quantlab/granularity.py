@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantlab.affine import QParams, check_real, choose_qparams, dequantize, quantize
+from quantlab.affine import QParams, check_int, check_real, choose_qparams, dequantize, quantize
 from quantlab.packing import pack
 
 
@@ -29,14 +29,13 @@ class PerGroup:
     group_size: int
 
     def __post_init__(self):
-        if self.group_size < 1:
-            raise ValueError(f"group_size must be at least 1, got {self.group_size}")
+        check_int(self.group_size, "group_size", 1)
 
 
 Granularity = PerTensor | PerAxis | PerGroup
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class QTensor:
     """A quantized tensor: integer codes, and the affine map of each block.
 
@@ -54,7 +53,8 @@ class QTensor:
 
     def dequantize(self) -> Tensor:
         """The reals that the codes stand for, in the dtype of the original."""
-        return dequantize(self.codes, self.element_qparams()).to(self.dtype)
+        values, limit = dequantize(self.codes, self.element_qparams()), torch.finfo(self.dtype)
+        return values.clamp(max(limit.min, -3.4e38), min(limit.max, 3.4e38)).to(self.dtype)
 
     def element_qparams(self) -> QParams:
         """The maps with scale and zero_point broadcastable against the codes."""
@@ -121,6 +121,7 @@ def code_range(bits: int, *, signed: bool = True, symmetric: bool = False) -> tu
     ((-128, 127), (0, 255))
     """
     least = 2 if symmetric else 1
+    bits = check_int(bits, "bits")
     if not least <= bits <= 8:
         raise ValueError(
             f"bits must be {least}..8 for a {'symmetric' if symmetric else 'asymmetric'} grid, got {bits}"
@@ -137,7 +138,12 @@ def to_blocks(x: Tensor, granularity: Granularity) -> Tensor:
     if isinstance(granularity, PerTensor):
         return x.reshape(1, -1)
     if isinstance(granularity, PerAxis):
-        return x.movedim(_checked_axis(x.ndim, granularity), 0).flatten(1) if x.ndim > 1 else x[:, None]
+        axis = _checked_axis(x.ndim, granularity)
+        return x.movedim(axis, 0).flatten(1) if x.ndim > 1 else x[:, None]
+    if not isinstance(granularity, PerGroup):
+        raise ValueError(
+            f"granularity must be PerTensor(), PerAxis(axis) or PerGroup(size), got {granularity!r}"
+        )
     if x.ndim == 0:
         raise ValueError("PerGroup needs at least one dimension, got a scalar")
     size = min(granularity.group_size, x.shape[-1])
@@ -157,7 +163,7 @@ def from_blocks(blocks: Tensor, granularity: Granularity, shape: torch.Size) -> 
 
 
 def _checked_axis(ndim: int, granularity: PerAxis) -> int:
-    if not -ndim <= granularity.axis < ndim:
+    if not -ndim <= check_int(granularity.axis, "axis") < ndim:
         raise ValueError(f"PerAxis({granularity.axis}) names no dimension of a tensor with {ndim} dimensions")
     return granularity.axis % ndim
 

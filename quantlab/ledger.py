@@ -87,6 +87,7 @@ def _latencies(reference, model, tokens: Tensor) -> tuple[float, float]:
 def append(row: Row, path="ledger.csv") -> list[Row]:
     """Write a row to the ledger, in place of an older one of the same method, bits and group; returns all rows."""
     path = Path(path)
+    row = Row(**{f.name: f.type(getattr(row, f.name)) for f in fields(Row)})  # as it will be read back
     rows = [r for r in (read(path) if path.exists() else []) if _key(r) != _key(row)] + [row]
     part = path.with_suffix(".part")
     with part.open("w", newline="", encoding="utf-8") as file:

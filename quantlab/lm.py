@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from quantlab.affine import check_int
 from quantlab.gptq import Hessian, gptq_quantize
 from quantlab.granularity import PerAxis, PerGroup, QTensor, quantize_tensor
 from quantlab.metrics import kl_per_position
@@ -37,11 +38,12 @@ def load_lm(name_or_path: str = "bundled"):
 
     Raises: FileNotFoundError if there is no such folder, or the hub cannot give the model (offline, or unknown).
     """
-    if name_or_path == "bundled":
-        name_or_path = os.environ.get("QUANTLAB_MODEL") or str(DATA / "model")
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        folder = _download(name_or_path)
+    name = str(name_or_path)
+    if name == "bundled":
+        name = os.environ.get("QUANTLAB_MODEL") or "bundled"
+    folder = DATA / "model" if name == "bundled" else Path(name).expanduser()
+    if not name or not folder.is_dir():
+        folder = _download(name)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
     small = sum(file.stat().st_size for file in folder.glob("*.safetensors")) < 100e6
@@ -93,10 +95,12 @@ def read_documents(paths) -> list[str]:
     Raises: FileNotFoundError if a file is missing, ValueError if one holds no text.
     """
     documents = []
+    if isinstance(paths, str | Path):
+        paths = [paths]
     for path in map(Path, paths):
         if not path.is_file():
             raise FileNotFoundError(f"no text file {path}")
-        found = [d.strip() for d in path.read_text(encoding="utf-8").split(SEPARATOR)]
+        found = [d.strip() for d in path.read_text(encoding="utf-8-sig").split(SEPARATOR)]
         if not any(found):
             raise ValueError(f"{path} holds no text")
         documents += [d for d in found if d]
@@ -114,9 +118,12 @@ def load_text(name: str) -> list[str]:
 
 def token_stream(tokenizer, documents) -> Tensor:
     """All documents as one row of ids, (tokens,) int64; the begin token, where the model has one, before each."""
+    documents = [documents] if isinstance(documents, str) else list(documents)
+    if not documents:
+        raise ValueError("there is no document to make tokens of")
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    rows = tokenizer(list(documents), add_special_tokens=False)["input_ids"]
-    return torch.tensor([token for row in rows for token in start + row])
+    rows = tokenizer(documents, add_special_tokens=False)["input_ids"]
+    return torch.tensor([token for row in rows for token in start + row], dtype=torch.int64)
 
 
 def generate(
@@ -127,14 +134,19 @@ def generate(
     temperature divides the logits before sampling: 0 always takes the likeliest token, 1 samples from the
     model's own distribution. The same seed gives the same text.
 
-    Raises: ValueError if temperature < 0 or tokens < 1.
+    Raises: ValueError if temperature < 0, tokens < 1, there is no token to start from, or prompt and tokens together
+    are longer than the model can read.
     """
-    if temperature < 0 or tokens < 1:
+    if not 0 <= temperature < math.inf or tokens < 1:
         raise ValueError(f"need temperature >= 0 and tokens >= 1, got {temperature} and {tokens}")
     random = torch.Generator().manual_seed(seed)
-    start = token_stream(tokenizer, [prompt])
+    start, longest = token_stream(tokenizer, [prompt]), _longest(model)
+    if not 1 <= len(start) <= longest - tokens:
+        raise ValueError(
+            f"need a prompt of 1..{longest - tokens} tokens before {tokens} more, got {len(start)}"
+        )
     said, cache, ids = [], None, start[None].to(model.device)
-    with torch.no_grad():
+    with torch.no_grad(), _evaluating(model):
         for _ in range(tokens):
             out = model(ids, past_key_values=cache, use_cache=True)
             logits, cache = out.logits[0, -1].float().cpu(), out.past_key_values
@@ -149,7 +161,8 @@ def generate(
 def _choose(logits: Tensor, temperature: float, random: torch.Generator) -> int:
     if temperature == 0:
         return int(logits.argmax())
-    return int(torch.multinomial(torch.softmax(logits / temperature, dim=0), 1, generator=random))
+    chance = torch.softmax((logits - logits.max()) / temperature, dim=0)
+    return int(torch.multinomial(chance, 1, generator=random))
 
 
 # --- measuring --------------------------------------------------------------------------------------------------
@@ -186,13 +199,13 @@ def perplexity(model, tokens: Tensor, *, window: int = 512, stride: int | None =
     window, stride = _checked_windows(model, tokens, window, stride)
     sums, counts = [], []
     for ids, scored in _windows(tokens, window, stride):
-        with torch.no_grad():
+        with torch.no_grad(), _evaluating(model):
             logits = model(ids.to(model.device), use_cache=False).logits[:, :-1].float().cpu()
         nll = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
         sums += (nll * scored).sum(1).double().tolist()
         counts += scored.sum(1).tolist()
     mean, stderr = _ratio(sums, counts)
-    value = math.exp(mean)
+    value = math.exp(mean) if mean < 700 else math.inf  # a wrecked model may be this sure of the wrong token
     return Perplexity(value, value * stderr, mean, int(sum(counts)))
 
 
@@ -205,9 +218,10 @@ def divergence(
     models read the same text.
     """
     window, stride = _checked_windows(model, tokens, window, stride)
+    window, stride = _checked_windows(reference, tokens, window, stride)
     sums, counts, agreed = [], [], 0.0
     for ids, scored in _windows(tokens, window, stride):
-        with torch.no_grad():
+        with torch.no_grad(), _evaluating(reference), _evaluating(model):
             p, q = (
                 m(ids.to(m.device), use_cache=False).logits[:, :-1].float().cpu() for m in (reference, model)
             )
@@ -218,18 +232,41 @@ def divergence(
     return Divergence(mean, stderr, agreed / sum(counts), int(sum(counts)))
 
 
+def _longest(model) -> int:
+    """How many tokens the model can read at once."""
+    return getattr(model.config, "max_position_embeddings", None) or 2**31
+
+
 def _checked_windows(model, tokens: Tensor, window: int, stride: int | None) -> tuple[int, int]:
-    if tokens.ndim != 1 or len(tokens) < 2:
-        raise ValueError(f"need one row of at least 2 tokens, got shape {tuple(tokens.shape)}")
-    if tokens.is_floating_point():
-        raise ValueError(f"tokens must be integers, got {tokens.dtype}")
-    if window < 2:
-        raise ValueError(f"window must be at least 2, got {window}")
-    longest = getattr(model.config, "max_position_embeddings", None) or window
-    stride = window if stride is None else stride
+    """Window and stride; a window that is longer than the model can read is cut to that."""
+    if not isinstance(tokens, Tensor) or tokens.ndim != 1 or len(tokens) < 2:
+        raise ValueError(
+            f"need one row of at least 2 tokens, got {getattr(tokens, 'shape', type(tokens).__name__)}"
+        )
+    if tokens.dtype != torch.int64:
+        raise ValueError(f"tokens must be integers, int64, got {tokens.dtype}")
+    least, most, vocabulary = int(tokens.min()), int(tokens.max()), model.config.vocab_size
+    if least < 0 or most >= vocabulary:
+        raise ValueError(
+            f"token ids lie in 0..{vocabulary - 1}, got {least}..{most}; is it another model's tokenizer?"
+        )
+    window = min(check_int(window, "window", 2), _longest(model))
+    stride = window if stride is None else check_int(stride, "stride")
     if not 1 <= stride <= window:
         raise ValueError(f"need 1 <= stride <= window, got stride={stride}, window={window}")
-    return min(window, longest), min(stride, longest)
+    return window, stride
+
+
+@contextmanager
+def _evaluating(model):
+    """Dropout off for a while, and then every module as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _windows(tokens: Tensor, window: int, stride: int, batch: int = 8) -> Iterator[tuple[Tensor, Tensor]]:
@@ -254,9 +291,12 @@ def _ratio(sums: list, counts: list) -> tuple[float, float]:
     """Mean per token, and its standard error from the spread between windows."""
     s, n = torch.tensor(sums, dtype=torch.float64), torch.tensor(counts, dtype=torch.float64)
     mean = s.sum() / n.sum()
-    if len(s) < 2:
+    whole = (
+        n >= n.max() / 2
+    )  # a short last window has next to no residual, and would make the spread look small
+    if whole.sum() < 2:
         return mean.item(), math.nan
-    residual = (s - mean * n) / n.mean()
+    residual = ((s - mean * n) / n.mean())[whole]
     return mean.item(), (residual.std() / math.sqrt(len(s))).item()
 
 
@@ -305,7 +345,7 @@ def capture_inputs(model, tokens: Tensor, layers, *, window: int = 512) -> dict[
 
     hooks = [modules[name].register_forward_pre_hook(catch(name)) for name in caught]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _evaluating(model):
             for ids in tokens.split(window):
                 model(ids[None].to(model.device), use_cache=False)
     finally:
@@ -496,7 +536,7 @@ def _quantize_shared(prefix: str, shared, rounder: Callable, settings: dict, rep
         q = rounder(weight, hessian, **settings)
         _put_weight(layer, q.dequantize())
         seconds, new = time.perf_counter() - began, weight_of(layer)
-        weight_error = ((weight - new).square().sum() / weight.square().sum()).item()
+        weight_error = ((weight - new).square().sum() / weight.square().sum().clamp(min=1e-38)).item()
         report.qtensors[prefix + name] = q
         report.layers.append(
             LayerReport(

@@ -3,11 +3,11 @@
 import math
 from typing import NamedTuple
 
-import torch
+import torch  # noqa: F401  for the examples
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantlab.affine import QParams, check_real, fake_quantize
+from quantlab.affine import QParams, check_real, fake_quantize, unclamped_codes
 
 
 class SplitError(NamedTuple):
@@ -51,7 +51,7 @@ def split_error(x: Tensor, qp: QParams) -> SplitError:
     SplitError(rounding=0.125, clipping=2.0)
     """
     error = (fake_quantize(x.detach(), qp).double() - x.detach().double()).square()
-    steps = torch.round(x.detach().float() * (1.0 / qp.scale)) + qp.zero_point
+    steps = unclamped_codes(x.detach(), qp)
     clipped = (steps < qp.qmin) | (steps > qp.qmax)
     rounding, clipping = (error.masked_fill(mask, 0.0).mean().item() for mask in (clipped, ~clipped))
     return SplitError(rounding, clipping)
@@ -87,7 +87,7 @@ def top1_agreement(p_logits: Tensor, q_logits: Tensor) -> float:
 
 
 def _check_pair(x: Tensor, x_hat: Tensor) -> None:
-    if x.shape != x_hat.shape:
-        raise ValueError(f"need two tensors of one shape, got {tuple(x.shape)} and {tuple(x_hat.shape)}")
     check_real(x, "the first tensor")
     check_real(x_hat, "the second tensor")
+    if x.shape != x_hat.shape:
+        raise ValueError(f"need two tensors of one shape, got {tuple(x.shape)} and {tuple(x_hat.shape)}")

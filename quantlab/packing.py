@@ -8,7 +8,7 @@ def pack(codes: Tensor, *, bits: int) -> Tensor:
     """The codes one after the other in a stream of bits, as uint8 of ceil(codes * bits / 8) bytes.
 
     Code i takes the bits i*bits .. (i+1)*bits - 1, low bits first; the last byte is filled with zeros.
-    Signed codes are first shifted to start at 0: pack(codes - qmin, bits=bits).
+    Signed codes are first shifted to start at 0: pack(codes.int() - qmin, bits=bits).
 
     Raises: ValueError if bits is not 1..8, codes are not integers, or a code does not fit.
 
@@ -18,7 +18,9 @@ def pack(codes: Tensor, *, bits: int) -> Tensor:
     _check_bits(bits)
     if codes.is_floating_point() or codes.is_complex():
         raise ValueError(f"codes must be integers, got {codes.dtype}")
-    if codes.numel() and (codes.min() < 0 or codes.max() >= 2**bits):
+    if codes.dtype not in (torch.bool, torch.uint8, torch.int64):
+        codes = codes.to(torch.int64)
+    if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 2**bits):
         raise ValueError(f"codes of {bits} bits lie in 0..{2**bits - 1}, got {codes.min()}..{codes.max()}")
     if 8 % bits == 0:
         return _pack_whole(codes.flatten().to(torch.uint8), bits)
@@ -36,7 +38,7 @@ def unpack(packed: Tensor, *, bits: int, count: int) -> Tensor:
     _check_bits(bits)
     if packed.dtype != torch.uint8:
         raise ValueError(f"packed must be uint8, got {packed.dtype}")
-    if not 0 <= count * bits <= packed.numel() * 8:
+    if count not in range(packed.numel() * 8 // bits + 1):
         raise ValueError(
             f"{packed.numel()} bytes hold at most {packed.numel() * 8 // bits} codes of {bits} bits, "
             f"asked for {count}"
@@ -47,8 +49,8 @@ def unpack(packed: Tensor, *, bits: int, count: int) -> Tensor:
 
 
 def _check_bits(bits: int) -> None:
-    if not 1 <= bits <= 8:
-        raise ValueError(f"bits must be 1..8, got {bits}")
+    if isinstance(bits, bool) or bits not in range(1, 9):
+        raise ValueError(f"bits must be 1..8, got {bits!r}")
 
 
 def _pad(x: Tensor, multiple: int) -> Tensor:

@@ -11,7 +11,7 @@ FLOAT, QUANTIZED, ERROR, CLIPPED, OTHER = "0.65", "#0072B2", "#D55E00", "#CC79A7
 
 
 def to_numpy(x: Tensor) -> np.ndarray:
-    return x.detach().cpu().flatten().numpy()
+    return x.detach().float().cpu().flatten().numpy()
 
 
 def plot_error(x: Tensor, x_hat: Tensor, *, ax: Axes | None = None, label: str | None = None) -> Axes:

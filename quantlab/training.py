@@ -264,7 +264,7 @@ def main(argv=None) -> dict:
     if args.start_from:
         model, tokenizer = load_lm(args.start_from)
     else:
-        tokenizer = train_tokenizer(documents[: -args.hold_out], args.vocab)
+        tokenizer = train_tokenizer(documents[: len(documents) - args.hold_out], args.vocab)
         sizes = {name: getattr(args, name) for name in SIZES if name != "vocab"}
         model = new_model(tokenizer, **sizes, context=args.context, seed=args.seed)
     log = train(model, tokenizer, documents, args)

@@ -196,3 +196,20 @@ def test_bad_input_names_the_rule(function, x, message):
 def test_dequantize_wants_codes():
     with pytest.raises(ValueError, match="did you pass x"):
         dequantize(torch.tensor([1.0]), qparams(1.0))
+
+
+def test_whole_numbers_are_asked_for():
+    one = torch.tensor(1.0)
+    for bad in (0.5, True, float("nan"), "3"):
+        with pytest.raises(ValueError, match="qmax must be an int"):
+            choose_qparams(-one, one, qmin=0, qmax=bad)
+    with pytest.raises(ValueError, match="bounds of one shape"):
+        choose_qparams(torch.zeros(2), torch.zeros(3), qmin=0, qmax=3)
+
+
+def test_float64_is_rounded_in_float64():
+    x = torch.tensor([0.5 + 1e-9, 2.5 + 1e-9], dtype=torch.float64)  # in float32 both would be ties
+    assert quantize(x, qparams(1.0)).tolist() == [1, 3]
+    random = torch.randn(50_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    theirs = torch.fake_quantize_per_tensor_affine(random, 0.1, 1, -8, 7)
+    torch.testing.assert_close(fake_quantize(random, qparams(0.1, 1)), theirs, rtol=1e-6, atol=1e-8)

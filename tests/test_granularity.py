@@ -211,3 +211,32 @@ def test_metrics_bad_input(function):
         function(torch.empty(0, 3), torch.empty(0, 3))
     with pytest.raises(ValueError, match="all zero"):
         sqnr_db(torch.zeros(3), tensor(3))
+
+
+def test_codes_of_any_integer_type_are_packed():
+    unsigned = quantize_tensor(tensor(4, 4), bits=8, granularity=PerTensor(), signed=False).codes
+    assert torch.equal(unpack(pack(unsigned, bits=8), bits=8, count=16).view(4, 4), unsigned)
+    for dtype in (torch.int8, torch.int16, torch.int32, torch.int64):
+        assert pack(torch.tensor([1, 127], dtype=dtype), bits=7).tolist() == [129, 63]
+
+
+def test_half_precision_stays_finite():
+    x = torch.tensor([65504.0, -65504.0]).half()
+    assert torch.isfinite(quantize_tensor(x, bits=4, granularity=PerTensor()).dequantize()).all()
+
+
+@pytest.mark.parametrize("bits", [2.5, True, "4", None])
+def test_bits_are_a_whole_number(bits):
+    with pytest.raises(ValueError, match="bits must be"):
+        quantize_tensor(tensor(4), bits=bits, granularity=PerTensor())
+    with pytest.raises(ValueError, match="bits must be"):
+        pack(torch.tensor([0]), bits=bits)
+
+
+def test_a_class_or_a_scalar_is_told_apart():
+    with pytest.raises(ValueError, match=r"granularity must be PerTensor\(\)"):
+        quantize_tensor(tensor(4), bits=4, granularity=PerTensor)
+    with pytest.raises(ValueError, match="names no dimension"):
+        quantize_tensor(torch.tensor(1.5), bits=4, granularity=PerAxis(0))
+    with pytest.raises(ValueError, match="must be a tensor, got list"):
+        mse([1.0], [1.0])

@@ -353,3 +353,45 @@ def test_per_row_scales_of_a_layer():
     assert q.granularity == PerAxis(0)
     assert q.codes.shape == (72, 24)  # (out, in), although Conv1D stores (in, out)
     assert q.qparams.scale.shape == (72, 1)
+
+
+def test_a_short_last_window_does_not_shrink_the_error_bar():
+    model, tokens = random_model("llama"), random_tokens(163)
+    whole = lm.perplexity(model, tokens[:160], window=32)
+    assert lm.perplexity(model, tokens, window=32).stderr == pytest.approx(whole.stderr, rel=0.5)
+    assert math.isnan(lm.perplexity(model, tokens[:35], window=32).stderr)  # one whole window has no spread
+
+
+def test_training_mode_is_put_aside_and_put_back():
+    config = GPT2Config(vocab_size=97, n_layer=2, n_embd=24, n_head=4, n_positions=64)  # has dropout
+    model = AutoModelForCausalLM.from_config(config).train()
+    assert lm.divergence(model, model, random_tokens(60), window=20).kl == 0
+    assert all(m.training for m in model.modules())
+
+
+def test_tokens_of_another_model_are_refused():
+    with pytest.raises(ValueError, match=r"0..96, got .*another model's tokenizer"):
+        lm.perplexity(random_model("llama"), random_tokens(50) + 60)
+    with pytest.raises(ValueError, match="got list"):
+        lm.perplexity(random_model("llama"), [1, 2, 3])
+
+
+def test_a_single_text_is_one_document():
+    tokenizer = train_tokenizer(["one two three"], 300)
+    assert torch.equal(lm.token_stream(tokenizer, "one two"), lm.token_stream(tokenizer, ["one two"]))
+    with pytest.raises(ValueError, match="no document"):
+        lm.token_stream(tokenizer, [])
+
+
+def test_generate_refuses_more_than_the_model_can_read():
+    model, tokenizer = lm.load_lm(str(lm.DATA / "model"))
+    with pytest.raises(ValueError, match="need a prompt of"):
+        lm.generate(model, tokenizer, "Once", tokens=512)
+    with pytest.raises(ValueError, match="temperature >= 0"):
+        lm.generate(model, tokenizer, "Once", temperature=float("nan"))
+
+
+def test_a_wrecked_model_has_infinite_perplexity():
+    model = random_model("llama")
+    model.lm_head.weight.data.mul_(1e5)
+    assert lm.perplexity(model, random_tokens(60), window=20).value == math.inf

@@ -1,5 +1,6 @@
 """Exercises of notebook 06: measuring a language model."""
 
+import copy
 import math
 from functools import cache
 
@@ -195,7 +196,7 @@ def _kl(bits: int) -> float:
 def _test_least_bits(f):
     model, tokens = _measured()
     for target in (0.2, 0.01):  # two, so that the answer cannot be a constant
-        bits = f(model, tokens, target)
+        bits = f(copy.deepcopy(model), tokens.clone(), target)
         expect(isinstance(bits, int), f"Return a number of bits, an int; got {_shown(bits)}.")
         expect(2 <= bits <= 8, f"The bits go from 2 to 8; got {bits}.")
         expect(
