@@ -135,9 +135,13 @@ def _figure(columns: int = 1, rows: int = 1, height: float = 3.4, **options):
 
 
 def _sample(x: Tensor) -> Tensor:
+    """At most _MOST values, evenly picked, and the smallest and largest, which set the range."""
     check_real(x)
     flat = x.detach().float().flatten()
-    return flat[torch.linspace(0, len(flat) - 1, min(len(flat), _MOST), dtype=torch.float64).long()]
+    if len(flat) <= _MOST:
+        return flat
+    some = torch.linspace(0, len(flat) - 1, _MOST - 2, dtype=torch.float64).long()
+    return torch.cat([flat[some], flat.amin()[None], flat.amax()[None]])
 
 
 def explore_affine(x: Tensor, *, bits: int = 4, symmetric: bool = False) -> Explorer:
@@ -376,7 +380,7 @@ def _two_errors(weight: Tensor, q: QTensor, H: Tensor, energy: Tensor) -> tuple:
 
 
 def explore_temperature(
-    model, tokenizer, generate: Callable, *, prompt: str, tokens: int = 60, words: int = 12
+    model, tokenizer, generate: Callable, *, prompt: str, tokens: int = 60, words: int = 11
 ) -> Explorer:
     """The likeliest next tokens after the prompt at each temperature, and the story that sampling then tells.
 
@@ -395,7 +399,7 @@ def explore_temperature(
         everything = model(ids).logits[0, -1].float().cpu()
     scores, best = everything.topk(words)
     controls = {
-        "temperature": widgets.SelectionSlider(options=temperatures, value=0.0, description="temperature")
+        "temperature": widgets.SelectionSlider(options=temperatures, value=1.0, description="temperature")
     }
     controls["temperature"].style.description_width = "initial"
     fig, ax = _figure(height=2.6)

@@ -67,10 +67,9 @@ def test_the_reference_copy_still_holds():
     assert {("float", 32), ("nearest", 8), ("rtn", 3), ("gptq", 4), ("gptq", 3), ("gptq", 2)} <= rows.keys()
     model, tokenizer = lm.load_lm(str(lm.DATA / "model"))
     calibration = lm.token_stream(tokenizer, lm.load_text("calibration"))[:16384]
-    text = lm.token_stream(tokenizer, lm.load_text("eval"))[:6144]
+    text = lm.token_stream(tokenizer, lm.load_text("eval"))[:4096]
     for method in ("rtn", "gptq"):
-        options = {"act_order": True} if method == "gptq" else {}
-        new, report = lm.quantize_lm(model, calibration, method=method, bits=3, progress=False, **options)
+        new, report = lm.quantize_lm(model, calibration, method=method, bits=3, progress=False)
         stored, kl = rows[method, 3], lm.divergence(model, new, text).kl
         assert kl == pytest.approx(stored.kl, rel=0.03)  # float32 sums differ from one processor to the next
         assert report.nbytes == stored.bytes

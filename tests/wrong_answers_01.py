@@ -48,7 +48,7 @@ WRONG = {
     ],
     "1.4": [
         (lambda: 5, "below the 30 dB"),
-        (lambda: 8, "the least number"),
+        (lambda: 8, "The least number"),
         (lambda: 5.5, "an int"),
         (lambda: "6", "an int"),
     ],

@@ -18,8 +18,8 @@
 # - Read published code and tables on quantization, and see what is wrong with them.
 #
 # Each notebook ends with something that breaks, and the next one mends it. In each you **predict**, then
-# **drag** or run, then **explain**. Do not skip the prediction: a surprise that you have bet on stays
-# with you.
+# **drag** or run, then **explain**. Do not skip the prediction: a surprise that you have bet on stays with
+# you.
 # %% [markdown]
 # ## 1. Does everything work?
 # Run a cell with Shift+Enter. This one looks for all that the workbook needs. Where something is missing,
@@ -35,9 +35,9 @@ except (ImportError, OSError, SyntaxError) as error:
     print(f"{type(error).__name__}: {error}. In a terminal, in the workbook's folder, run")
     print(f'    "{sys.executable}" -m pip install -e .    and restart the kernel (menu Kernel)')
 # %% [markdown]
-# A slider has two halves: one runs in Python, the other in your browser. They can be installed in
-# different places, and then the slider does not appear, or Python does not hear of it. Only you can test
-# that. **Drag it to 7**, then run the cell below it, which asks Python where the slider is.
+# A slider has two halves: one runs in Python, the other in your browser. They can be installed in different
+# places, and then the slider does not appear, or Python does not hear of it. Only you can test that. **Drag
+# it to 7**, then run the cell below it, which asks Python where the slider is.
 # %%
 import ipywidgets as widgets
 
@@ -49,13 +49,13 @@ answers.get(probe.value, f"Python sees {probe.value}: it works, now to 7")
 # %% [markdown]
 # <details><summary>There is no slider, or Python does not see it move</summary>
 # Most often JupyterLab runs in another environment than the kernel. Close it and start the workbook with
-# <code>python run.py lab</code>, which keeps both in one. Or install both halves: with the Python that
-# runs JupyterLab, <code>python -m pip install "jupyterlab_widgets>=3"</code>, and with this kernel's,
+# <code>python run.py lab</code>, which keeps both in one. Or install both halves: with the Python that runs
+# JupyterLab, <code>python -m pip install "jupyterlab_widgets>=3"</code>, and with this kernel's,
 # <code>python -m pip install "ipywidgets>=8"</code>. Then restart JupyterLab and reload the page.</details>
 #
 # ## 2. Say hello to the model
-# It lies in `data/model`, fits on any laptop, and was trained on short stories. We give it the beginning
-# of one.
+# It lies in `data/model`, fits on any laptop, and was trained on short stories. We give it the beginning of
+# one.
 #
 # **Predict.** What will the next word be, and what will the child be called?
 # %% tags=["nbval-ignore-output"]
@@ -64,9 +64,9 @@ from quantlab.lm import generate, load_lm
 model, tokenizer = load_lm()
 print(generate(model, tokenizer, "Once upon a time", tokens=80))
 # %% [markdown]
-# The model gives every possible next piece of text a probability. `generate` took the likeliest, again
-# and again: that is *temperature 0*, and there is no chance in it. Above 0 it throws dice, and the
-# **seed** decides how they fall. The same seed tells the same story.
+# The model gives every possible next piece of text a probability. `generate` took the likeliest, again and
+# again: that is *temperature 0*, and there is no chance in it. Above 0 it throws dice, and the **seed**
+# decides how they fall. The same seed tells the same story.
 # %% tags=["nbval-ignore-output"]
 def tell(model, **how):
     return generate(model, tokenizer, "Once upon a time", tokens=30, **how)
@@ -140,9 +140,9 @@ ax.set(xlabel="megabytes in float32", ylim=(len(rows) - 0.4, -0.6))
 ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
 plt.show()
 # %% [markdown]
-# Attention and MLP consist of **linear layers**: matrices that a vector is multiplied with. They hold
-# most of the numbers; the embedding comes next; the norms are a hairline. So quantizers go for the linear
-# layers and leave the rest in 16 bits, and so shall we.
+# Attention and MLP consist of **linear layers**: matrices that a vector is multiplied with. They hold most
+# of the numbers; the embedding comes next; the norms are a hairline. So quantizers go for the linear layers
+# and leave the rest in 16 bits, and so shall we.
 #
 # **Predict.** How large is the whole model in 32, 16, 8 and 4 bits, and which of them is the file on the
 # disk? Such a file (`.safetensors`) begins with 8 bytes that say how long its table of contents is. Then
@@ -183,8 +183,8 @@ check("0.1", lambda parameters, bits: parameters * bits)
 #
 # ### Exercise 0.2: weights in the linear layers (about 5 minutes)
 # `linear_layers(model)` gives the linear layers inside the blocks, by name. How many weights do they hold
-# together, without biases? Target: the attention row plus the MLP row of the table. The check tries
-# made-up models.
+# together, without biases? Target: the attention row plus the MLP row of the table. The check tries made-up
+# models.
 # %% tags=["exercise"]
 from quantlab.lm import linear_layers
 
@@ -208,9 +208,9 @@ check("0.3", my_embedding_share)
 solution("0.1")
 # %% [markdown]
 # ## 5. Predict, then drag
-# The model gives each token a score, its *logit*. Divided by the temperature T and put through softmax,
-# the scores become probabilities. By hand, with three tokens. **Predict**: does a lower T favour the
-# first or the last?
+# The model gives each token a score, its *logit*. Divided by the temperature T and put through softmax, the
+# scores become probabilities. By hand, with three tokens. **Predict**: does a lower T favour the first or
+# the last?
 # %%
 import torch
 
@@ -231,13 +231,12 @@ explore_temperature(model, tokenizer, generate, prompt="Once upon a time, there 
 # %% [markdown]
 # **What you saw.** The order of the bars never changes; how far they are apart does. Two tokens whose
 # logits differ by d have the odds exp(d/T), as asserted above. At 0 the likeliest takes all. Far above 1
-# all become alike, and the story falls apart. We shall compare models at temperature 0: if a quantized
-# one tells another story, it was the model and not the dice.
+# all become alike, and the story falls apart. We shall compare models at temperature 0: if a quantized one
+# tells another story, it was the model and not the dice.
 #
 # ## 6. The ledger
 # Stories cannot be averaged. So each way of quantizing gets one row of measurements in a table that is
-# yours, `ledger.csv`. The first row is the float model itself. **Predict**: how far is a model from
-# itself?
+# yours, `ledger.csv`. The first row is the float model itself. **Predict**: how far is a model from itself?
 # %% tags=["nbval-ignore-output"]
 from quantlab import ledger
 from quantlab.lm import load_text, token_stream
@@ -249,11 +248,12 @@ assert row.kl < 1e-6 < 0.999 < row.top1
 assert row.bytes == 2 * total
 ledger.Table([row])
 # %% [markdown]
-# - **perplexity**: how many tokens the model hesitates between, on stories it has not seen; ± is the
-#   error bar.
+# - **perplexity**: how many tokens the model hesitates between, on stories it has not seen; ± is the error
+#   bar.
 # - **KL**: how far the predictions are from the float model's. **top-1**: how often both say the same
 #   token.
-# - **bits/w, kB**: 16 bits a weight, as in the file.
+# - **bits, group**: the settings of a quantizer; 32 and - for the float model as it computes.
+# - **bits/w, kB**: of the file, scales and all; 16 bits a weight here. **s**: seconds to quantize.
 # - **prefill, decode**: time to read and to write, over the float model's. Here both are the same model:
 #   what is not 1 is the noise of the clock.
 #
@@ -304,9 +304,9 @@ stories = [tell(m) for m in (model, cast_to_int8(model, [name]), silent)]
 assert len(set(stories)) == 3
 print(*stories, sep="\n\n")
 # %% [markdown]
-# The last one has fallen silent: it says one thing over and over. Its matrices hold nearly nothing but
-# zeros, so the blocks add nothing. The token goes from the embedding straight to the head, and finds
-# itself there.
+# One layer alone is enough to break it. The last one is stuck: it says one thing over and over. Its
+# matrices hold nearly nothing but zeros, so the blocks add nothing. The token goes from the embedding
+# straight to the head, and finds itself there.
 #
 # **The control that must fail.** If our measure is worth anything, it must see this. A model that knows
 # nothing, and takes all tokens for equally likely, has the size of the vocabulary as its perplexity.
@@ -324,9 +324,9 @@ print(f"the cast model says the token that it has just read: {repeats:.0%}")
 # Worse than knowing nothing: it is sure, and wrong. Eight bits are enough, as notebook 01 shows; what the
 # integers lack is a *unit*.
 #
-# **Open question.** Multiply all weights by 100 before the cast and divide by 100 after it. Does the
-# model speak again? Which factor is best for a layer, and what limits it? Whoever can answer that has
-# invented the scale.
+# **Open question.** Multiply all weights by 100 before the cast and divide by 100 after it. Does the model
+# speak again? Which factor is best for a layer, and what limits it? Whoever can answer that has invented
+# the scale.
 # %% [markdown]
 # ## 9. Map
 # Linked notebooks are there (✓); the others are being written.
@@ -392,7 +392,7 @@ print(f"the cast model says the token that it has just read: {repeats:.0%}")
 # - The linear layers inside the blocks hold most of the weights; the embedding comes next.
 # - At temperature 0 the likeliest token is taken, and the same model tells the same story.
 # - The ledger says in numbers what stories only suggest, and a broken model must look broken in it.
-# - Weights are far smaller than 1: cast to int8 they become 0, and the model falls silent. Integers need
-#   a unit.
+# - Weights are far smaller than 1: cast to int8 they become 0, and the model falls silent. Integers need a
+#   unit.
 #
 # Next: [01 Scale and zero point](01_scale_and_zero_point.ipynb) gives them one.

@@ -14,7 +14,7 @@
 # Answer before you open them.
 #
 # 1. How many bytes does a float32 weight take, and an int8 one?
-# 2. Why did the model of notebook 00 fall silent when its weights were cast to int8?
+# 2. Why did the model of notebook 00 get stuck when its weights were cast to int8?
 # 3. Which part of the model holds most of the weights?
 #
 # <details><summary>Answers</summary>
@@ -107,8 +107,8 @@ low, high = 10.0, 11.0
 s = (high - low) / 255
 0 - round(low / s)
 # %% [markdown]
-# It is not. Published code deals with this in two wrong ways and one right one. Wrong: let z be clamped to
-# a code, and say nothing. We try it on 10 to 11:
+# It is not. Some published code then does this: let z be clamped to a code, and say nothing. We try it on
+# 10 to 11:
 # %%
 x = torch.linspace(10, 11, 1001)
 clipped = QParams(torch.tensor(s), torch.tensor(0, dtype=torch.int32), 0, 255)
@@ -126,7 +126,8 @@ assert error.max() <= qp.scale / 2 * 1.001
 f"scale {qp.scale:.4f}, zero point {qp.zero_point}, largest error {error.max():.4f}"
 # %% [markdown]
 # `fake_quantize` is dequantize(quantize(x)): the rounded values, still floating point. Half a step is all
-# that is lost now.
+# that is lost now. The price of an exact 0: the step is longer, because the range from 0 to 10 has codes
+# that these data never use.
 #
 # ### Exercise 1.2: scale and zero point (about 10 minutes)
 # For unsigned codes 0 … 2ᵇ − 1, from `low` and `high`. The check tries ranges on either side of 0.
@@ -203,8 +204,8 @@ assert costs["weights"] < 2.5 < 3 < costs["after a ReLU"]
 # z = 8 here.)
 # %% [markdown]
 # ## 6. Drag it
-# Grey: the weights of the layer. Blue: the grid points; the triangle is 0. Below: the error that a value at
-# each place suffers.
+# Grey: the weights of the layer (20,000 of them, its extremes among them). Blue: the grid points; the
+# triangle is 0. Below: the error that a value at each place suffers.
 #
 # **Predict first**, then drag:
 # 1. From 4 to 3 bits: what happens to the height of the sawtooth?
@@ -219,11 +220,20 @@ explorer
 # %% [markdown]
 # **What you saw.** Inside the grid the error is a sawtooth of height s, between −s/2 and s/2 (dashed).
 # Outside, it grows without bound: that is clipping. A narrower grid has a lower sawtooth and a larger
-# outside. The best range lies in between, and notebook 02 is about finding it.
-#
+# outside. The best range lies in between: the next cell tries some at 3 bits. *Symmetric* moves the grid,
+# since the extremes of this layer are not equally far out; the step grows a little.
+# %% tags=["nbval-ignore-output"]
+def error_at(part, bits=3):
+    qp = choose_qparams(weight.min() * part, weight.max() * part, qmin=0, qmax=2**bits - 1)
+    return (fake_quantize(weight, qp) - weight).square().mean().item()
+
+errors = {part: error_at(part) for part in (0.2, 0.4, 0.6, 0.8, 1.0)}
+assert min(errors, key=errors.get) < 1.0 < errors[0.2] / min(errors.values())
+{f"{part:.0%} of the range": f"{error:.2e}" for part, error in errors.items()}
+# %% [markdown]
 # ## 7. Rosetta: one map, three spellings
-# Papers and libraries write the same map in different ways, and mixing halves of two of them is the most
-# common bug in the field.
+# Papers and libraries write the same map in different ways, and mixing halves of two of them is an easy bug
+# to make.
 #
 # | spelling | to codes | back | what the third number is |
 # |---|---|---|---|
@@ -231,7 +241,7 @@ explorer
 # | "plus" | round(x/s) − z′ | s·(q + z′) | z′ = −z, a code |
 # | real offset | round((x − b)/s) | s·q + b | b = −s·z, a real number |
 #
-# Take the first line's z and the third line's way back, `q*s + z`, as a well-known course does:
+# Take the first line's z and the third line's way back, `q*s + z`:
 # %%
 x = torch.tensor([0.0, 0.1, 1.0])
 qp = QParams(torch.tensor(0.02), torch.tensor(10, dtype=torch.int32), 0, 255)
@@ -281,9 +291,9 @@ kl = [row.kl for row in rows]
 assert 0 == kl[0] < kl[1] < 0.05 < kl[2] < kl[3]
 ledger.Table(rows)
 # %% [markdown]
-# Eight bits are nearly free. Every bit less costs more than the last. (The sizes count these models as
-# 16-bit floats: nothing has been packed yet, and the latencies stay near 1 for the same reason. Notebooks
-# 03 and 07 change that.)
+# Eight bits are nearly free, four are not, and three ruin the model. (The sizes count these models as
+# 16-bit floats: nothing has been packed yet, and the ratios of times stay near 1 for the same reason.
+# Notebooks 03 and 07 change that.)
 #
 # **The control that must fail.** The same eight bits, with the zero point left out on the way back. If our
 # measure is worth anything, it must notice.
@@ -311,8 +321,9 @@ def my_bits():
 check("1.4", my_bits)
 # %% [markdown]
 # ### Exercise 1.5: a better range (about 30 minutes)
-# `x` has a few values far from the rest. Return a `(low, high)` whose grid gives at most **0.6 times** the
-# mean squared error of the grid over the whole range.
+# `x` has heavy tails: many values near 0, some far out. The error is that of `choose_qparams(low, high,
+# qmin=0, qmax=2**bits - 1)`. Return a `(low, high)` whose grid gives at most **0.6 times** the mean squared
+# error of the grid over the whole range.
 # %% tags=["exercise"]
 def my_range(x, bits):
     raise NotImplementedError
@@ -342,6 +353,5 @@ f"values that became 0: {before:.0%} before, {share_of_zeros(x):.0%} after one o
 # - Symmetric grids cost little on weights and much on one-sided activations.
 # - Outside the range there is clipping, and one outlier can ruin the step for all.
 #
-# Next: [02 Clamping and calibration](02_clamping_and_calibration.ipynb) makes peace between rounding and
-# clipping. If that notebook is not there yet, [06 Measuring a language
-# model](06_measuring_a_language_model.ipynb) goes on from here.
+# Notebook 02 (being written) makes peace between rounding and clipping. Until then go on with [06 Measuring
+# a language model](06_measuring_a_language_model.ipynb).
