@@ -129,7 +129,7 @@ def bits_per_character(model, tokenizer, documents, *, context: int) -> float:
 def make_optimizers(model, weight_decay: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for the embedding and the norm gains.
 
-    Muon (Jordan 2024) needs about half of AdamW's tokens on a model this small.
+    Muon: Jordan 2024, as torch.optim has it, with steps scaled to AdamW's size.
     """
     embedding = model.get_input_embeddings().weight
     matrices = [p for p in model.parameters() if p.ndim == 2 and p is not embedding]

@@ -204,8 +204,8 @@ assert costs["weights"] < 2.5 < 3 < costs["after a ReLU"]
 # z = 8 here.)
 # %% [markdown]
 # ## 6. Drag it
-# Grey: the weights of the layer (20,000 of them, its extremes among them). Blue: the grid points; the
-# triangle is 0. Below: the error that a value at each place suffers.
+# Grey: the weights of the layer (at most 20,000 of them, its extremes among them). Blue: the grid points;
+# the triangle is 0. Below: the error that a value at each place suffers.
 #
 # **Predict first**, then drag:
 # 1. From 4 to 3 bits: what happens to the height of the sawtooth?
