@@ -6,6 +6,7 @@ notebooks [names]  builds notebooks/*.ipynb from notebooks/src/*.py (--help tell
 bench              runs every script in benchmarks/
 
 QUANTLAB_TORCH_INDEX=<address of PyTorch's CPU wheel index> spares a Linux machine several GB of CUDA.
+QUANTLAB_PEERS=1 also installs other quantizers (bitsandbytes, ONNX Runtime), with which tests and benchmarks then compare.
 """
 
 from __future__ import annotations  # lets an old Python get as far as the message about its age
@@ -21,6 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 PYTHON = ROOT / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+EXTRAS = "test,peers" if os.environ.get("QUANTLAB_PEERS") == "1" else "test"
 STAMP = ROOT / ".venv/complete"  # written last: Python's version, and a hash of what is installed and where
 
 
@@ -38,7 +40,8 @@ def obstacle(version: tuple, lacking: list, free_gb: float) -> str | None:
 def setup() -> None:
     """Make .venv, or bring it up to date, or do nothing when it is."""
     python, files = "{}.{}".format(*sys.version_info), [ROOT / "pyproject.toml", ROOT / "constraints.txt"]
-    wanted = [python, hashlib.sha256(b"".join([bytes(ROOT), *map(Path.read_bytes, files)])).hexdigest()]
+    what = b"".join([bytes(ROOT), EXTRAS.encode(), *map(Path.read_bytes, files)])
+    wanted = [python, hashlib.sha256(what).hexdigest()]
     made = STAMP.read_text().split() if STAMP.exists() and PYTHON.exists() else [None]
     if made == wanted:
         return
@@ -58,7 +61,7 @@ def install(torch: str) -> None:
     index = os.environ.get("QUANTLAB_TORCH_INDEX")
     extra = ["--retries=1", f"--extra-index-url={index}"] if index else []
     or_exit(f"[2/3] installing {torch}", [*pip, *extra, torch])
-    or_exit("[3/3] installing the other packages", [*pip, "-e", ".[test]", "-c", "constraints.txt"])
+    or_exit("[3/3] installing the other packages", [*pip, "-e", f".[{EXTRAS}]", "-c", "constraints.txt"])
 
 
 def or_exit(step: str, command: list) -> None:

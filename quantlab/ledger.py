@@ -42,15 +42,17 @@ def measure(
     bits: int = 32,
     group: str = "-",
     report: QuantizeReport | None = None,
+    qtensors: dict | None = None,
     window: int = 512,
 ) -> Row:
     """A ledger row: model against the float model `reference` on the same tokens, in the same run.
 
-    report is what quantize_lm returned; without it the model counts as 16-bit floats.
+    report is what quantize_lm returned, or qtensors what quantize_weights did: the packed layers then count with
+    their own bytes, all else in 16 bits. Without either the whole model counts as 16-bit floats.
     """
     p, d = perplexity(model, tokens, window=window), divergence(reference, model, tokens, window=window)
     slow, fast = _latencies(reference, model, tokens)
-    size = report.nbytes if report else model_bytes(model)
+    size = report.nbytes if report else model_bytes(model, qtensors)
     return Row(
         method,
         bits,

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, Qwen2Config, Qwen3Config
+from transformers.pytorch_utils import Conv1D
 
 from quantlab import Hessian, PerAxis, PerGroup, gptq_quantize, lm, quantize_tensor
+from quantlab.lm import measuring, walk
 from quantlab.training import train_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -84,7 +86,7 @@ def test_the_walk_equals_whole_forward_passes(family, method):
             assert row.output_error == pytest.approx(error, rel=0.05)
             layer.weight.data.copy_(
                 lm.weight_of(lm.linear_layers(new)[name]).T
-                if isinstance(layer, lm.Conv1D)
+                if isinstance(layer, Conv1D)
                 else lm.weight_of(lm.linear_layers(new)[name])
             )
 
@@ -105,10 +107,10 @@ def test_quantizing_leaves_the_given_model_alone(family):
 
 def test_shared_inputs_are_found():
     model = random_model("llama")
-    hidden, arguments = lm._block_inputs(model, random_tokens(128), 64)
+    hidden, arguments = walk._block_inputs(model, random_tokens(128), 64)
     with torch.no_grad():
         groups = [
-            sorted(layers) for layers, _ in lm._hessians(lm.blocks_of(model)[1][0], hidden, arguments[0])
+            sorted(layers) for layers, _ in walk._hessians(lm.blocks_of(model)[1][0], hidden, arguments[0])
         ]
     assert sorted(groups) == [
         ["mlp.down_proj"],
@@ -196,11 +198,11 @@ def test_standard_error_is_that_of_the_windows():
     for _ in range(300):
         counts = [10.0] * 20
         sums = (torch.randn(20, generator=random) * 3 + 40).tolist()
-        mean, stderr = lm._ratio(sums, counts)
+        mean, stderr = measuring._ratio(sums, counts)
         estimates.append(mean)
         foretold.append(stderr)
     assert torch.tensor(estimates).std().item() == pytest.approx(sum(foretold) / 300, rel=0.1)
-    assert math.isnan(lm._ratio([1.0], [2.0])[1])  # one window has no spread
+    assert math.isnan(measuring._ratio([1.0], [2.0])[1])  # one window has no spread
 
 
 def test_divergence_of_a_model_from_itself_and_by_hand():
@@ -395,3 +397,15 @@ def test_a_wrecked_model_has_infinite_perplexity():
     model = random_model("llama")
     model.lm_head.weight.data.mul_(1e5)
     assert lm.perplexity(model, random_tokens(60), window=20).value == math.inf
+
+
+def test_quantize_weights_puts_what_the_quantizer_gives_and_keeps_the_model(family):
+    model = random_model(family)
+    before = copy.deepcopy(model.state_dict())
+    new, qtensors = lm.quantize_weights(model, lambda w: quantize_tensor(w, bits=3, granularity=PerGroup(8)))
+    assert qtensors.keys() == lm.linear_layers(model).keys()
+    for name, layer in lm.linear_layers(new).items():
+        torch.testing.assert_close(lm.weight_of(layer), qtensors[name].dequantize(), rtol=0, atol=0)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    others = new.state_dict().keys() - {f"{name}.weight" for name in qtensors}
+    assert all(torch.equal(before[name], new.state_dict()[name]) for name in others)

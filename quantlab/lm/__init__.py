@@ -1,0 +1,29 @@
+"""A language model: load it, measure it, look at its layers' inputs, quantize it, save it."""
+
+from quantlab.lm.layers import blocks_of, capture_inputs, linear_layers, weight_of
+from quantlab.lm.loading import DATA, SEPARATOR, load_lm, load_text, read_documents, token_stream
+from quantlab.lm.measuring import Divergence, Perplexity, divergence, generate, perplexity
+from quantlab.lm.walk import LayerReport, QuantizeReport, model_bytes, quantize_lm, quantize_weights
+
+__all__ = [
+    "DATA",
+    "SEPARATOR",
+    "Divergence",
+    "LayerReport",
+    "Perplexity",
+    "QuantizeReport",
+    "blocks_of",
+    "capture_inputs",
+    "divergence",
+    "generate",
+    "linear_layers",
+    "load_lm",
+    "load_text",
+    "model_bytes",
+    "perplexity",
+    "quantize_lm",
+    "quantize_weights",
+    "read_documents",
+    "token_stream",
+    "weight_of",
+]

@@ -1,0 +1,58 @@
+"""Inside a model: its blocks, its linear layers, and what they read."""
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from quantlab.lm.measuring import checked_windows, evaluating
+
+
+def blocks_of(model) -> tuple[str, nn.ModuleList]:
+    """The name and list of the decoder blocks: the one list of modules as long as the config says."""
+    depth = model.config.num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return name, module
+    raise ValueError(
+        f"no list of {depth} blocks in {type(model).__name__}; is it a decoder-only language model?"
+    )
+
+
+def linear_layers(model) -> dict[str, nn.Module]:
+    """The linear layers inside the blocks by full name: nn.Linear, and GPT-2's Conv1D. Embeddings and head are not."""
+    prefix, blocks = blocks_of(model)
+    return {f"{prefix}.{name}": m for name, m in blocks.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weight as (out, in). Conv1D stores it the other way round."""
+    return layer.weight.detach().T if isinstance(layer, Conv1D) else layer.weight.detach()
+
+
+def put_weight(layer: nn.Module, weight: Tensor) -> None:
+    layer.weight.data.copy_(weight.T if isinstance(layer, Conv1D) else weight)
+
+
+def capture_inputs(model, tokens: Tensor, layers, *, window: int = 512) -> dict[str, Tensor]:
+    """What the named layers read while the model reads the tokens: {name: (tokens, in_features)}, float32.
+
+    Raises: ValueError if the model has no layer of that name.
+    """
+    window, _ = checked_windows(model, tokens, window, None)
+    modules, caught = dict(model.named_modules()), {name: [] for name in layers}
+    for name in caught:
+        if name not in modules:
+            raise ValueError(f"the model has no layer {name!r}; linear_layers(model) lists them")
+
+    def catch(name):
+        return lambda _module, inputs: caught[name].append(inputs[0].detach().float().flatten(0, -2).cpu())
+
+    hooks = [modules[name].register_forward_pre_hook(catch(name)) for name in caught]
+    try:
+        with torch.no_grad(), evaluating(model):
+            for ids in tokens.split(window):
+                model(ids[None].to(model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: torch.cat(parts) for name, parts in caught.items()}

@@ -1,0 +1,185 @@
+"""How well a model predicts a text, how far it is from another model, and what it writes."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quantlab.affine import check_int
+from quantlab.lm.loading import token_stream
+from quantlab.metrics import kl_per_position
+
+
+class Perplexity(NamedTuple):
+    """exp of the mean negative log-likelihood; stderr says how far another text of this length might be."""
+
+    value: float
+    stderr: float
+    nll: float  # nats per token
+    tokens: int  # predicted
+
+
+class Divergence(NamedTuple):
+    """How far a model's predictions are from a reference model's on the same text."""
+
+    kl: float  # mean KL(reference || model), nats per token
+    stderr: float
+    top1: float  # fraction of positions where both would say the same token
+    tokens: int
+
+
+def perplexity(model, tokens: Tensor, *, window: int = 512, stride: int | None = None) -> Perplexity:
+    """How surprised the model is by a text: exp of the mean negative log-likelihood of each token.
+
+    The tokens are read in windows; a new one starts every `stride` (default: window, no overlap). Each token is
+    predicted once, in the first window that reaches it, from the tokens before it in that window; the very first
+    token of a window without overlap is context only. A smaller stride gives more context and costs more.
+    The standard error takes the windows as independent samples (delta method for the exp).
+
+    Shapes: tokens (n,), one stream. Raises: ValueError if n < 2, window < 2, or not 1 <= stride <= window.
+    """
+    window, stride = checked_windows(model, tokens, window, stride)
+    sums, counts = [], []
+    for ids, scored in _windows(tokens, window, stride):
+        with torch.no_grad(), evaluating(model):
+            logits = model(ids.to(model.device), use_cache=False).logits[:, :-1].float().cpu()
+        nll = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        sums += (nll * scored).sum(1).double().tolist()
+        counts += scored.sum(1).tolist()
+    mean, stderr = _ratio(sums, counts)
+    value = math.exp(mean) if mean < 700 else math.inf  # a wrecked model may be this sure of the wrong token
+    return Perplexity(value, value * stderr, mean, int(sum(counts)))
+
+
+def divergence(
+    reference, model, tokens: Tensor, *, window: int = 512, stride: int | None = None
+) -> Divergence:
+    """KL(reference || model) and top-1 agreement over the same windows as perplexity; stderr over windows.
+
+    Unlike a difference of perplexities it cannot cancel out, and its error bar is far smaller: both
+    models read the same text.
+    """
+    window, stride = checked_windows(model, tokens, window, stride)
+    window, stride = checked_windows(reference, tokens, window, stride)
+    sums, counts, agreed = [], [], 0.0
+    for ids, scored in _windows(tokens, window, stride):
+        with torch.no_grad(), evaluating(reference), evaluating(model):
+            p, q = (
+                m(ids.to(m.device), use_cache=False).logits[:, :-1].float().cpu() for m in (reference, model)
+            )
+        sums += (kl_per_position(p, q) * scored).sum(1).double().tolist()
+        counts += scored.sum(1).tolist()
+        agreed += ((p.argmax(-1) == q.argmax(-1)) * scored).sum().item()
+    mean, stderr = _ratio(sums, counts)
+    return Divergence(mean, stderr, agreed / sum(counts), int(sum(counts)))
+
+
+def _longest(model) -> int:
+    """How many tokens the model can read at once."""
+    return getattr(model.config, "max_position_embeddings", None) or 2**31
+
+
+def checked_windows(model, tokens: Tensor, window: int, stride: int | None) -> tuple[int, int]:
+    """Window and stride; a window that is longer than the model can read is cut to that."""
+    if not isinstance(tokens, Tensor) or tokens.ndim != 1 or len(tokens) < 2:
+        raise ValueError(
+            f"need one row of at least 2 tokens, got {getattr(tokens, 'shape', type(tokens).__name__)}"
+        )
+    if tokens.dtype != torch.int64:
+        raise ValueError(f"tokens must be integers, int64, got {tokens.dtype}")
+    least, most, vocabulary = int(tokens.min()), int(tokens.max()), model.config.vocab_size
+    if least < 0 or most >= vocabulary:
+        raise ValueError(
+            f"token ids lie in 0..{vocabulary - 1}, got {least}..{most}; is it another model's tokenizer?"
+        )
+    window = min(check_int(window, "window", 2), _longest(model))
+    stride = window if stride is None else check_int(stride, "stride")
+    if not 1 <= stride <= window:
+        raise ValueError(f"need 1 <= stride <= window, got stride={stride}, window={window}")
+    return window, stride
+
+
+@contextmanager
+def evaluating(model):
+    """Dropout off for a while, and then every module as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _windows(tokens: Tensor, window: int, stride: int, batch: int = 8) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of windows (batch, window), and which of their predictions count, (batch, window - 1), as 0 or 1."""
+    rows, reached = [], 1  # tokens predicted so far; the first has nothing before it
+    for start in range(0, max(1, len(tokens) - 1), stride):
+        ids = tokens[start : start + window]
+        if len(ids) < 2 or start + len(ids) <= reached:
+            break
+        scored = (torch.arange(start + 1, start + len(ids)) >= reached).long()
+        rows.append((ids, scored))
+        reached = start + len(ids)
+    for i in range(0, len(rows), batch):
+        full = [r for r in rows[i : i + batch] if len(r[0]) == window]
+        if full:
+            yield torch.stack([r[0] for r in full]), torch.stack([r[1] for r in full])
+        for ids, scored in rows[i + len(full) : i + batch]:  # the last one may be shorter
+            yield ids[None], scored[None]
+
+
+def _ratio(sums: list, counts: list) -> tuple[float, float]:
+    """Mean per token, and its standard error from the spread between windows."""
+    s, n = torch.tensor(sums, dtype=torch.float64), torch.tensor(counts, dtype=torch.float64)
+    mean = s.sum() / n.sum()
+    whole = (
+        n >= n.max() / 2
+    )  # a short last window has next to no residual, and would make the spread look small
+    if whole.sum() < 2:
+        return mean.item(), math.nan
+    residual = ((s - mean * n) / n.mean())[whole]
+    return mean.item(), (residual.std() / math.sqrt(len(s))).item()
+
+
+def generate(
+    model, tokenizer, prompt: str = "", *, tokens: int = 120, temperature: float = 0.0, seed: int = 0
+) -> str:
+    """The prompt and how the model goes on, until it ends the text or `tokens` are said.
+
+    temperature divides the logits before sampling: 0 always takes the likeliest token, 1 samples from the
+    model's own distribution. The same seed gives the same text.
+
+    Raises: ValueError if temperature < 0, tokens < 1, there is no token to start from, or prompt and tokens together
+    are longer than the model can read.
+    """
+    if not 0 <= temperature < math.inf or tokens < 1:
+        raise ValueError(f"need temperature >= 0 and tokens >= 1, got {temperature} and {tokens}")
+    random = torch.Generator().manual_seed(seed)
+    start, longest = token_stream(tokenizer, [prompt]), _longest(model)
+    if not 1 <= len(start) <= longest - tokens:
+        raise ValueError(
+            f"need a prompt of 1..{longest - tokens} tokens before {tokens} more, got {len(start)}"
+        )
+    said, cache, ids = [], None, start[None].to(model.device)
+    with torch.no_grad(), evaluating(model):
+        for _ in range(tokens):
+            out = model(ids, past_key_values=cache, use_cache=True)
+            logits, cache = out.logits[0, -1].float().cpu(), out.past_key_values
+            token = _choose(logits, temperature, random)
+            if token == tokenizer.eos_token_id:
+                break
+            said.append(token)
+            ids = torch.tensor([[token]], device=model.device)
+    return tokenizer.decode(start.tolist() + said, skip_special_tokens=True)
+
+
+def _choose(logits: Tensor, temperature: float, random: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits.argmax())
+    chance = torch.softmax((logits - logits.max()) / temperature, dim=0)
+    return int(torch.multinomial(chance, 1, generator=random))
