@@ -3,6 +3,7 @@
 from quantlab.lm.layers import blocks_of, capture_inputs, linear_layers, weight_of
 from quantlab.lm.loading import DATA, SEPARATOR, load_lm, load_text, read_documents, token_stream
 from quantlab.lm.measuring import Divergence, Perplexity, divergence, generate, perplexity
+from quantlab.lm.saving import load_quantized, save_quantized
 from quantlab.lm.walk import LayerReport, QuantizeReport, model_bytes, quantize_lm, quantize_weights
 
 __all__ = [
@@ -18,12 +19,14 @@ __all__ = [
     "generate",
     "linear_layers",
     "load_lm",
+    "load_quantized",
     "load_text",
     "model_bytes",
     "perplexity",
     "quantize_lm",
     "quantize_weights",
     "read_documents",
+    "save_quantized",
     "token_stream",
     "weight_of",
 ]

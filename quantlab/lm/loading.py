@@ -19,7 +19,8 @@ def load_lm(name_or_path: str = "bundled"):
     "bundled" is the model in data/model, or what the environment variable QUANTLAB_MODEL names. Else a folder,
     or a hub name like "org/name" or, to pin it, "org/name@revision". Only safetensors are read, no code is run.
 
-    Raises: FileNotFoundError if there is no such folder, or the hub cannot give the model (offline, or unknown).
+    Raises: FileNotFoundError if there is no such folder, or the hub cannot give the model (offline, or unknown);
+    ValueError if the folder was written by save_quantized.
     """
     name = str(name_or_path)
     if name == "bundled":
@@ -29,6 +30,8 @@ def load_lm(name_or_path: str = "bundled"):
         folder = _download(name)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
+    if (folder / "quantized.safetensors").is_file():
+        raise ValueError(f"{folder} holds a quantized model: load_quantized loads it")
     small = sum(file.stat().st_size for file in folder.glob("*.safetensors")) < 100e6
     with _quiet(small):  # no progress bar for what takes less than a second
         model = AutoModelForCausalLM.from_pretrained(

@@ -1,0 +1,246 @@
+"""Saving quantized tensors and models: what they weigh, back bit by bit, and what is refused."""
+
+import copy
+import json
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from quantlab import Hessian, PerAxis, PerGroup, PerTensor, gptq_quantize, lm, quantize_tensor
+from quantlab.lm.saving import WEIGHTS
+from quantlab.storage import load_tensors, save_tensors
+
+GRANULARITIES = [PerTensor(), PerAxis(0), PerAxis(-1), PerGroup(3), PerGroup(1000)]
+
+
+def values(*shape, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def header(path) -> int:
+    """Bytes of a safetensors file before its data: eight that say how long the header is, and the header."""
+    with open(path, "rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
+def same(one, other) -> bool:
+    qp, also = one.qparams, other.qparams
+    pairs = [(one.codes, other.codes), (qp.scale, also.scale), (qp.zero_point, also.zero_point)]
+    if one.group_index is not None:
+        pairs.append((one.group_index, other.group_index))
+    settings = ("bits", "granularity", "symmetric", "dtype")
+    return (
+        all(torch.equal(a, b) and a.dtype == b.dtype for a, b in pairs)
+        and all(getattr(one, name) == getattr(other, name) for name in settings)
+        and (qp.qmin, qp.qmax) == (also.qmin, also.qmax)
+        and torch.equal(one.dequantize(), other.dequantize())
+    )
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+def test_a_tensor_comes_back_bit_by_bit_and_weighs_what_it_says(
+    tmp_path, bits, granularity, symmetric, signed
+):
+    q = quantize_tensor(values(5, 7), bits=bits, granularity=granularity, symmetric=symmetric, signed=signed)
+    size = save_tensors(tmp_path / "x", {"w": q})
+    assert size == os.path.getsize(tmp_path / "x")
+    assert size - header(tmp_path / "x") == q.nbytes
+    assert q.bits_per_element == 8 * q.nbytes / 35
+    assert same(q, load_tensors(tmp_path / "x")["w"])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    bits=st.integers(1, 8),
+    size=st.integers(1, 12),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+)
+def test_any_shape_and_group_comes_back(tmp_path_factory, shape, bits, size, dtype):
+    path = tmp_path_factory.mktemp("any") / "x"
+    q = quantize_tensor(values(*shape, dtype=dtype), bits=bits, granularity=PerGroup(size), symmetric=False)
+    assert save_tensors(path, {"w": q}) - header(path) == q.nbytes
+    assert same(q, load_tensors(path)["w"])
+
+
+def test_the_group_index_of_act_order_comes_back(tmp_path):
+    x = values(50, 12) * torch.linspace(1, 3, 12)
+    q = gptq_quantize(values(6, 12), Hessian(12).add(x), bits=3, group_size=4, act_order=True)
+    assert q.group_index is not None
+    assert save_tensors(tmp_path / "x", {"w": q}) - header(tmp_path / "x") == q.nbytes
+    assert same(q, load_tensors(tmp_path / "x")["w"])
+
+
+def test_names_that_look_like_parts_do_not_mix(tmp_path):
+    q = quantize_tensor(values(4, 8), bits=4, granularity=PerGroup(4))
+    given = {"w": q, "w.zero_point": values(3), "w.group_index": values(2), "": values(1), "w1": q}
+    back = load_tensors_of(tmp_path / "x", given)
+    assert list(back) == list(given)
+    assert same(back["w"], q)
+    assert same(back["w1"], q)
+    for name in ("w.zero_point", "w.group_index", ""):
+        assert torch.equal(back[name], given[name])
+    with pytest.raises(ValueError, match="two tensors would be stored as 'w.codes'"):
+        save_tensors(tmp_path / "y", {"w": q, "w.codes": values(3)})
+
+
+def load_tensors_of(path, tensors):
+    save_tensors(path, tensors)
+    return load_tensors(path)
+
+
+def test_shared_memory_and_views_are_stored_as_what_they_show(tmp_path):
+    x = values(4, 6)
+    back = load_tensors_of(tmp_path / "x", {"x": x, "turned": x.T, "part": x[1]})
+    assert torch.equal(back["turned"], x.T)
+    assert torch.equal(back["part"], x[1])
+
+
+@pytest.mark.parametrize("kept", [0, 1, 8, 100, -1])
+def test_a_truncated_file_is_refused(tmp_path, kept):
+    path = tmp_path / "x"
+    save_tensors(path, {"w": quantize_tensor(values(9, 9), bits=4, granularity=PerGroup(4))})
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match="truncated or no safetensors file"):
+        load_tensors(path)
+
+
+def test_foreign_files_are_refused(tmp_path):
+    save_file({"w": values(3)}, tmp_path / "foreign")
+    with pytest.raises(ValueError, match="not one that save_tensors wrote"):
+        load_tensors(tmp_path / "foreign")
+    (tmp_path / "text").write_text("Once upon a time")
+    with pytest.raises(ValueError, match="no safetensors file"):
+        load_tensors(tmp_path / "text")
+    with pytest.raises(FileNotFoundError, match="no file"):
+        load_tensors(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="'w' is a list; known are plain, affine"):
+        save_tensors(tmp_path / "x", {"w": [1.0]})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda parts, said: parts.pop("w.scale"),
+        lambda parts, said: parts.update({"w.codes": parts["w.codes"][:3]}),
+        lambda parts, said: parts.update({"w.scale": parts["w.scale"][:, :1].clone()}),
+        lambda parts, said: said["w"].update(bits=9),
+        lambda parts, said: said["w"].update(dtype="int8"),
+        lambda parts, said: said["w"].update(granularity=["nothing"]),
+        lambda parts, said: said["w"].pop("shape"),
+        lambda parts, said: said["w"].update(kind="other"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(tmp_path, damage):
+    q = quantize_tensor(values(4, 8), bits=4, granularity=PerGroup(2), symmetric=False)
+    save_tensors(tmp_path / "x", {"w": q})
+    parts, metadata = load_file(tmp_path / "x"), {"format": "quantlab", "version": "1"}
+    said = json.loads(metadata_of(tmp_path / "x")["tensors"])
+    damage(parts, said)
+    save_file(parts, tmp_path / "x", metadata | {"tensors": json.dumps(said)})
+    with pytest.raises(ValueError, match="does not fit together"):
+        load_tensors(tmp_path / "x")
+
+
+def metadata_of(path) -> dict:
+    raw = path.read_bytes()
+    return json.loads(raw[8 : header(path)])["__metadata__"]
+
+
+def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    save_tensors(path, {"x": values(3)})
+    before = path.read_bytes()
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_tensors(path, {"x": values(4)})
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# --- whole models -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    model, tokenizer = lm.load_lm()
+    return *lm.quantize_weights(
+        model, lambda w: quantize_tensor(w, bits=4, granularity=PerGroup(128))
+    ), tokenizer
+
+
+def test_a_model_comes_back_bit_by_bit_and_weighs_what_was_predicted(tmp_path, quantized):
+    model, qtensors, tokenizer = quantized
+    size = lm.save_quantized(tmp_path / "m", model, qtensors, tokenizer)
+    weights = tmp_path / "m" / WEIGHTS
+    assert size == os.path.getsize(weights)
+    assert size - header(weights) == lm.model_bytes(model, qtensors)
+    state = torch.random.get_rng_state()
+    back, words = lm.load_quantized(tmp_path / "m")
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not back.training
+    ids = torch.arange(1, 60)[None]
+    assert torch.equal(back(ids).logits, model(ids).logits)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), back.state_dict().values(), strict=True)
+    )
+    assert words("Once upon a time") == tokenizer("Once upon a time")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_other_families_come_back(tmp_path, family):
+    from test_lm import random_model
+
+    model = random_model(family)
+    before = copy.deepcopy(model.state_dict())
+    new, qtensors = lm.quantize_weights(model, lambda w: quantize_tensor(w, bits=3, granularity=PerAxis(0)))
+    lm.save_quantized(tmp_path / "m", new, qtensors)
+    back, tokenizer = lm.load_quantized(tmp_path / "m")
+    assert tokenizer is None
+    for name, value in new.state_dict().items():
+        assert torch.equal(back.state_dict()[name], value), name
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_saving_again_replaces_and_other_folders_are_left_alone(tmp_path, quantized):
+    model, qtensors, tokenizer = quantized
+    for _ in range(2):
+        lm.save_quantized(tmp_path / "m", model, qtensors, tokenizer)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "essay.txt").write_text("my own words")
+    with pytest.raises(ValueError, match="holds no quantized model; nothing was written"):
+        lm.save_quantized(tmp_path / "mine", model, qtensors)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["essay.txt"]
+
+
+def test_what_does_not_belong_together_is_refused(tmp_path, quantized):
+    model, qtensors, _ = quantized
+    name = next(iter(qtensors))
+    with pytest.raises(ValueError, match="no linear layer 'x'"):
+        lm.save_quantized(tmp_path / "m", model, {"x": qtensors[name]})
+    with pytest.raises(ValueError, match=f"weights of {name} are not those"):
+        lm.save_quantized(tmp_path / "m", lm.load_lm()[0], qtensors)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(FileNotFoundError, match="holds no quantized.safetensors"):
+        lm.load_quantized(lm.DATA / "model")
+    lm.save_quantized(tmp_path / "m", model, qtensors)
+    with pytest.raises(ValueError, match="load_quantized loads it"):
+        lm.load_lm(str(tmp_path / "m"))
+    stored = load_tensors(tmp_path / "m" / WEIGHTS)
+    stored.pop(name)
+    save_tensors(tmp_path / "m" / WEIGHTS, stored)
+    with pytest.raises(ValueError, match="of another model"):
+        lm.load_quantized(tmp_path / "m")
