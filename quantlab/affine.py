@@ -36,13 +36,13 @@ def choose_qparams(
     (1.0, 1)
     """
     _check_bounds(min_val, max_val, qmin, qmax)
-    low, high = min_val.detach().float().clamp(max=0.0), max_val.detach().float().clamp(min=0.0)
+    # In float64, so that a range near 3e38 does not overflow, and the one rounding is that of the result.
+    low, high = min_val.detach().double().clamp(max=0.0), max_val.detach().double().clamp(min=0.0)
     if symmetric:
         high = torch.maximum(-low, high)
         low = -high
     info = torch.finfo(torch.float32)
-    # Halves first: high - low itself would overflow for bounds near 3e38.
-    scale = ((high * 0.5 - low * 0.5) / (qmax - qmin) * 2).clamp(info.tiny, info.max)
+    scale = ((high - low) / (qmax - qmin)).clamp(info.tiny, info.max).float()
     if symmetric:
         zero_point = torch.full_like(scale, (qmin + qmax + 1) // 2)
     else:

@@ -1,0 +1,284 @@
+"""Linear layers on integers: weight-only, dynamic and static int8, and the integer product under them.
+
+The exact integers are the definition. The fast kernel (oneDNN's, which ships in torch) is used only where it gives the
+same integers; simulating the layer in floating point gives the same outputs up to float rounding.
+"""
+
+import math
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quantlab.affine import QParams, check_int, check_real, choose_qparams, fake_quantize, quantize
+from quantlab.granularity import Granularity, PerAxis, PerGroup, QTensor, quantize_tensor
+from quantlab.packing import unpack
+
+
+def int_linear(x_codes: Tensor, x_zero, w_codes: Tensor, w_zero=0) -> Tensor:
+    """The accumulators of an integer linear layer, exact, (tokens, out), int32.
+
+        Σ (qx - zx)(qw - zw)  =  Σ qx qw  -  zx Σ qw  -  zw Σ qx  +  K zx zw        Jacob et al. 2018, eq. 7
+
+    Only the first sum is a product of matrices; Σ qw is known before any input comes, and symmetric weights (zw = 0)
+    leave two terms.
+
+    Shapes: x_codes (tokens, K), x_zero a number or (tokens, 1); w_codes (out, K), w_zero a number or (out,).
+    Raises: ValueError if codes are not integers, the two K differ, or an accumulator does not fit 32 bits.
+
+    >>> int_linear(torch.tensor([[3, 1]]), 1, torch.tensor([[2, -4]])).tolist()   # (3 - 1) * 2 + (1 - 1) * -4
+    [[4]]
+    """
+    for name, codes in (("x_codes", x_codes), ("w_codes", w_codes)):
+        if codes.is_floating_point() or codes.is_complex() or codes.ndim != 2:
+            raise ValueError(f"{name} must be a matrix of integers, got {codes.dtype} {tuple(codes.shape)}")
+    if x_codes.shape[1] != w_codes.shape[1]:
+        raise ValueError(f"x_codes has {x_codes.shape[1]} features, w_codes {w_codes.shape[1]}")
+    # Whole numbers far below 2**53, which float64 adds exactly; torch's own product of int32 matrices is slow.
+    x, w = x_codes.double(), w_codes.double()
+    zeros = x_zero * w_zero * x.shape[1]
+    total = x @ w.T - x_zero * w.sum(1) - w_zero * x.sum(1, keepdim=True) + zeros
+    if total.numel() and total.abs().max() >= 2**31:
+        raise ValueError(f"an accumulator of {total.abs().max():.0f} does not fit 32 bits; K is {x.shape[1]}")
+    return total.to(torch.int32)
+
+
+class WeightOnlyLinear(nn.Module):
+    """A linear layer that stores its weight packed, and makes it float again in every call for a float product.
+
+    It is smaller, and by itself no faster: each call unpacks and writes the whole float weight.
+    """
+
+    def __init__(self, weight: QTensor, bias: Tensor | None = None):
+        super().__init__()
+        for name, value in (
+            ("packed", weight.packed()),
+            ("scale", weight.qparams.scale),
+            ("zero_point", weight.qparams.zero_point),
+            ("group_index", weight.group_index),
+            ("bias", bias),
+        ):
+            self.register_buffer(name, value)
+        self.out_features, self.in_features = weight.codes.shape
+        self.bits, self.granularity, self.symmetric = weight.bits, weight.granularity, weight.symmetric
+        self.dtype, self.qmin, self.qmax = weight.dtype, weight.qparams.qmin, weight.qparams.qmax
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        bits: int = 4,
+        granularity: Granularity | None = None,
+        symmetric: bool = False,
+    ) -> "WeightOnlyLinear":
+        """A new layer with linear's weight rounded to nearest (default: groups of 128); linear is not changed."""
+        weight = quantize_tensor(
+            _weight(linear), bits=bits, granularity=granularity or PerGroup(128), symmetric=symmetric
+        )
+        return cls(weight, _bias(linear))
+
+    def weight(self) -> Tensor:
+        """The float weight, (out, in), unpacked and dequantized."""
+        count = self.out_features * self.in_features
+        codes = unpack(self.packed, bits=self.bits, count=count).to(torch.int16) + self.qmin
+        qp = QParams(self.scale, self.zero_point, self.qmin, self.qmax)
+        shaped = codes.view(self.out_features, self.in_features)
+        return QTensor(
+            shaped, qp, self.bits, self.granularity, self.symmetric, self.dtype, self.group_index
+        ).dequantize()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored weight: codes, scales, zero points (packed, unless symmetric), group index."""
+        zeros = 0 if self.symmetric else -(-self.zero_point.numel() * self.bits // 8)
+        index = 0 if self.group_index is None else self.group_index.nbytes
+        return self.packed.nbytes + self.scale.nbytes + zeros + index
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight().to(x.dtype), self.bias)
+
+
+class _Int8Linear(nn.Module):
+    """int8 weight, one symmetric scale a row; a subclass says which QParams its input gets."""
+
+    def __init__(self, linear: nn.Linear, activation_bits: int):
+        super().__init__()
+        weight = quantize_tensor(_weight(linear), bits=8, granularity=PerAxis(0))
+        self.activation_bits = check_int(activation_bits, "activation_bits", 2, 8)
+        self.out_features, self.in_features = weight.codes.shape
+        self.register_buffer("codes", weight.codes)
+        self.register_buffer("weight_scale", weight.qparams.scale.flatten())
+        self.register_buffer("bias", _bias(linear))
+        self._prepacked = None  # the weight in the kernel's own order, made when first needed
+
+    def input_qparams(self, x: Tensor) -> QParams:
+        """The map of an input (tokens, in): scale and zero_point of one element, or (tokens, 1)."""
+        raise NotImplementedError
+
+    def _one_map(self, x: Tensor) -> tuple[float, int] | None:
+        """input_qparams as two numbers, where there is one map for all of x; None if there is one a token."""
+        raise NotImplementedError
+
+    def dequantized_weight(self) -> Tensor:
+        """The float weight that the codes stand for, (out, in)."""
+        return self.weight_scale[:, None] * self.codes.float()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored weight: codes and scales."""
+        return self.codes.nbytes + self.weight_scale.nbytes
+
+    @property
+    def kernel(self) -> str:
+        """Which way forward() goes on this CPU: "oneDNN", or "exact integers" where oneDNN would not be exact."""
+        safe = kernel_status() == "exact" or (kernel_status() == "saturates" and self.activation_bits < 8)
+        return "oneDNN" if safe and self.codes.device.type == "cpu" else "exact integers"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = scale_x * scale_w * accumulators + bias, in the dtype of x, by the fast kernel where that is exact."""
+        return self._layer(x, self._fast if self.kernel == "oneDNN" else self._exact)
+
+    def exact(self, x: Tensor) -> Tensor:
+        """The same by exact integers: the definition."""
+        return self._layer(x, self._exact)
+
+    def simulate(self, x: Tensor) -> Tensor:
+        """The same with floats on the grid (fake quantization) and a float product: equal up to float rounding."""
+        return self._layer(x, self._simulated)
+
+    def _layer(self, x: Tensor, way) -> Tensor:
+        if x.shape[-1:] != (self.in_features,) or x.numel() == 0:
+            raise ValueError(f"x must have {self.in_features} features, got shape {tuple(x.shape)}")
+        y = way(x.reshape(-1, self.in_features).float())
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def _exact(self, x: Tensor) -> Tensor:
+        qp = self.input_qparams(x)
+        sums = int_linear(quantize(x, qp), qp.zero_point, self.codes)
+        return self._with_bias(sums.float() * (qp.scale * self.weight_scale))
+
+    def _simulated(self, x: Tensor) -> Tensor:
+        return F.linear(fake_quantize(x, self.input_qparams(x)), self.dequantized_weight(), self.bias)
+
+    def _fast(self, x: Tensor) -> Tensor:
+        if self._prepacked is None:
+            self._prepacked = torch.ops.onednn.qlinear_prepack(self.codes, None)
+        one = self._one_map(x)
+        if one is not None:
+            scale, zero = one
+            codes = x.mul(1.0 / scale).round_().add_(zero).clamp_(0, 2**self.activation_bits - 1)
+            return _onednn(codes.to(torch.uint8), scale, zero, self._prepacked, self.weight_scale, self.bias)
+        # One scale a token: the kernel knows only one for all, so it gets 1, and the tokens' scales come after it.
+        qp = self.input_qparams(x)
+        codes = quantize(x, qp).to(torch.uint8)
+        zero = int(qp.zero_point[0])  # symmetric: the same for every token
+        y = _onednn(codes, 1.0, zero, self._prepacked, self.weight_scale, None)
+        return self._with_bias(y * qp.scale)
+
+    def _with_bias(self, y: Tensor) -> Tensor:
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, activation_bits={self.activation_bits}"
+
+
+class DynamicInt8Linear(_Int8Linear):
+    """int8 weight and activations; the activations' scale and zero_point are computed anew from every input.
+
+    per="tensor": one asymmetric map for the whole input. per="token": one symmetric map for each row of it.
+    """
+
+    def __init__(self, linear: nn.Linear, *, per: str = "tensor", activation_bits: int = 8):
+        super().__init__(linear, activation_bits)
+        if per not in ("tensor", "token"):
+            raise ValueError(f'per must be "tensor" or "token", got {per!r}')
+        self.per = per
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, *, per: str = "tensor", activation_bits: int = 8
+    ) -> "DynamicInt8Linear":
+        """A new layer with linear's weight in int8; linear itself is not changed."""
+        return cls(linear, per=per, activation_bits=activation_bits)
+
+    def input_qparams(self, x: Tensor) -> QParams:
+        low, high = torch.aminmax(x) if self.per == "tensor" else torch.aminmax(x, dim=1, keepdim=True)
+        return choose_qparams(
+            low, high, qmin=0, qmax=2**self.activation_bits - 1, symmetric=self.per == "token"
+        )
+
+    def _one_map(self, x: Tensor) -> tuple[float, int] | None:
+        if self.per == "token" and len(x) > 1:
+            return None
+        low, high = (bound.item() for bound in torch.aminmax(x))
+        return _choose_numbers(low, high, qmax=2**self.activation_bits - 1, symmetric=self.per == "token")
+
+
+class StaticInt8Linear(_Int8Linear):
+    """int8 weight and activations; the activations' scale and zero_point were fixed by calibration (an observer)."""
+
+    def __init__(self, linear: nn.Linear, observer, *, activation_bits: int = 8):
+        super().__init__(linear, activation_bits)
+        qp = choose_qparams(*observer.min_max(), qmin=0, qmax=2**self.activation_bits - 1)
+        self.register_buffer("input_scale", qp.scale)
+        self.register_buffer("input_zero_point", qp.zero_point)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, observer, *, activation_bits: int = 8) -> "StaticInt8Linear":
+        """A new layer with linear's weight in int8 and the range that the observer has seen (quantlab.observers)."""
+        return cls(linear, observer, activation_bits=activation_bits)
+
+    def input_qparams(self, x: Tensor) -> QParams:
+        return QParams(self.input_scale, self.input_zero_point, 0, 2**self.activation_bits - 1)
+
+    def _one_map(self, x: Tensor) -> tuple[float, int]:
+        check_real(x)
+        return self.input_scale.item(), self.input_zero_point.item()
+
+
+@cache
+def kernel_status() -> str:
+    """What oneDNN's kernel does on this CPU with the largest products: "exact", "saturates", or "missing".
+
+    x86 CPUs without VNNI add two products u8 * s8 in 16 bits, which hold at most 32767: 2 * 255 * 127 does not fit.
+    Activations of 7 bits always fit: 2 * 127 * 128 = 32512.
+    """
+    if not hasattr(torch.ops.onednn, "qlinear_pointwise") or not torch.backends.mkldnn.is_available():
+        return "missing"
+    x, w = torch.full((1, 64), 255, dtype=torch.uint8), torch.full((16, 64), 127, dtype=torch.int8)
+    sums = _onednn(x, 1.0, 0, torch.ops.onednn.qlinear_prepack(w, None), torch.ones(16), None)
+    return "exact" if (sums == 64 * 255 * 127).all() else "saturates"
+
+
+def _onednn(codes: Tensor, scale: float, zero: int, weight: Tensor, weight_scale: Tensor, bias) -> Tensor:
+    """scale * weight_scale * Σ (codes - zero) weight + bias, float32; the integers are added in 32 bits."""
+    none = torch.zeros(len(weight_scale), dtype=torch.int32)  # the weight's zero points
+    return torch.ops.onednn.qlinear_pointwise(
+        codes, scale, zero, weight, weight_scale, none, bias, 1.0, 0, torch.float32, "none", [], ""
+    )
+
+
+def _choose_numbers(low: float, high: float, *, qmax: int, symmetric: bool) -> tuple[float, int]:
+    """choose_qparams for one range and qmin = 0 in Python's floats: the same two numbers, without 20 tensor calls,
+    which would take as long as the kernel."""
+    if not math.isfinite(low + high):
+        raise ValueError(f"x must be finite, got values from {low} to {high}")
+    low, high = min(low, 0.0), max(high, 0.0)
+    if symmetric:
+        high = max(-low, high)
+        low = -high
+    info = torch.finfo(torch.float32)
+    scale = torch.tensor(min(max((high - low) / qmax, info.tiny), info.max)).item()  # rounded to float32
+    return scale, (qmax + 1) // 2 if symmetric else min(max(-round(low / scale), 0), qmax)
+
+
+def _weight(linear: nn.Module) -> Tensor:
+    if not isinstance(linear, nn.Linear):
+        raise ValueError(f"need an nn.Linear, got {type(linear).__name__}")
+    return linear.weight.detach()
+
+
+def _bias(linear: nn.Linear) -> Tensor | None:
+    return None if linear.bias is None else linear.bias.detach().float().clone()
