@@ -100,18 +100,24 @@ class WeightOnlyLinear(nn.Module):
         return F.linear(x, self.weight().to(x.dtype), self.bias)
 
 
-class _Int8Linear(nn.Module):
+class Int8Linear(nn.Module):
     """int8 weight, one symmetric scale a row; a subclass says which QParams its input gets."""
 
-    def __init__(self, linear: nn.Linear, activation_bits: int):
+    def __init__(self, linear: nn.Linear, activation_bits: int = 8):
         super().__init__()
-        weight = quantize_tensor(_weight(linear), bits=8, granularity=PerAxis(0))
+        codes, scale = self.quantized_rows(_weight(linear))
         self.activation_bits = check_int(activation_bits, "activation_bits", 2, 8)
-        self.out_features, self.in_features = weight.codes.shape
-        self.register_buffer("codes", weight.codes)
-        self.register_buffer("weight_scale", weight.qparams.scale.flatten())
+        self.out_features, self.in_features = codes.shape
+        self.register_buffer("codes", codes)
+        self.register_buffer("weight_scale", scale)
         self.register_buffer("bias", _bias(linear))
         self._prepacked = None  # the weight in the kernel's own order, made when first needed
+
+    @staticmethod
+    def quantized_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+        """int8 codes (out, in) and scales (out,) of the weight."""
+        q = quantize_tensor(weight, bits=8, granularity=PerAxis(0))
+        return q.codes, q.qparams.scale.flatten()
 
     def input_qparams(self, x: Tensor) -> QParams:
         """The map of an input (tokens, in): scale and zero_point of one element, or (tokens, 1)."""
@@ -184,7 +190,7 @@ class _Int8Linear(nn.Module):
         return f"{self.in_features}, {self.out_features}, activation_bits={self.activation_bits}"
 
 
-class DynamicInt8Linear(_Int8Linear):
+class DynamicInt8Linear(Int8Linear):
     """int8 weight and activations; the activations' scale and zero_point are computed anew from every input.
 
     per="tensor": one asymmetric map for the whole input. per="token": one symmetric map for each row of it.
@@ -216,7 +222,7 @@ class DynamicInt8Linear(_Int8Linear):
         return _choose_numbers(low, high, qmax=2**self.activation_bits - 1, symmetric=self.per == "token")
 
 
-class StaticInt8Linear(_Int8Linear):
+class StaticInt8Linear(Int8Linear):
     """int8 weight and activations; the activations' scale and zero_point were fixed by calibration (an observer)."""
 
     def __init__(self, linear: nn.Linear, observer, *, activation_bits: int = 8):

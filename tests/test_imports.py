@@ -20,12 +20,12 @@ LAYERS = {
     "storage": 2,
     "gptq": 2,
     "awq": 2,
-    "outliers": 2,
     "linear": 3,
+    "outliers": 4,
     "qat": 3,
-    "lm": 4,
-    "training": 5,
-    "ledger": 5,
+    "lm": 5,
+    "training": 6,
+    "ledger": 6,
 }
 ABOVE = {"__init__", "plots", "explorers", "checks", "exercises"}  # no layer, but rules of their own
 FILES = sorted(PACKAGE.rglob("*.py"))

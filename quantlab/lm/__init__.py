@@ -1,6 +1,6 @@
 """A language model: load it, measure it, look at its layers' inputs, quantize it, save it."""
 
-from quantlab.lm.layers import blocks_of, capture_inputs, linear_layers, weight_of
+from quantlab.lm.layers import activation_scales, blocks_of, capture_inputs, linear_layers, weight_of
 from quantlab.lm.loading import DATA, SEPARATOR, load_lm, load_text, read_documents, token_stream
 from quantlab.lm.measuring import Divergence, Perplexity, divergence, generate, perplexity
 from quantlab.lm.saving import load_quantized, save_quantized
@@ -13,6 +13,7 @@ __all__ = [
     "LayerReport",
     "Perplexity",
     "QuantizeReport",
+    "activation_scales",
     "blocks_of",
     "capture_inputs",
     "divergence",

@@ -56,3 +56,29 @@ def capture_inputs(model, tokens: Tensor, layers, *, window: int = 512) -> dict[
         for hook in hooks:
             hook.remove()
     return {name: torch.cat(parts) for name, parts in caught.items()}
+
+
+def activation_scales(model, tokens: Tensor, *, window: int = 512) -> dict[str, Tensor]:
+    """The largest |x| that each input channel of each linear layer reads: {layer name: (in_features,)}, float32.
+
+    Bounded memory: one maximum a channel is kept, however many tokens there are. SmoothQuant and AWQ start from it.
+    """
+    window, _ = checked_windows(model, tokens, window, None)
+    layers, largest = linear_layers(model), {}
+
+    def look(name):
+        def hook(_module, inputs):
+            peak = inputs[0].detach().float().abs().flatten(0, -2).amax(0).cpu()
+            largest[name] = torch.maximum(largest[name], peak) if name in largest else peak
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(look(name)) for name, layer in layers.items()]
+    try:
+        with torch.no_grad(), evaluating(model):
+            for ids in tokens.split(window):
+                model(ids[None].to(model.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: largest[name] for name in layers}

@@ -1,0 +1,188 @@
+"""Outlier channels of activations: planted without changing a model, smoothed into the weights, or kept in float."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quantlab.affine import QParams, check_int, check_real
+from quantlab.linear import Int8Linear
+
+
+def plant_outliers(model, *, channels, factor: float):
+    """A new model with the same outputs, in which these channels are `factor` times as large where linear layers read.
+
+    The gain (and bias) of each norm is multiplied, and the columns of the linear layers that read it are divided:
+    x' = x · d and W' = W / d give x' W'ᵀ = x Wᵀ for any d > 0. Large language models grow such channels by themselves
+    (Dettmers et al. 2022, LLM.int8()); a small one needs them planted to show what they do.
+
+    channels: indices into the hidden state. Raises: ValueError if one does not exist, factor is not a positive number,
+    or the model's norms are read by more than linear layers, so that its outputs would change.
+    """
+    new = copy.deepcopy(model).eval()
+    if not 0 < factor < float("inf"):
+        raise ValueError(f"factor must be a positive number, got {factor}")
+    readers = norm_readers(new)
+    width = len(readers[0][0].weight)
+    channels = [check_int(c, "a channel", 0, width - 1) for c in channels]
+    stretch = torch.ones(width)
+    stretch[channels] = factor
+    for norm, layers in readers:
+        _move(norm, layers, stretch)
+    return _same_outputs(model, new)
+
+
+def smooth(model, activation_scales: dict[str, Tensor], *, alpha: float = 0.5):
+    """SmoothQuant: a new model with the same outputs, its activations' outliers moved into the weights.
+
+        s_j = max|X_j|^alpha / max|W_j|^(1 - alpha),   X' = X / s,   W' = W · s       Xiao et al. 2023, eq. 4
+
+    1 / s goes into the norm before the layers, so nothing more is computed; layers that read one norm (q, k, v; gate,
+    up) share one s, with the largest |W_j| of them all. Layers that no norm feeds (o, down) stay as they are.
+
+    activation_scales: max|x| of each input channel, (in,), by layer name: quantlab.lm.activation_scales.
+    Raises: ValueError if alpha is not in 0..1, or the scales of a layer are missing or of another width.
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be in 0..1, got {alpha}")
+    new = copy.deepcopy(model).eval()
+    names = {module: name for name, module in new.named_modules()}
+    for norm, layers in norm_readers(new):
+        name = names[layers[0]]
+        if name not in activation_scales:
+            raise ValueError(
+                f"no activation scales for {name!r}; quantlab.lm.activation_scales gives them all"
+            )
+        _move(norm, layers, 1 / smoothing_scales(activation_scales[name], layers, alpha))
+    return _same_outputs(model, new)
+
+
+def smoothing_scales(largest_x: Tensor, layers: list[nn.Module], alpha: float) -> Tensor:
+    """SmoothQuant's s for layers that read one input, (in,), float32; 1 where the channel is silent or unused."""
+    check_real(largest_x, "the activation scales")
+    largest_w = torch.stack([_rows_first(layer).abs().amax(0) for layer in layers]).amax(0).float()
+    if largest_x.shape != largest_w.shape:
+        raise ValueError(f"{len(largest_x)} activation scales for {len(largest_w)} input channels")
+    s = largest_x.float() ** alpha / largest_w ** (1 - alpha)
+    return torch.where((largest_x > 0) & (largest_w > 0), s, torch.ones_like(s)).clamp(1e-5, 1e5)
+
+
+def norm_readers(model) -> list[tuple[nn.Module, list[nn.Module]]]:
+    """Each norm inside the model with the linear layers that read its output, found by running three tokens.
+
+    Works for any decoder whose linear layers read the norm's tensor itself (Llama, Qwen, OPT, GPT-2 ...). A head that
+    shares its weight with the embedding is left out: its columns cannot be changed.
+
+    Raises: ValueError if no norm is read by linear layers alone.
+    """
+    written: dict[int, tuple[nn.Module, Tensor]] = {}  # the tensor is kept, so that its id stays its own
+    read: dict[nn.Module, list[nn.Module]] = {}
+
+    def wrote(module, _inputs, output):
+        written[id(output)] = (module, output)
+
+    def reads(module, inputs):
+        if id(inputs[0]) in written:
+            read.setdefault(written[id(inputs[0])][0], []).append(module)
+
+    handles = []
+    for module in model.modules():
+        if _is_linear(module) and module is not model.get_output_embeddings():
+            handles.append(module.register_forward_pre_hook(reads))
+        elif getattr(module, "weight", None) is not None and module.weight.ndim == 1:
+            handles.append(module.register_forward_hook(wrote))
+    try:
+        _logits(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    width = model.config.hidden_size
+    found = [(norm, layers) for norm, layers in read.items() if len(norm.weight) == width]
+    if not found:
+        raise ValueError(f"no norm of {type(model).__name__} is read by linear layers")
+    return found
+
+
+class LLMInt8Linear(Int8Linear):
+    """LLM.int8() (Dettmers et al. 2022): 8-bit integers, but the input columns with outliers stay in float.
+
+    A column is an outlier if any |x| in it reaches the threshold (6.0 in the paper). The others are quantized vector by
+    vector, each token and each row of the weight to -127..127 by its largest magnitude. The float part multiplies
+    the outlier columns with those of the dequantized weight: no float copy of the weight is kept.
+    """
+
+    def __init__(self, linear: nn.Linear, *, threshold: float = 6.0):
+        super().__init__(linear)
+        if not threshold > 0:
+            raise ValueError(f"threshold must be positive, got {threshold}")
+        self.threshold = threshold
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, *, threshold: float = 6.0) -> "LLMInt8Linear":
+        """A new layer with linear's weight in int8; linear itself is not changed."""
+        return cls(linear, threshold=threshold)
+
+    @staticmethod
+    def quantized_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+        largest = weight.float().abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny)
+        codes = torch.round(weight.float() * (127 / largest)[:, None])
+        return codes.to(torch.int8), largest / 127
+
+    def outlier_columns(self, x: Tensor) -> Tensor:
+        """Which input columns of x (..., in) stay in float: (in,) bool."""
+        return (x.abs() >= self.threshold).flatten(0, -2).any(0)
+
+    def input_qparams(self, x: Tensor) -> QParams:
+        largest = x.abs().amax(1, keepdim=True)
+        scale = (largest / 127).clamp(min=torch.finfo(torch.float32).tiny)
+        return QParams(scale, torch.full_like(scale, 128, dtype=torch.int32), 1, 255)
+
+    def _one_map(self, x: Tensor) -> None:
+        return None
+
+    def _layer(self, x: Tensor, way) -> Tensor:
+        return super()._layer(x, lambda flat: self._split(flat, way))
+
+    def _split(self, x: Tensor, way) -> Tensor:
+        check_real(x)
+        columns = self.outlier_columns(x)
+        if not columns.any():
+            return way(x)
+        weight = self.weight_scale[:, None] * self.codes[:, columns]
+        return way(x.masked_fill(columns, 0.0)) + F.linear(x[:, columns], weight)
+
+
+def _move(norm: nn.Module, layers: list[nn.Module], stretch: Tensor) -> None:
+    """Multiply a norm's channels and divide the columns that read them, in place (they belong to a new model)."""
+    with torch.no_grad():
+        for parameter in (norm.weight, getattr(norm, "bias", None)):
+            if parameter is not None:
+                parameter.mul_(stretch.to(parameter))
+        for layer in layers:
+            _rows_first(layer).div_(stretch.to(layer.weight))
+
+
+def _same_outputs(model, new):
+    """The new model, if it computes what the old one does."""
+    before, after = _logits(model), _logits(new)
+    if (before - after).abs().max() > 1e-3 * before.abs().max():
+        raise ValueError(
+            f"the outputs of {type(model).__name__} would change: something besides linear layers reads its norms"
+        )
+    return new
+
+
+def _logits(model) -> Tensor:
+    ids = torch.arange(3, device=next(model.parameters()).device)[None]
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # transformers' own, in GPT-2
+
+
+def _rows_first(layer: nn.Module) -> Tensor:
+    """The weight as (out, in), sharing memory. Conv1D stores it the other way round."""
+    return layer.weight.detach().T if type(layer).__name__ == "Conv1D" else layer.weight.detach()
