@@ -62,7 +62,7 @@ def measure(
         d.kl,
         d.stderr,
         d.top1,
-        8 * size / sum(w.numel() for w in model.parameters()),
+        8 * size / sum(w.numel() for w in reference.parameters()),
         size,
         slow,
         fast,

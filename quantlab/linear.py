@@ -108,9 +108,10 @@ class Int8Linear(nn.Module):
         codes, scale = self.quantized_rows(_weight(linear))
         self.activation_bits = check_int(activation_bits, "activation_bits", 2, 8)
         self.out_features, self.in_features = codes.shape
-        self.register_buffer("codes", codes)
+        self.register_buffer("codes", codes.contiguous())  # the kernel reads them row by row
         self.register_buffer("weight_scale", scale)
-        self.register_buffer("bias", _bias(linear))
+        bias = _bias(linear)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self._prepacked = None  # the weight in the kernel's own order, made when first needed
 
     @staticmethod

@@ -260,6 +260,14 @@ def test_constant_inputs(x):
         assert (layer(x) - layer.exact(x)).abs().max() <= 1e-5 * layer.exact(x).abs().max()
 
 
+@pytest.mark.parametrize("way", LAYERS)
+def test_a_weight_that_is_a_transposed_view(way):
+    layer, x = linear(), random(5, 48, seed=10)
+    wanted = LAYERS[way](layer, 8)(x)
+    layer.weight.data = layer.weight.data.T.contiguous().T
+    assert torch.equal(LAYERS[way](layer, 8)(x), wanted)
+
+
 def test_int8_weights_are_a_quarter():
     layer = linear(2048, 2048, bias=False)
     for way in LAYERS:

@@ -10,7 +10,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfi
 from transformers.pytorch_utils import Conv1D
 
 from quantlab import Hessian, PerAxis, PerGroup, gptq_quantize, lm, quantize_tensor
-from quantlab.lm import measuring, walk
+from quantlab.linear import Int8Linear, StaticInt8Linear
+from quantlab.lm import blocks, measuring, walk
+from quantlab.observers import MinMax, Percentile
+from quantlab.outliers import plant_outliers
 from quantlab.training import train_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -107,7 +110,7 @@ def test_quantizing_leaves_the_given_model_alone(family):
 
 def test_shared_inputs_are_found():
     model = random_model("llama")
-    hidden, arguments = walk._block_inputs(model, random_tokens(128), 64)
+    hidden, arguments = blocks.block_inputs(model, random_tokens(128), 64)
     with torch.no_grad():
         groups = [
             sorted(layers) for layers, _ in walk._hessians(lm.blocks_of(model)[1][0], hidden, arguments[0])
@@ -145,8 +148,10 @@ def test_gptq_beats_nearest_on_every_family(family):
 
 def test_quantize_lm_bad_input():
     model, tokens = random_model("llama"), random_tokens()
-    with pytest.raises(ValueError, match="method must be one of .*'gptq', 'rtn'.*, got 'magic'"):
+    with pytest.raises(ValueError, match="method must be one of rtn, gptq, .*, got 'magic'"):
         lm.quantize_lm(model, tokens, method="magic")
+    with pytest.raises(ValueError, match="rtn takes bits, group_size, symmetric; got act_order"):
+        lm.quantize_lm(model, tokens, method="rtn", act_order=True)
     with pytest.raises(ValueError, match=r"bits must be 1..8"):
         lm.quantize_lm(model, tokens, bits=9, progress=False)
     with pytest.raises(ValueError, match="group_size must be at least 1, got 0"):
@@ -409,3 +414,79 @@ def test_quantize_weights_puts_what_the_quantizer_gives_and_keeps_the_model(fami
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     others = new.state_dict().keys() - {f"{name}.weight" for name in qtensors}
     assert all(torch.equal(before[name], new.state_dict()[name]) for name in others)
+
+
+# --- integer layers in whole models -----------------------------------------------------------------------------
+
+INTEGER = {
+    "w8a8_dynamic": [{}, {"per": "token"}],
+    "w8a8_static": [{}, {"observer": lambda: Percentile(percentile=99.99)}],
+    "smoothquant": [{}, {"alpha": 0.8, "per": "token"}, {"per": "static"}],
+    "llm_int8": [{}, {"threshold": 1.0}],
+}
+SETTINGS = [(method, options) for method, all_options in INTEGER.items() for options in all_options]
+
+
+@pytest.mark.parametrize(("method", "options"), SETTINGS)
+def test_integer_methods_stay_near_the_float_model(family, method, options):
+    model, tokens = random_model(family), random_tokens()
+    before = copy.deepcopy(model.state_dict())
+    new, report = lm.quantize_lm(model, tokens, method=method, window=64, progress=False, **options)
+    names = list(lm.linear_layers(model))
+    assert [row.name for row in report.layers] == names == list(report.qtensors)
+    assert all(isinstance(new.get_submodule(name), Int8Linear) for name in names)
+    assert all(0 < row.output_error < 0.01 for row in report.layers)
+    assert 0 < lm.divergence(model, new, tokens, window=64).kl < 0.02
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in new.modules())
+
+
+def test_bytes_of_integer_models_count_codes_scales_and_biases(family):
+    model = random_model(family)
+    new, report = lm.quantize_lm(model, random_tokens(), method="w8a8_dynamic", window=64, progress=False)
+    layers = lm.linear_layers(model)
+    codes = sum(layer.weight.numel() + 4 * lm.weight_of(layer).shape[0] for layer in layers.values())
+    rest = sum(p.numel() for p in model.parameters()) - sum(layer.weight.numel() for layer in layers.values())
+    assert report.nbytes == codes + 2 * rest
+    assert report.bits_per_parameter == 8 * report.nbytes / sum(p.numel() for p in model.parameters())
+
+
+def test_the_integer_walk_equals_layers_replaced_by_hand():
+    model, tokens = random_model("llama"), random_tokens(6 * 64)  # whole windows: the walk leaves a tail out
+    new, report = lm.quantize_lm(model, tokens, method="w8a8_static", window=64, progress=False)
+    slow = copy.deepcopy(model)
+    for name in lm.linear_layers(model):  # in the model's order: each layer is calibrated on the ones before
+        block = name.split(".")[2]
+        done = [n for n in lm.linear_layers(model) if n.split(".")[2] < block]
+        part = copy.deepcopy(model)
+        for other in done:
+            replace(part, other, slow.get_submodule(other))
+        x = lm.capture_inputs(part, tokens, [name], window=64)[name]
+        replace(slow, name, StaticInt8Linear.from_linear(model.get_submodule(name), MinMax().update(x)))
+    for name in lm.linear_layers(model):
+        assert torch.equal(new.get_submodule(name).input_scale, slow.get_submodule(name).input_scale), name
+    ids = tokens[None, :50]
+    torch.testing.assert_close(new(ids).logits, slow(ids).logits)
+
+
+def replace(model, name, layer):
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+
+
+def test_planted_outliers_ruin_w8a8_and_both_remedies_give_it_back():
+    """On the bundled model, in float the same as before: the numbers of notebook 09."""
+    model, tokenizer = lm.load_lm(str(lm.DATA / "model"))
+    text = lm.token_stream(tokenizer, lm.load_text("eval"))[:1024]
+    calibration = lm.token_stream(tokenizer, lm.load_text("calibration"))[:1024]
+    planted = plant_outliers(model, channels=range(0, 240, 40), factor=100.0)
+    assert lm.divergence(model, planted, text).kl < 1e-6
+
+    def kl(method, start=planted, **options):
+        new, _ = lm.quantize_lm(start, calibration, method=method, progress=False, **options)
+        return lm.divergence(model, new, text).kl
+
+    ruined, tokens, plain = kl("w8a8_dynamic"), kl("w8a8_dynamic", per="token"), kl("w8a8_dynamic", model)
+    assert plain < 0.05 < 0.3 < tokens < 0.5 * ruined
+    assert kl("llm_int8") < 0.1 * tokens
+    assert kl("smoothquant") < 1.2 * plain

@@ -1,0 +1,79 @@
+"""Running the blocks of a model one by one: their inputs, and hooks on the layers inside."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from quantlab.lm.layers import blocks_of
+
+
+class Stop(Exception):
+    """Ends a forward pass once the first block's input is known."""
+
+
+def block_inputs(model, tokens: Tensor, window: int) -> tuple[list[Tensor], list[dict]]:
+    """The input of block 0 for each batch of windows, and for each block its other arguments (masks, positions).
+
+    All batches have one shape, and those arguments depend on the shape alone, so one full pass shows them.
+    """
+    _, blocks = blocks_of(model)
+    hidden, arguments = [], [{} for _ in blocks]
+
+    def remember(i):
+        def hook(_block, inputs, keywords):
+            arguments[i].update(keywords)
+            if i == 0:
+                hidden.append(inputs[0])
+                if len(hidden) > 1:
+                    raise Stop
+
+        return hook
+
+    hooks = [b.register_forward_pre_hook(remember(i), with_kwargs=True) for i, b in enumerate(blocks)]
+    try:
+        for ids in whole_windows(tokens, window):
+            try:
+                model(ids.to(model.device), use_cache=False)
+            except Stop:
+                pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return hidden, arguments
+
+
+def whole_windows(tokens: Tensor, window: int) -> Iterator[Tensor]:
+    """(1, window) at a time; a tail that fills no window is left out, unless it is all there is."""
+    count = len(tokens) // window
+    return iter(tokens[: count * window].view(count, 1, window) if count else tokens[None, None])
+
+
+def first(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+def linears(block) -> dict[str, nn.Module]:
+    """The linear layers of a block, by their names in it."""
+    return {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+
+
+@contextmanager
+def hooked(hooks: dict[nn.Module, Callable], *, after: bool = False):
+    """Hooks before (or after) each of these modules runs, for a while."""
+    handles = [
+        module.register_forward_hook(hook) if after else module.register_forward_pre_hook(hook)
+        for module, hook in hooks.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run(block, hidden: list[Tensor], arguments: dict) -> Iterator[Tensor]:
+    """What the block gives out for each batch, one at a time."""
+    for h in hidden:
+        yield first(block(h, **arguments))
