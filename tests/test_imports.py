@@ -19,7 +19,7 @@ LAYERS = {
     "observers": 2,
     "storage": 2,
     "gptq": 2,
-    "awq": 2,
+    "awq": 3,
     "linear": 3,
     "outliers": 4,
     "qat": 3,

@@ -1,0 +1,135 @@
+"""AWQ: multiply the input channels that matter before rounding, divide them afterwards.
+
+Lin, Tang, Tang, Yang, Chen, Wang, Xiao, Dang, Gan, Han 2023 (arXiv 2306.00978). A weight column that is s times as
+large keeps the step of its group (unless it becomes the largest), so its rounding error shrinks s times as it is
+divided back. The columns worth it are those whose inputs are large. No weight is kept in float.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantlab.affine import check_int, check_real
+from quantlab.gptq import Hessian, check_weight
+from quantlab.granularity import PerAxis, PerGroup, QTensor, quantize_tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ScaledQTensor:
+    """A quantized W · diag(s), and s: the layer computes (x / s) (W s)ᵀ. Deployed, 1 / s goes into the layer before."""
+
+    q: QTensor  # codes of W · diag(s)
+    input_scale: Tensor  # s, (in,), float32
+
+    def dequantize(self) -> Tensor:
+        """The weight that the layer acts with, Q(W s) / s, in the dtype of the original."""
+        return (self.q.dequantize().float() / self.input_scale).to(self.q.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to store it, with s in 16 bits (nothing, where it is folded into the layer before)."""
+        return self.q.nbytes + 2 * self.input_scale.numel()
+
+    @property
+    def bits_per_element(self) -> float:
+        """True bits for each weight, s included."""
+        return 8 * self.nbytes / self.q.codes.numel()
+
+
+@dataclass(frozen=True, eq=False)
+class Search:
+    """What the search tried and found: the output error of each alpha, the best one, and its scales."""
+
+    alphas: list[float]
+    errors: list[float]  # ‖X(W - Ŵ)ᵀ‖² / ‖XWᵀ‖² of all layers together, for each alpha
+    alpha: float
+    input_scale: Tensor  # (in,), float32
+
+
+def awq_search(
+    weight: Tensor,
+    x: Tensor,
+    *,
+    bits: int,
+    group_size: int | None = 128,
+    symmetric: bool = False,
+    steps: int = 20,
+) -> tuple[ScaledQTensor, Search]:
+    """The weight rounded after the scaling that gives the least output error on x, and what the search saw.
+
+        s_j = (mean |x_j|)^alpha, divided by √(max s · min s);  alpha from 0, 1/steps, ... to 1    sec. 3.2, eq. 5
+
+    alpha = 0 is plain rounding to nearest, so on x the result is never worse than that.
+
+    Shapes: weight (out, in), x (..., in). Raises: ValueError if the shapes do not fit, values are not finite, or bits
+    or group_size are refused by quantize_tensor.
+    """
+    check_real(x)
+    if x.ndim == 0 or weight.ndim != 2 or x.shape[-1] != weight.shape[-1]:
+        raise ValueError(f"need inputs of {weight.shape[-1]} features, got shape {tuple(x.shape)}")
+    hessian = Hessian(x.shape[-1]).add(x)
+    strength = x.detach().float().abs().reshape(-1, x.shape[-1]).mean(0)
+    search = search_scales(
+        [weight], hessian, strength, bits=bits, group_size=group_size, symmetric=symmetric, steps=steps
+    )
+    return scale_and_round(
+        weight, search.input_scale, bits=bits, group_size=group_size, symmetric=symmetric
+    ), search
+
+
+def search_scales(
+    weights: list[Tensor], hessian: Hessian, strength: Tensor, *, bits: int, group_size: int | None,
+    symmetric: bool = False, steps: int = 20,
+) -> Search:  # fmt: skip
+    """The scales that layers which read one input share (q, k, v; gate, up): least output error of all together.
+
+    strength is mean|x| of each input channel, (in,). The error comes from the Hessian, so that X itself is not needed.
+    """
+    check_int(steps, "steps", 1)
+    for weight in weights:
+        check_weight(weight, hessian)
+    alphas = [i / steps for i in range(steps + 1)]
+    energy = sum(_energy(w, hessian) for w in weights)
+    errors = []
+    for alpha in alphas:
+        s = scales_of(strength, alpha)
+        rounded = [
+            scale_and_round(w, s, bits=bits, group_size=group_size, symmetric=symmetric) for w in weights
+        ]
+        lost = sum(
+            _energy(w.float() - q.dequantize().float(), hessian)
+            for w, q in zip(weights, rounded, strict=True)
+        )
+        errors.append((lost / energy.clamp(min=torch.finfo(torch.float64).tiny)).item())
+    best = min(range(len(alphas)), key=errors.__getitem__)
+    return Search(alphas, errors, alphas[best], scales_of(strength, alphas[best]))
+
+
+def scales_of(strength: Tensor, alpha: float) -> Tensor:
+    """s = strength^alpha, centred so that the largest and the smallest multiply to 1; silent channels get 1, (in,).
+
+    >>> scales_of(torch.tensor([1.0, 4.0, 16.0]), 0.5).tolist()
+    [0.5, 1.0, 2.0]
+    """
+    heard = strength > 0
+    if not heard.any():
+        return torch.ones_like(strength, dtype=torch.float32)
+    s = torch.where(heard, strength.float(), 1.0) ** alpha
+    centre = (s[heard].max() * s[heard].min()).sqrt()
+    return torch.where(heard, s / centre, torch.ones_like(s)).clamp(1e-4, 1e4)
+
+
+def scale_and_round(
+    weight: Tensor, input_scale: Tensor, *, bits: int, group_size: int | None, symmetric: bool = False
+) -> ScaledQTensor:
+    """Q(W · diag(s)) with s: rounding to nearest, after each input channel j was multiplied by s_j."""
+    granularity = PerAxis(0) if group_size is None else PerGroup(group_size)
+    scaled = (weight.detach().float() * input_scale).to(weight.dtype)
+    return ScaledQTensor(
+        quantize_tensor(scaled, bits=bits, granularity=granularity, symmetric=symmetric), input_scale
+    )
+
+
+def _energy(w: Tensor, hessian: Hessian) -> Tensor:
+    return ((w.detach().double() @ hessian.matrix) * w.detach().double()).sum()
