@@ -1,11 +1,9 @@
-"""granularity, packing and metrics: against loops, edges, bad input."""
+"""granularity and metrics: against loops, edges, bad input."""
 
 import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from quantlab import (
     PerAxis,
@@ -131,32 +129,6 @@ def test_bad_input_names_the_rule():
         quantize_tensor(x * float("nan"), bits=4, granularity=PerTensor())
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.integers(1, 8), st.integers(0, 50), st.integers(0, 1000))
-def test_packing_round_trip_and_layout(bits, count, seed):
-    codes = torch.randint(2**bits, (count,), generator=torch.Generator().manual_seed(seed))
-    packed = pack(codes, bits=bits)
-    assert packed.numel() == math.ceil(count * bits / 8)
-    stream = sum(int(code) << (i * bits) for i, code in enumerate(codes))  # the definition: one long number
-    assert bytes(packed.tolist()) == stream.to_bytes(packed.numel(), "little")
-    assert unpack(packed, bits=bits, count=count).tolist() == codes.tolist()
-
-
-def test_packing_bad_input():
-    with pytest.raises(ValueError, match=r"0..3, got 0..4"):
-        pack(torch.tensor([0, 4]), bits=2)
-    with pytest.raises(ValueError, match=r"0..3, got -1"):
-        pack(torch.tensor([-1]), bits=2)
-    with pytest.raises(ValueError, match=r"bits must be 1..8, got 0"):
-        pack(torch.tensor([0]), bits=0)
-    with pytest.raises(ValueError, match="must be integers"):
-        pack(torch.tensor([0.5]), bits=2)
-    with pytest.raises(ValueError, match="at most 4 codes of 2 bits, asked for 5"):
-        unpack(torch.zeros(1, dtype=torch.uint8), bits=2, count=5)
-    with pytest.raises(ValueError, match="must be uint8"):
-        unpack(torch.zeros(1), bits=2, count=1)
-
-
 def test_split_error_adds_up_and_names_the_right_part():
     x = tensor(1000)
     qp = choose_qparams(torch.tensor(-1.0), torch.tensor(1.0), qmin=-8, qmax=7, symmetric=True)
@@ -213,13 +185,6 @@ def test_metrics_bad_input(function):
         sqnr_db(torch.zeros(3), tensor(3))
 
 
-def test_codes_of_any_integer_type_are_packed():
-    unsigned = quantize_tensor(tensor(4, 4), bits=8, granularity=PerTensor(), signed=False).codes
-    assert torch.equal(unpack(pack(unsigned, bits=8), bits=8, count=16).view(4, 4), unsigned)
-    for dtype in (torch.int8, torch.int16, torch.int32, torch.int64):
-        assert pack(torch.tensor([1, 127], dtype=dtype), bits=7).tolist() == [129, 63]
-
-
 def test_half_precision_stays_finite():
     x = torch.tensor([65504.0, -65504.0]).half()
     assert torch.isfinite(quantize_tensor(x, bits=4, granularity=PerTensor()).dequantize()).all()
@@ -229,8 +194,6 @@ def test_half_precision_stays_finite():
 def test_bits_are_a_whole_number(bits):
     with pytest.raises(ValueError, match="bits must be"):
         quantize_tensor(tensor(4), bits=bits, granularity=PerTensor())
-    with pytest.raises(ValueError, match="bits must be"):
-        pack(torch.tensor([0]), bits=bits)
 
 
 def test_a_class_or_a_scalar_is_told_apart():
