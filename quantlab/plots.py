@@ -1,5 +1,7 @@
 """Pictures: a result in, Axes out. One colour has one meaning throughout the workbook."""
 
+from itertools import cycle
+
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
@@ -8,6 +10,7 @@ from torch import Tensor
 
 # Okabe and Ito's palette, told apart with any colour vision.
 FLOAT, QUANTIZED, ERROR, CLIPPED, OTHER = "0.65", "#0072B2", "#D55E00", "#CC79A7", "#009E73"
+_LINES = tuple(zip((ERROR, QUANTIZED, OTHER, CLIPPED, "0.4", "#E69F00", "#56B4E9"), "osD^v*P", strict=True))
 
 
 def to_numpy(x: Tensor) -> np.ndarray:
@@ -83,4 +86,32 @@ def plot_layer_errors(reports: dict, *, ax: Axes | None = None) -> Axes:
         ax.plot([row.output_error for row in report.layers], marker, color=color, markersize=4, label=method)
     ax.set(xlabel="layer, in the order of the model", ylabel="relative output error", yscale="log")
     ax.legend(loc="best")
+    return ax
+
+
+def plot_curves(
+    curves: dict[str, tuple], *, xlabel: str, ylabel: str, log: str = "", ax: Axes | None = None
+) -> Axes:
+    """One line for each name: {name: (x, y)}. log names the logarithmic axes: "", "x", "y" or "xy"."""
+    ax = ax if ax is not None else plt.gca()
+    for (name, (x, y)), (color, marker) in zip(curves.items(), cycle(_LINES), strict=False):
+        ax.plot(x, y, marker=marker, markersize=4, color=color, label=name)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.set(**{f"{axis}scale": "log" for axis in log})
+    if len(curves) > 1:
+        ax.legend(loc="best", fontsize="small")
+    return ax
+
+
+def plot_bars(bars: dict[str, dict], *, ylabel: str, log: bool = False, ax: Axes | None = None) -> Axes:
+    """Bars side by side: {name: {place: height}}, one colour a name, one cluster a place."""
+    ax = ax if ax is not None else plt.gca()
+    places, width = list(next(iter(bars.values()))), 0.8 / len(bars)
+    for i, ((name, heights), (color, _)) in enumerate(zip(bars.items(), cycle(_LINES), strict=False)):
+        left = [place - 0.4 + (i + 0.5) * width for place in range(len(places))]
+        ax.bar(left, [heights[place] for place in places], width, color=color, label=name)
+    ax.set(ylabel=ylabel, xticks=range(len(places)), yscale="log" if log else "linear")
+    ax.set_xticklabels([str(place) for place in places])
+    if len(bars) > 1:
+        ax.legend(loc="best", fontsize="small")
     return ax

@@ -1,0 +1,43 @@
+"""Plots: what the artists hold, not what the pixels show."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from quantlab.plots import plot_bars, plot_curves
+
+
+@pytest.fixture
+def ax():
+    fig, ax = plt.subplots()
+    yield ax
+    plt.close(fig)
+
+
+def test_curves_hold_what_was_given_with_names_and_scales(ax):
+    given = {"a": ([1, 2], [3, 4]), "b": ([1, 10], [0.1, 100])}
+    assert plot_curves(given, xlabel="bits", ylabel="error", log="y", ax=ax) is ax
+    for line, (name, (x, y)) in zip(ax.lines, given.items(), strict=True):
+        assert line.get_label() == name
+        np.testing.assert_array_equal(line.get_xydata(), np.transpose([x, y]))
+    assert len({line.get_color() for line in ax.lines}) == 2
+    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_xscale(), ax.get_yscale()) == (
+        "bits",
+        "error",
+        "linear",
+        "log",
+    )
+    assert ax.get_legend() is not None
+
+
+def test_one_curve_needs_no_legend(ax):
+    assert plot_curves({"only": ([1], [1])}, xlabel="", ylabel="", log="xy", ax=ax).get_legend() is None
+    assert ax.get_xscale() == "log"
+
+
+def test_bars_stand_side_by_side_by_place(ax):
+    plot_bars({"a": {"x": 1, "y": 2}, "b": {"y": 4, "x": 3}}, ylabel="KL", ax=ax)
+    bars = sorted((bar.get_x() + bar.get_width() / 2, bar.get_height()) for bar in ax.patches)
+    assert [height for _, height in bars] == [1, 3, 2, 4]
+    assert [x for x, _ in bars] == pytest.approx([-0.2, 0.2, 0.8, 1.2])
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["x", "y"]
