@@ -85,7 +85,9 @@ def lab(*options: str) -> int:
 
 def steps(what: str, options: list) -> dict:
     """What to run for one word of the command line, by name. pytest's tests come last, with their count."""
-    nbval = ["--nbval", "--nbval-current-env", "--nbval-sanitize-with", "tests/nbval_sanitize.cfg"]
+    # A file goes to one worker as a whole; each has one core, so each computes on one thread.
+    shared = [f"--numprocesses={min(4, os.cpu_count() or 1)}", "--dist=loadfile"]
+    nbval = [*shared, "--nbval", "--nbval-current-env", "--nbval-sanitize-with", "tests/nbval_sanitize.cfg"]
     if what == "bench":
         return {path.name: [path] for path in sorted(ROOT.glob("benchmarks/[!_]*.py"))}
     if what == "notebooks":
@@ -94,7 +96,7 @@ def steps(what: str, options: list) -> dict:
         return {"tests": ["-m", "pytest", *options]}
     found = sorted(ROOT.glob("notebooks/*.ipynb"))
     checked = {"notebooks": ["-m", "pytest", *nbval, *found]} if found else {}
-    return {"ruff": ["-m", "ruff", "check", "."], **checked, "tests": ["-m", "pytest"]}
+    return {"ruff": ["-m", "ruff", "check", "."], **checked, "tests": ["-m", "pytest", *shared]}
 
 
 def main(what: str = "", *options: str) -> int:
@@ -103,10 +105,10 @@ def main(what: str = "", *options: str) -> int:
     setup()
     if what in ("setup", "lab"):
         return lab(*options) if what == "lab" else 0
-    failed = []
+    failed, threads = [], {"OMP_NUM_THREADS": "1"} if what == "test" else {}
     for name, arguments in steps(what, options).items():
         print(f"\n== {name}", flush=True)
-        if subprocess.call([PYTHON, *arguments], cwd=ROOT):
+        if subprocess.call([PYTHON, *arguments], cwd=ROOT, env=os.environ | threads):
             failed.append(name)
     if failed:
         print(f"\n== failed: {', '.join(failed)}")

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from quantlab.lm import QuantizeReport, divergence, model_bytes, perplexity
@@ -90,13 +91,14 @@ def append(row: Row, path="ledger.csv") -> list[Row]:
     """Write a row to the ledger, in place of an older one of the same method, bits and group; returns all rows."""
     path = Path(path)
     row = Row(**{f.name: f.type(getattr(row, f.name)) for f in fields(Row)})  # as it will be read back
-    rows = [r for r in (read(path) if path.exists() else []) if _key(r) != _key(row)] + [row]
-    part = path.with_suffix(".part")
-    with part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
-        writer.writeheader()
-        writer.writerows(asdict(r) for r in rows)
-    os.replace(part, path)  # written whole or not at all
+    with FileLock(f"{path}.lock"):  # two notebooks may write at the same time
+        rows = [r for r in (read(path) if path.exists() else []) if _key(r) != _key(row)] + [row]
+        part = path.with_suffix(".part")
+        with part.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+            writer.writeheader()
+            writer.writerows(asdict(r) for r in rows)
+        os.replace(part, path)  # written whole or not at all
     return rows
 
 

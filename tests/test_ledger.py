@@ -1,6 +1,9 @@
 """ledger: what is measured, and that the file is whole, read back equal, and replaced row by row."""
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -44,7 +47,7 @@ def test_rows_come_back_equal_and_replace_their_own_kind(measured, tmp_path):
     other = dataclasses.replace(row, bits=4)
     assert ledger.append(other, path) == [row, other]
     assert ledger.append(better, path) == [other, better]
-    assert [p.name for p in tmp_path.iterdir()] == ["ledger.csv"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ledger.csv", "ledger.csv.lock"]
 
 
 def test_a_table_shows_every_row(measured):
@@ -73,3 +76,21 @@ def test_the_reference_copy_still_holds():
         stored, kl = rows[method, 3], lm.divergence(model, new, text).kl
         assert kl == pytest.approx(stored.kl, rel=0.03)  # float32 sums differ from one processor to the next
         assert report.nbytes == stored.bytes
+
+
+def test_two_writers_at_once_lose_no_row(tmp_path):
+    """Each of two processes writes twenty rows, as two notebooks may."""
+    program = """
+import sys
+from quantlab.ledger import Row, append
+for i in range(20):
+    append(Row(sys.argv[1], i, "-", 1, 0, 0, 0, 1, 16, 1, 1, 1, 0, 0), sys.argv[2])
+"""
+    path, root = tmp_path / "ledger.csv", Path(__file__).resolve().parent.parent
+    writers = [
+        subprocess.Popen([sys.executable, "-c", program, name, str(path)], cwd=root) for name in ("a", "b")
+    ]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert sorted((row.method, row.bits) for row in ledger.read(path)) == [
+        (m, i) for m in "ab" for i in range(20)
+    ]

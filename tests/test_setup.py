@@ -127,7 +127,7 @@ def test_options_of_test_go_to_pytest_alone():
 def test_a_failed_step_fails_the_whole_but_not_before_the_rest_has_run(monkeypatch, capsys):
     monkeypatch.setattr(run, "setup", lambda: None)
     monkeypatch.setattr(run, "steps", lambda what, options: {"one": ["1"], "two": ["2"], "three": ["3"]})
-    monkeypatch.setattr(run.subprocess, "call", lambda command, cwd: int(command[1] != "2"))
+    monkeypatch.setattr(run.subprocess, "call", lambda command, cwd, env: int(command[1] != "2"))
     assert run.main("test") != 0
     assert capsys.readouterr().out.split() == "== one == two == three == failed: one, three".split()
 
