@@ -6,7 +6,7 @@ notebooks [names]  builds notebooks/*.ipynb from notebooks/src/*.py (--help tell
 bench              runs every script in benchmarks/
 
 QUANTLAB_TORCH_INDEX=<address of PyTorch's CPU wheel index> spares a Linux machine several GB of CUDA.
-QUANTLAB_PEERS=1 also installs other quantizers (bitsandbytes, ONNX Runtime), with which tests and benchmarks then compare.
+QUANTLAB_PEERS=1 installs bitsandbytes and ONNX Runtime too, with which tests and benchmarks then compare.
 """
 
 from __future__ import annotations  # lets an old Python get as far as the message about its age

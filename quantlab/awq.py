@@ -69,9 +69,8 @@ def awq_search(
     if x.ndim == 0 or weight.ndim != 2 or x.shape[-1] != weight.shape[-1]:
         raise ValueError(f"need inputs of {weight.shape[-1]} features, got shape {tuple(x.shape)}")
     hessian = Hessian(x.shape[-1]).add(x)
-    strength = x.detach().float().abs().reshape(-1, x.shape[-1]).mean(0)
     search = search_scales(
-        [weight], hessian, strength, bits=bits, group_size=group_size, symmetric=symmetric, steps=steps
+        [weight], hessian, bits=bits, group_size=group_size, symmetric=symmetric, steps=steps
     )
     return scale_and_round(
         weight, search.input_scale, bits=bits, group_size=group_size, symmetric=symmetric
@@ -79,16 +78,17 @@ def awq_search(
 
 
 def search_scales(
-    weights: list[Tensor], hessian: Hessian, strength: Tensor, *, bits: int, group_size: int | None,
+    weights: list[Tensor], hessian: Hessian, *, bits: int, group_size: int | None,
     symmetric: bool = False, steps: int = 20,
 ) -> Search:  # fmt: skip
     """The scales that layers which read one input share (q, k, v; gate, up): least output error of all together.
 
-    strength is mean|x| of each input channel, (in,). The error comes from the Hessian, so that X itself is not needed.
+    The Hessian gives both mean|x| and the output errors, so that X itself is not needed.
     """
     check_int(steps, "steps", 1)
     for weight in weights:
         check_weight(weight, hessian)
+    strength = hessian.mean_abs
     alphas = [i / steps for i in range(steps + 1)]
     energy = sum(_energy(w, hessian) for w in weights)
     errors = []

@@ -23,6 +23,7 @@ class Hessian:
         self.in_features = check_int(in_features, "in_features", 1)
         self.tokens = 0
         self._sum: Tensor | None = None  # XᵀX, float64, on the device of the inputs
+        self._abs_sum: Tensor | None = None  # Σ|x| of each feature, float64
         self._factors: dict = {}
 
     def add(self, x: Tensor) -> "Hessian":
@@ -36,6 +37,8 @@ class Hessian:
         if not torch.isfinite(product).all():
             raise ValueError(f"inputs as large as {rows.abs().max():.1e} overflow XᵀX; scale them down")
         self._sum = product if self._sum is None else self._sum + product
+        strength = rows.abs().sum(0, dtype=torch.float64)
+        self._abs_sum = strength if self._abs_sum is None else self._abs_sum + strength
         self.tokens += len(rows)
         self._factors.clear()
         return self
@@ -46,6 +49,13 @@ class Hessian:
         if self._sum is None:
             raise ValueError("this Hessian has seen no inputs; call add(x) first")
         return self._sum * (2.0 / self.tokens)
+
+    @property
+    def mean_abs(self) -> Tensor:
+        """mean |x| of each input feature, (in_features,), float64: what AWQ's scales come from."""
+        if self._abs_sum is None:
+            raise ValueError("this Hessian has seen no inputs; call add(x) first")
+        return self._abs_sum / self.tokens
 
     def factor(self, *, act_order: bool, damping: float) -> "Factor":
         """The factorization that gptq_quantize works with, computed once for all layers that share this input."""

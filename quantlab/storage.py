@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quantlab.affine import QParams
+from quantlab.codebook import CodebookTensor, DoubleQuantized, fp4_levels, nf4_levels
+from quantlab.floats import BlockFloatTensor, FloatFormat
 from quantlab.granularity import PerAxis, PerGroup, PerTensor, QTensor
 from quantlab.packing import pack, unpack
 
@@ -21,11 +23,15 @@ DTYPES = {
 }
 
 
-def save_tensors(path, tensors: dict[str, Tensor | QTensor]) -> int:
+Storable = Tensor | QTensor | CodebookTensor | BlockFloatTensor
+
+
+def save_tensors(path, tensors: dict[str, Storable]) -> int:
     """Write named tensors to one safetensors file, quantized ones packed; returns its size in bytes.
 
-    The data of a QTensor takes exactly its nbytes: packed codes, scales, packed zero points unless symmetric. A header
-    of names, shapes and settings comes on top. The file is written beside and renamed: it is whole, or not there.
+    The data of a quantized tensor takes exactly its nbytes: packed codes, scales, packed zero points unless symmetric,
+    levels unless a name says them. A header of names, shapes and settings comes on top. The file is written beside and
+    renamed: it is whole, or not there.
 
     Raises: ValueError if a tensor is of no kind known here, or two names collide.
     """
@@ -36,13 +42,11 @@ def save_tensors(path, tensors: dict[str, Tensor | QTensor]) -> int:
         for part, value in own.items():
             if f"{name}{part}" in parts:
                 raise ValueError(f"two tensors would be stored as {name + part!r}; rename {name!r}")
-            parts[f"{name}{part}"] = (
-                value.detach().cpu().contiguous().clone()
-            )  # the file holds no shared memory
+            parts[f"{name}{part}"] = value.detach().cpu().contiguous().clone()  # a file shares no memory
     return _write_whole(Path(path), parts, FORMAT | {"tensors": json.dumps(settings)})
 
 
-def load_tensors(path) -> dict[str, Tensor | QTensor]:
+def load_tensors(path) -> dict[str, Storable]:
     """What save_tensors wrote, equal bit by bit, in the order in which it was given.
 
     Raises: FileNotFoundError if there is no file; ValueError if it is truncated, is no safetensors file, was not
@@ -151,9 +155,67 @@ def _affine_together(parts: dict, settings: dict) -> QTensor:
     return q
 
 
+# --- CodebookTensor ---------------------------------------------------------------------------------------------
+
+# Levels that need not be stored, because a name says them.
+PUBLISHED = {"nf4": nf4_levels, "fp4": fp4_levels, "fp4 (bitsandbytes)": lambda: fp4_levels(smallest=1 / 192)}
+
+
+def _codebook_apart(q: CodebookTensor) -> tuple[dict, dict]:
+    table = next((name for name, levels in PUBLISHED.items() if torch.equal(levels(), q.levels.cpu())), None)
+    parts = {".codes": q.packed()} | ({".levels": q.levels} if table is None else {})
+    if isinstance(q.absmax, Tensor):
+        parts[".absmax"] = q.absmax
+    else:
+        parts |= {f".absmax.{name}": value for name, value in vars(q.absmax).items()}
+    shape, dtype = list(q.codes.shape), str(q.dtype).removeprefix("torch.")
+    return parts, {"table": table, "bits": q.bits, "block_size": q.block_size, "shape": shape, "dtype": dtype}
+
+
+def _codebook_together(parts: dict, settings: dict) -> CodebookTensor:
+    shape = torch.Size(settings["shape"])
+    codes = unpack(parts[".codes"], bits=settings["bits"], count=shape.numel()).reshape(shape)
+    if ".absmax" in parts:
+        absmax = parts[".absmax"]
+    else:
+        absmax = DoubleQuantized(*(parts[f".absmax.{name}"] for name in ("codes", "absmax", "offset")))
+    levels = parts[".levels"] if settings["table"] is None else PUBLISHED[settings["table"]]()
+    q = CodebookTensor(codes, absmax, levels, settings["block_size"], DTYPES[settings["dtype"]])
+    blocks = -(-shape.numel() // q.block_size)
+    if int(codes.max()) >= len(levels) or q.block_absmax().shape != (blocks,):
+        raise ValueError(
+            f"{len(levels)} levels and {len(q.block_absmax())} absmax do not fit {blocks} blocks of codes"
+        )
+    return q
+
+
+# --- BlockFloatTensor -------------------------------------------------------------------------------------------
+
+
+def _floats_apart(q: BlockFloatTensor) -> tuple[dict, dict]:
+    parts = {".codes": q.packed(), ".scales": q.scales}
+    if q.tensor_scale is not None:
+        parts[".tensor_scale"] = q.tensor_scale
+    shape, dtype = list(q.codes.shape), str(q.dtype).removeprefix("torch.")
+    return parts, {"fmt": vars(q.fmt), "block_size": q.block_size, "shape": shape, "dtype": dtype}
+
+
+def _floats_together(parts: dict, settings: dict) -> BlockFloatTensor:
+    shape, fmt = torch.Size(settings["shape"]), FloatFormat(**settings["fmt"])
+    codes = unpack(parts[".codes"], bits=fmt.bits, count=shape.numel()).reshape(shape)
+    size, dtype = settings["block_size"], DTYPES[settings["dtype"]]
+    if parts[".scales"].shape != (*shape[:-1], -(-shape[-1] // size)):
+        raise ValueError(
+            f"scales {tuple(parts['.scales'].shape)} do not fit codes {tuple(shape)} in blocks of {size}"
+        )
+    return BlockFloatTensor(codes, parts[".scales"], fmt, size, parts.get(".tensor_scale"), dtype)
+
+
 KINDS = {
     "plain": Kind(Tensor, _plain_apart, _plain_together),
     "affine": Kind(QTensor, _affine_apart, _affine_together),
+    "codebook": Kind(CodebookTensor, _codebook_apart, _codebook_together),
+    "block floats": Kind(BlockFloatTensor, _floats_apart, _floats_together),
 }
 
 

@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfi
 from transformers.pytorch_utils import Conv1D
 
 from quantlab import Hessian, PerAxis, PerGroup, gptq_quantize, lm, quantize_tensor
+from quantlab.awq import search_scales
+from quantlab.codebook import nf4_levels, quantize_codebook
 from quantlab.linear import Int8Linear, StaticInt8Linear
 from quantlab.lm import blocks, measuring, walk
 from quantlab.observers import MinMax, Percentile
@@ -148,7 +150,7 @@ def test_gptq_beats_nearest_on_every_family(family):
 
 def test_quantize_lm_bad_input():
     model, tokens = random_model("llama"), random_tokens()
-    with pytest.raises(ValueError, match="method must be one of rtn, gptq, .*, got 'magic'"):
+    with pytest.raises(ValueError, match="method must be one of rtn, nf4, gptq, .*, got 'magic'"):
         lm.quantize_lm(model, tokens, method="magic")
     with pytest.raises(ValueError, match="rtn takes bits, group_size, symmetric; got act_order"):
         lm.quantize_lm(model, tokens, method="rtn", act_order=True)
@@ -414,6 +416,31 @@ def test_quantize_weights_puts_what_the_quantizer_gives_and_keeps_the_model(fami
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     others = new.state_dict().keys() - {f"{name}.weight" for name in qtensors}
     assert all(torch.equal(before[name], new.state_dict()[name]) for name in others)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("nf4", {"group_size": 8}), ("awq", {"bits": 3, "group_size": 8})]
+)
+def test_other_rounders_are_their_functions_layer_by_layer(family, method, options):
+    model, tokens = random_model(family), random_tokens(6 * 64)
+    new, report = lm.quantize_lm(model, tokens, method=method, window=64, progress=False, **options)
+    first = list(lm.linear_layers(model))[0]
+    weight = lm.weight_of(lm.linear_layers(model)[first])
+    if method == "nf4":
+        wanted = quantize_codebook(weight, nf4_levels(), block_size=8)
+        assert torch.equal(report.qtensors[first].codes, wanted.codes)
+    else:
+        inputs = lm.capture_inputs(model, tokens, lm.linear_layers(model), window=64)
+        shared = [
+            n
+            for n in inputs
+            if n.startswith(first[: first.index(".0.") + 3]) and torch.equal(inputs[n], inputs[first])
+        ]
+        weights = [lm.weight_of(lm.linear_layers(model)[n]) for n in shared]
+        scale = search_scales(weights, Hessian(24).add(inputs[first]), bits=3, group_size=8).input_scale
+        torch.testing.assert_close(report.qtensors[first].input_scale, scale)
+    for name, layer in lm.linear_layers(new).items():
+        assert torch.equal(lm.weight_of(layer), report.qtensors[name].dequantize())
 
 
 # --- integer layers in whole models -----------------------------------------------------------------------------

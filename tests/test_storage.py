@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from quantlab import Hessian, PerAxis, PerGroup, PerTensor, gptq_quantize, lm, quantize_tensor
+from quantlab.codebook import fp4_levels, kmeans_levels, nf4_levels, quantize_codebook
+from quantlab.floats import FP4_E2M1, FP6_E3M2, FP8_E4M3, mx_quantize, nvfp4_quantize
 from quantlab.lm.saving import WEIGHTS
 from quantlab.storage import load_tensors, save_tensors
 
@@ -78,6 +80,46 @@ def test_the_group_index_of_act_order_comes_back(tmp_path):
     assert same(q, load_tensors(tmp_path / "x")["w"])
 
 
+def books():
+    x = values(5, 30)
+    yield "nf4", quantize_codebook(x, nf4_levels())
+    yield "nf4 double", quantize_codebook(x, nf4_levels(), block_size=4, double_quant=True)
+    yield "fp4", quantize_codebook(x.bfloat16(), fp4_levels(), block_size=7)
+    yield "fp4 of bitsandbytes", quantize_codebook(x, fp4_levels(smallest=1 / 192))
+    yield "own levels", quantize_codebook(x.half(), kmeans_levels(x / 4, 5), block_size=1000)
+    yield "256 levels", quantize_codebook(x.double(), torch.linspace(-1, 1, 256), block_size=16)
+
+
+def blocks_of_floats():
+    x = values(5, 30)
+    yield "mxfp4", mx_quantize(x, FP4_E2M1)
+    yield "mxfp6", mx_quantize(x.bfloat16(), FP6_E3M2, block_size=7)
+    yield "mxfp8", mx_quantize(x[0], FP8_E4M3)
+    yield "nvfp4", nvfp4_quantize(x)
+
+
+@pytest.mark.parametrize(("name", "q"), [*books(), *blocks_of_floats()])
+def test_other_kinds_come_back_bit_by_bit_and_weigh_what_they_say(tmp_path, name, q):
+    assert save_tensors(tmp_path / "x", {"w": q}) - header(tmp_path / "x") == q.nbytes
+    back = load_tensors(tmp_path / "x")["w"]
+    assert type(back) is type(q)
+    assert torch.equal(back.codes, q.codes)
+    assert torch.equal(back.dequantize(), q.dequantize())
+    assert (back.block_size, back.dtype, back.nbytes) == (q.block_size, q.dtype, q.nbytes)
+
+
+@pytest.mark.parametrize(
+    "q", [quantize_codebook(values(64), nf4_levels(), block_size=8), mx_quantize(values(64), FP4_E2M1)]
+)
+def test_other_kinds_with_scales_that_do_not_fit_are_refused(tmp_path, q):
+    save_tensors(tmp_path / "x", {"w": q})
+    parts, metadata = load_file(tmp_path / "x"), metadata_of(tmp_path / "x")
+    scales = "w.absmax" if "w.absmax" in parts else "w.scales"
+    save_file(parts | {scales: parts[scales][1:].clone()}, tmp_path / "x", metadata)
+    with pytest.raises(ValueError, match="does not fit together"):
+        load_tensors(tmp_path / "x")
+
+
 def test_names_that_look_like_parts_do_not_mix(tmp_path):
     q = quantize_tensor(values(4, 8), bits=4, granularity=PerGroup(4))
     given = {"w": q, "w.zero_point": values(3), "w.group_index": values(2), "": values(1), "w1": q}
@@ -121,7 +163,7 @@ def test_foreign_files_are_refused(tmp_path):
         load_tensors(tmp_path / "text")
     with pytest.raises(FileNotFoundError, match="no file"):
         load_tensors(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="'w' is a list; known are plain, affine"):
+    with pytest.raises(ValueError, match="'w' is a list; known are plain, affine, codebook"):
         save_tensors(tmp_path / "x", {"w": [1.0]})
 
 

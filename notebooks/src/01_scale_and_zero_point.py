@@ -353,5 +353,5 @@ f"values that became 0: {before:.0%} before, {share_of_zeros(x):.0%} after one o
 # - Symmetric grids cost little on weights and much on one-sided activations.
 # - Outside the range there is clipping, and one outlier can ruin the step for all.
 #
-# Notebook 02 (being written) makes peace between rounding and clipping. Until then go on with [06 Measuring
-# a language model](06_measuring_a_language_model.ipynb).
+# Next: [02 Clamping and calibration](02_clamping_and_calibration.ipynb) makes peace between rounding and
+# clipping.

@@ -484,4 +484,5 @@ print(f"3 bits, fresh text: KL {nearest.kl:.3f}, by GPTQ {found['honest', 'fresh
 # - KL to the float model, on the same text, has a far shorter bar, cannot cancel, and shows harm first.
 # - Test text is neither calibration text nor anything a model wrote. Fresh text exposes a leak.
 #
-# Next: [10 GPTQ](10_gptq.ipynb) spends the same bits better.
+# Next: [07 Integer arithmetic for real](07_integer_arithmetic.ipynb) asks whether integers are also faster.
+# [10 GPTQ](10_gptq.ipynb) spends the same bits better.

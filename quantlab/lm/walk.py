@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from quantlab.awq import ScaledQTensor, scale_and_round, search_scales
+from quantlab.codebook import CodebookTensor, nf4_levels, quantize_codebook
 from quantlab.gptq import Hessian, gptq_quantize
 from quantlab.granularity import PerAxis, PerGroup, QTensor, quantize_tensor
 from quantlab.lm.blocks import block_inputs, hooked, linears, run
@@ -22,7 +24,9 @@ from quantlab.outliers import smooth
 _WEIGHTS = {"bits": 4, "group_size": 128, "symmetric": False}
 OPTIONS = {
     "rtn": _WEIGHTS,
+    "nf4": {"group_size": 64, "double_quant": False},
     "gptq": _WEIGHTS | {"act_order": False, "damping": 0.01},
+    "awq": _WEIGHTS | {"steps": 20},
     "w8a8_dynamic": {"per": "tensor", "activation_bits": 8},
     "w8a8_static": {"observer": MinMax, "activation_bits": 8},
     "smoothquant": {"alpha": 0.5, "per": "tensor", "observer": MinMax, "activation_bits": 8},
@@ -35,9 +39,10 @@ def quantize_lm(
 ) -> tuple[nn.Module, QuantizeReport]:
     """A new model with its linear layers quantized, and a report. OPTIONS lists the methods and what each accepts.
 
-    Weights only, as floats on the grid: "rtn" rounds to nearest, "gptq" runs GPTQ; bits, group_size (None: one scale a
-    row), symmetric. Weights and activations, as layers that compute in integers: "w8a8_dynamic" (per "tensor" or
-    "token"), "w8a8_static" (observer, called for each layer), "smoothquant" (alpha, and per "static" too), "llm_int8".
+    Weights only, as floats on the grid: "rtn" rounds to nearest, "nf4" to the nearest level, "gptq" runs GPTQ, "awq"
+    searches scales; bits, group_size (None: one scale a row), symmetric.
+    Weights and activations, as layers that compute in integers: "w8a8_dynamic" (per "tensor" or "token"),
+    "w8a8_static" (observer, called for each layer), "smoothquant" (alpha, and per "static" too), "llm_int8".
 
     The walk goes block by block and holds one block's inputs at a time: each block is calibrated on what the quantized
     blocks before it give out. Layers that read the same input (q, k, v; gate, up) share one Hessian and one
@@ -90,14 +95,30 @@ def quantize_weights(model, quantizer: Callable[[Tensor], QTensor]) -> tuple[nn.
     return new, qtensors
 
 
-def _round_to_nearest(
-    weight: Tensor, hessian: Hessian, *, bits: int, group_size: int | None, symmetric: bool
-) -> QTensor:
+def _rtn(weights: list[Tensor], hessian: Hessian, *, group_size: int | None, **settings) -> list[QTensor]:
     granularity = PerAxis(0) if group_size is None else PerGroup(group_size)
-    return quantize_tensor(weight, bits=bits, granularity=granularity, symmetric=symmetric)
+    return [quantize_tensor(w, granularity=granularity, **settings) for w in weights]
 
 
-ROUNDERS = {"rtn": _round_to_nearest, "gptq": gptq_quantize}
+def _nf4(
+    weights: list[Tensor], hessian: Hessian, *, group_size: int, double_quant: bool
+) -> list[CodebookTensor]:
+    return [
+        quantize_codebook(w, nf4_levels(), block_size=group_size, double_quant=double_quant) for w in weights
+    ]
+
+
+def _gptq(weights: list[Tensor], hessian: Hessian, **settings) -> list[QTensor]:
+    return [gptq_quantize(w, hessian, **settings) for w in weights]
+
+
+def _awq(weights: list[Tensor], hessian: Hessian, *, steps: int, **settings) -> list[ScaledQTensor]:
+    scale = search_scales(weights, hessian, steps=steps, **settings).input_scale
+    return [scale_and_round(w, scale, **settings) for w in weights]
+
+
+# Each rounds the weights that read one input, whose statistics the Hessian holds.
+ROUNDERS = {"rtn": _rtn, "nf4": _nf4, "gptq": _gptq, "awq": _awq}
 
 
 def _round_block(
@@ -133,15 +154,13 @@ def _hessians(block, hidden: list[Tensor], arguments: dict) -> list[tuple[dict[s
 def _quantize_shared(prefix: str, shared, rounder: Callable, settings: dict, report: QuantizeReport) -> None:
     """Quantize the layers of one Hessian in place (they belong to the new model) and write their report rows."""
     layers, hessian = shared
-    for name, layer in layers.items():
-        began, weight = time.perf_counter(), weight_of(layer).clone()
-        q = rounder(weight, hessian, **settings)
+    began, weights = time.perf_counter(), [weight_of(layer).clone() for layer in layers.values()]
+    rounded = rounder(weights, hessian, **settings)
+    seconds = (time.perf_counter() - began) / len(layers)
+    for (name, layer), weight, q in zip(layers.items(), weights, rounded, strict=True):
         put_weight(layer, q.dequantize())
-        seconds, new = time.perf_counter() - began, weight_of(layer)
-        weight_error = ((weight - new).square().sum() / weight.square().sum().clamp(min=1e-38)).item()
+        new = weight_of(layer)
+        error = ((weight - new).square().sum() / weight.square().sum().clamp(min=1e-38)).item()
         report.qtensors[prefix + name] = q
-        report.layers.append(
-            LayerReport(
-                prefix + name, hessian.output_error(weight, new), weight_error, q.bits_per_element, seconds
-            )
-        )
+        output_error = hessian.output_error(weight, new)
+        report.layers.append(LayerReport(prefix + name, output_error, error, q.bits_per_element, seconds))

@@ -1,0 +1,619 @@
+# %% [markdown]
+# # 07 Integer arithmetic for real
+# *60 minutes, of which the computer needs about one. You need notebooks 01, 03 and 06.*
+#
+# 真正的整数运算. *Does it compute in int8, or dequantize first? Why is my quantized model slower?* Learners ask
+# nothing more often. At the end you can
+#
+# - write a product of integer codes, with its four terms, and say what each costs;
+# - say which scales factor out of a product, and which never do;
+# - count how many terms an **accumulator** (累加器) holds, and show on two numbers why int8 differs between CPUs;
+# - run one layer in three ways that give the same numbers, time them, and find where int8 pays on *your* CPU.
+# %% [markdown]
+# ### Recall
+# Answer before you open them.
+#
+# 1. Why is KL a sharper tool than two perplexities?
+# 2. Which five things must be alike before two perplexities may be compared?
+# 3. How do you catch a model that was calibrated on the test text?
+#
+# <details><summary>Answers</summary>
+# 1. It looks at every token that could come, on the same text, so gains and losses cannot cancel. 2. Text,
+#    tokenizer, window, stride, begin token. 3. Measure again on text that nobody can have seen.</details>
+#
+# ## 1. What broke
+# Nothing, and that is the trouble. The 8-bit model of notebook 06 was nearly perfect. Was it smaller? Was
+# it faster? Look at one of its layers:
+# %% tags=["nbval-ignore-output"]
+import torch
+
+from quantlab import ledger
+from quantlab.lm import linear_layers, load_lm, load_text, quantize_lm, token_stream
+
+model, tokenizer = load_lm()
+tokens = token_stream(tokenizer, load_text("eval"))[:4096]
+eight, report = quantize_lm(model, tokens[:512], method="rtn", bits=8, progress=False)
+name = list(linear_layers(model))[5]
+layer, rounded = linear_layers(model)[name], linear_layers(eight)[name].weight
+row = ledger.measure(model, eight, tokens[:1024], method="rtn", bits=8, report=report)
+assert rounded.dtype == layer.weight.dtype == torch.float32
+f"{name}: {rounded.dtype}, {rounded.nbytes:,} bytes, as before; time to decode {row.decode:.2f} × the float's"
+# %% [markdown]
+# It holds float32 numbers that happen to lie on a grid, and multiplies them like any others. That is **fake
+# quantization** (伪量化): right for measuring damage, useless for a small or fast model. Two ways are real:
+#
+# - **weight-only** (仅权重量化): store packed codes; in every call make floats of them and multiply those;
+# - **integer** (整数运算): quantize the input too, multiply codes by codes, scale once at the end.
+#
+# We do both by hand, and then measure.
+#
+# ## 2. By hand: two tokens, two rows of weights
+# The first matrix holds codes of two tokens with two features, the second those of two rows of weights.
+# **Predict** the real numbers that they stand for, s·(q − z).
+# %%
+qx, zx, sx = torch.tensor([[3, 1], [0, 2]]), 1, 0.5
+qw, zw, sw = torch.tensor([[2, -4], [1, 3]]), 1, 0.25
+x, w = sx * (qx - zx), sw * (qw - zw)
+y = x @ w.T
+x.tolist(), w.tolist(), y.tolist()
+# %% [markdown]
+# The scales are the same for all numbers of a matrix, so they can wait until the sums are done:
+#
+# $$\sum_k s_x (q_x - z_x)\; s_w (q_w - z_w) \;=\; s_x s_w \sum_k (q_x - z_x)(q_w - z_w)$$
+# %%
+sums = (qx - zx) @ (qw - zw).T
+assert torch.equal(sx * sw * sums, y)
+sums.tolist(), sx * sw
+# %% [markdown]
+# One float multiplication for a whole sum. But look inside: q − z of an 8-bit code lies between −255 and
+# 255. That is no 8-bit number, and the fast instructions of a CPU want 8-bit numbers. So multiply out:
+#
+# $$\sum_k (q_x - z_x)(q_w - z_w) = \underbrace{\sum q_x q_w}_{1} - \underbrace{z_x \sum q_w}_{2} -
+# \underbrace{z_w \sum q_x}_{3} + \underbrace{K z_x z_w}_{4}$$
+#
+# Term 1 multiplies plain codes. The others are the **cross terms** (交叉项) of the zero points
+# (Jacob et al. 2018, eq. 7).
+#
+# ### Exercise 7.1: the integer product (about 10 minutes)
+# From uint8 codes (tokens, K) and int8 codes (rows, K), with a zero point for each matrix. Return all sums,
+# (tokens, rows), exact.
+# %% tags=["exercise"]
+def my_int_product(x_codes, x_zero, w_codes, w_zero):
+    raise NotImplementedError
+# %%
+from quantlab.checks import check, hint, solution
+
+check("7.1", my_int_product)
+# %% [markdown]
+# The library's is `int_linear` (`quantlab/linear.py`); it is the *definition* that everything faster is
+# compared with. The four terms of the example:
+# %%
+from quantlab.linear import int_linear
+
+one, two, three, four = qx @ qw.T, zx * qw.sum(1), zw * qx.sum(1), 2 * zx * zw
+assert (one - two - three[:, None] + four).tolist() == int_linear(qx, zx, qw, zw).tolist() == sums.tolist()
+one.tolist(), two.tolist(), three.tolist(), four
+# %% [markdown]
+# **Predict.** The weights never change; the input is new in each call. Which terms are known before it
+# comes? Which vanish if the weights are symmetric, zw = 0?
+#
+# <details><summary>Answer</summary>
+# Σ qw is known, so term 2 waits for zx alone, and for nothing if zx was fixed beforehand (<i>static</i>,
+# notebook 08). So does term 4. Term 3 sums each token's codes, in every call. With zw = 0 terms 3 and 4 vanish,
+# the one that had to wait above all. So weights are symmetric; activations need not be.</details>
+#
+# And a **bias** (偏置)? In units of the sums, sx·sw, it is nearly an integer. So it is added to what is known,
+# and the accumulator starts there instead of at 0:
+# %%
+bias = torch.tensor([0.3, -0.2])
+start = torch.round(bias / (sx * sw)).int() - two + four
+with_bias = sx * sw * (start + one - three[:, None])
+assert (with_bias - (y + bias)).abs().max() <= sx * sw / 2
+start.tolist(), with_bias.tolist(), [[round(v, 2) for v in row] for row in (y + bias).tolist()]
+# %% [markdown]
+# The bias moved by less than half a step, and the step is sx·sw: in a real layer a millionth or so. Zero
+# point and bias together cost nothing in the loop. (Our library adds the float bias after scaling, which
+# works for dynamic scales too. The layers of this model have no bias.)
+#
+# ## 3. What is equal, and what is not
+# Some texts write W·X **=** s·s·(Wq·Xq). **Predict**: which two of these three are equal, and which one is
+# not? The float product; the product of the *rounded* floats; the scaled integer sums.
+# %% tags=["nbval-ignore-output"]
+from quantlab import fake_quantize, quantize
+from quantlab.linear import DynamicInt8Linear
+from quantlab.lm import capture_inputs
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+x = capture_inputs(model, tokens[:256], [name])[name]  # what the layer reads, (tokens, K)
+int8 = DynamicInt8Linear.from_linear(layer)
+qp = int8.input_qparams(x)
+codes, w_hat = quantize(x, qp), int8.dequantized_weight()
+sums = int_linear(codes, qp.zero_point, int8.codes)
+integers, rounded, exact = qp.scale * int8.weight_scale * sums, fake_quantize(x, qp) @ w_hat.T, layer(x)
+assert relative(integers, rounded) < 1e-5 < 1e-3 < relative(integers, exact) < 0.1
+f"integers and rounded floats: {relative(integers, rounded):.0e}, integers and floats: {relative(integers, exact):.1%}"
+# %% [markdown]
+# Rounding makes the error; the integers add nothing to it. So W·X ≈, and only the *dequantized*
+# product = .
+#
+# That layer has one scale for the input and **one for each row** of the weight, and both factored out.
+# Do all scales? Try one for each *input channel*, s₁ = 1 and s₂ = 10, that is, one inside the sum:
+# %%
+s, weights = torch.tensor([1.0, 10.0]), torch.tensor([2.0, 2.0])
+inputs = torch.tensor([[1.0, 0.0], [0.0, 1.0]])  # codes of two inputs
+same, real = inputs @ weights, (inputs * s) @ weights
+assert len(same.unique()) < len(real.unique())
+same.tolist(), real.tolist()
+# %% [markdown]
+# One integer sum, 2, and two right answers, 2 and 20. No factor can be found afterwards, because the sum has
+# forgotten which channel it came from. Scales that are the same *along the sum* factor out, others do not:
+#
+# | one scale for each | factors out? |
+# |---|---|
+# | tensor | yes |
+# | token (row of X) or output row of W | yes, onto its rows or columns of the result |
+# | group of g inputs | only by g: K/g short sums, each scaled and added in float |
+# | input channel | no |
+# %% [markdown]
+# ## 4. How wide must a sum be?
+# A product of two 8-bit codes fits in 16 bits. K of them do not.
+#
+# ### Exercise 7.2: how many terms fit (about 5 minutes)
+# Unsigned codes of `x_bits`, signed ones of `w_bits` (all codes in use), an accumulator with a sign of
+# `accumulator_bits`. Return the largest K for which no sum of K products can overflow.
+# %% tags=["exercise"]
+def my_largest_k(x_bits, w_bits, accumulator_bits):
+    raise NotImplementedError
+# %%
+check("7.2", my_largest_k)
+# %% [markdown]
+# And a float32 accumulator? It goes to 10³⁸. **Predict**: what is 2²⁴ + 1 in float32, and after how many
+# terms may it go wrong?
+# %%
+largest = 255 * 128  # of a product u8 · s8, in size
+terms = {f"int{bits}": (2 ** (bits - 1) - 1) // largest for bits in (8, 16, 32)} | {"float32": 2**24 // largest}
+assert torch.tensor(2.0**24) + 1 == 2**24
+terms
+# %% [markdown]
+# int32 holds 65,793 terms of any size; int16 holds one, int8 none. float32 has no odd numbers beyond 2²⁴: from
+# 515 terms on a sum *may* lose its last digits. Sums of real data rarely grow that far. Here are those of our
+# layer, 256 terms each.
+#
+# **Predict first**, then drag:
+#
+# 1. What must 256 products of any size have: how many bits? How many do the *real* sums need?
+# 2. One bit less than that: how bad is the output, if the sum **wraps** (回绕, as `.to(int16)` does)?
+# 3. At 16 bits: is it better to wrap or to **saturate** (饱和, stop at the end)?
+# %% tags=["nbval-ignore-output"]
+from quantlab.explorers import explore_accumulator
+
+explorer = explore_accumulator(int8, x, bits=17)
+explorer
+# %% tags=["nbval-ignore-output"]
+def with_accumulator(bits, wrap):
+    half = 2 ** (bits - 1)
+    kept = (sums + half) % (2 * half) - half if wrap else sums.clamp(-half, half - 1)
+    return relative(kept * int8.weight_scale, sums * int8.weight_scale)
+
+needed = sums.abs().max().item().bit_length() + 1
+wrapped, saturated = (with_accumulator(16, wrap) for wrap in (True, False))
+assert with_accumulator(needed, True) == 0 < saturated < wrapped
+f"needed {needed} bits; error with 16 bits: wrapped {wrapped:.0%}, saturated {saturated:.0%}"
+# %% [markdown]
+# **What you saw.** 256 products of any size would need 24 bits; the real sums need fewer, since products of
+# both signs cancel. A sum that wraps lands on the *other side*: few wrapped sums ruin a layer. Saturation
+# is milder, and both are wrong. 32 bits are not a luxury.
+#
+# ## 5. Two numbers on which CPUs disagree
+# x86 CPUs before **VNNI** (a set of instructions) multiply u8 by s8 and add each two *neighbours* in 16 bits,
+# which saturate; only these pairs go into 32 bits. **Predict**: 255·127 + 255·127 = ?
+# %%
+pair = torch.tensor([255 * 127, 255 * 127])
+right, got = pair.sum().item(), pair.sum().clamp(-(2**15), 2**15 - 1).item()
+assert (right, got) == (64770, 32767)
+f"right {right}, got {got}: {got / right:.3f} of it"
+# %% [markdown]
+# ### Exercise 7.3: a dot product that saturates (about 10 minutes)
+# Emulate it for one row: uint8 and int8 codes, an even number of them. Neighbours 0 and 1, 2 and 3, … make
+# pairs; pairs are added exactly.
+# %% tags=["exercise"]
+def my_saturating_dot(x_codes, w_codes):
+    raise NotImplementedError  # return a number
+# %%
+check("7.3", my_saturating_dot)
+# %% [markdown]
+# Now the whole layer. Pairs as large as that are rare in real data. **Predict**: if one pair in a few
+# thousand saturates, is the error smaller than that of quantizing, or larger?
+# %% tags=["nbval-ignore-output"]
+def saturating_linear(x_codes, w_codes):
+    pairs = (x_codes[:, None] * w_codes.int()).unflatten(2, (-1, 2)).sum(3)
+    lost = (pairs.abs() >= 2**15).float().mean().item()
+    return pairs.clamp(-(2**15), 2**15 - 1).sum(2).int(), lost
+
+saturated, lost = saturating_linear(codes, int8.codes)
+correct = int_linear(codes, 0, int8.codes)
+shift = qp.zero_point * int8.codes.sum(1)
+damage = relative((saturated - shift) * int8.weight_scale, (correct - shift) * int8.weight_scale)
+assert 0 < lost < 0.01 < damage
+f"{lost:.3%} of the pairs saturate; error from that {damage:.1%}, from quantizing {relative(integers, exact):.1%}"
+# %% [markdown]
+# Believe no emulation that was not held against the real thing. The kernel that ships in torch is oneDNN's.
+# On a CPU with VNNI it is exact; told to do without (an environment variable, in a process of its own), it
+# takes the old instructions. We hand it our codes:
+# %%
+from safetensors.torch import load_file, save_file
+
+program = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+from quantlab.linear import kernel_status
+t = load_file(sys.argv[1])
+rows = len(t["w"])
+packed, ones, zeros = torch.ops.onednn.qlinear_prepack(t["w"], None), torch.ones(rows), torch.zeros(rows).int()
+sums = torch.ops.onednn.qlinear_pointwise(
+    t["x"], 1.0, 0, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+save_file({"sums": sums.int()}, sys.argv[1])
+print(kernel_status())
+"""
+# %% tags=["nbval-ignore-output"]
+import os
+import subprocess
+import sys
+import tempfile
+
+from quantlab.linear import kernel_status
+
+def kernel_in_new_process(x_codes, w_codes, **environment):
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "codes.safetensors")
+        save_file({"x": x_codes.to(torch.uint8), "w": w_codes.contiguous()}, path)
+        done = subprocess.run([sys.executable, "-c", program, path], env=os.environ | environment,
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-1000:]
+        return done.stdout.strip(), load_file(path)["sums"]
+
+if kernel_status() == "missing":
+    print("this torch has no such kernel: nothing was compared")
+else:
+    status, old = kernel_in_new_process(codes, int8.codes, ONEDNN_MAX_CPU_ISA="AVX2")
+    assert torch.equal(old, saturated if status == "saturates" else correct)
+    print({"saturates": "it saturates, and every sum of the layer is the emulated one",
+           "exact": "exact all the same: the setting means nothing to this CPU (it is no x86)"}[status])
+# %% [markdown]
+# **Myth: "int8 gives the same result on any CPU."** Integers are exact, so it seems safe to say. One
+# model, one input, two CPUs, and the outputs differ by more than quantization costs. Remedies, all in use:
+#
+# - **7 bits** for one side: 2·127·128 = 32,512 fits. `reduce_range` in PyTorch and ONNX Runtime does that;
+# - other instructions that widen to 16 bits first: slower, exact;
+# - VNNI, AMX, ARM's dot products: they add in 32 bits.
+#
+# What does the seventh bit cost? **Predict**: how much larger is the error?
+# %% tags=["nbval-ignore-output"]
+seven = DynamicInt8Linear.from_linear(layer, activation_bits=7)
+few = quantize(x, seven.input_qparams(x))
+assert torch.equal(saturating_linear(few, int8.codes)[0], int_linear(few, 0, int8.codes))  # none saturates
+errors = [relative(made(x), exact) for made in (int8, seven)]
+assert 1.2 < errors[1] / errors[0] < 2.1
+f"error with 8 bits {errors[0]:.1%}, with 7 bits {errors[1]:.1%}; no pair saturates"
+# %% [markdown]
+# Our layers ask the kernel first (`kernel_status()` multiplies 255 by 127), and use it only where it is
+# exact: `int8.kernel` says which way they go here. ONNX Runtime does not ask. It has a second kernel, though,
+# for u8 times **u8**; weights of code + 128 with zero point 128 are the same weights. Is it exact?
+# %% tags=["nbval-ignore-output"]
+from importlib.util import find_spec
+
+def onnx_sums(x_codes, w_codes, w_zero):  # ONNX Runtime's MatMulInteger on our codes
+    import onnxruntime
+    from onnx import TensorProto as T, helper
+    a, y = (helper.make_tensor_value_info(n, t, None) for n, t in (("a", T.UINT8), ("y", T.INT32)))
+    kind = T.UINT8 if w_zero else T.INT8
+    w = helper.make_tensor("w", kind, w_codes.T.shape, w_codes.T.contiguous().numpy().tobytes(), raw=True)
+    zeros = [helper.make_tensor(n, t, [], [v]) for n, t, v in (("az", T.UINT8, 0), ("wz", kind, w_zero))]
+    node = helper.make_node("MatMulInteger", ["a", "w", "az", "wz"], ["y"])
+    proto = helper.make_model(helper.make_graph([node], "g", [a], [y], [w, *zeros]), ir_version=10,
+                              opset_imports=[helper.make_opsetid("", 21)])
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"a": x_codes.to(torch.uint8).numpy()})[0])
+# %% tags=["nbval-ignore-output"]
+if find_spec("onnxruntime") and find_spec("onnx"):
+    unsigned = onnx_sums(codes, (int8.codes.int() + 128).to(torch.uint8), 128)
+    signed = onnx_sums(codes, int8.codes, 0)
+    assert torch.equal(unsigned, correct)
+    assert torch.equal(signed, correct) or torch.equal(signed, saturated)
+    kind = "exact, this CPU has VNNI or the like" if torch.equal(signed, correct) else "saturates as ours did"
+    print(f"u8 × u8: every sum equals int_linear's; u8 × s8: {kind}")
+else:
+    print("ONNX Runtime is not installed (pip install onnxruntime onnx): nothing was compared")
+# %% [markdown]
+# ## 6. Three ways, the same numbers
+# Now the three ways of section 1, on the real layer with one set of codes. **Predict** for each pair: equal
+# to the last bit, or up to float rounding?
+# %% tags=["nbval-ignore-output"]
+import torch.nn.functional as F
+
+from quantlab import PerAxis
+from quantlab.linear import WeightOnlyLinear
+
+packed = WeightOnlyLinear.from_linear(layer, bits=8, granularity=PerAxis(0), symmetric=True)
+x_hat = fake_quantize(x, qp)
+fake = F.linear(x_hat, w_hat)
+assert torch.equal(packed.weight(), w_hat)  # packed bytes: the last bit
+assert torch.equal(packed(x_hat), fake)
+from_kernel = torch.round(int8(x) / (qp.scale * int8.weight_scale)).int()
+assert torch.equal(from_kernel, sums)  # integers: every sum
+assert relative(int8(x), int8.exact(x)) < 1e-6  # floats: rounding
+assert relative(fake, int8(x)) < 1e-5
+f"kernel: {int8.kernel} ({kernel_status()}); fake and integer outputs differ by {relative(fake, int8(x)):.0e}"
+# %% [markdown]
+# Packed bytes give back the very weight, so the products are equal bit for bit. The kernel's sums are *equal
+# integers*. Fake quantization adds the same products in float, and differs by its rounding. So everything
+# that earlier notebooks measured with fake quantization holds for the real thing.
+#
+# ## 7. Time all three
+# Same numbers; not the same time. **Predict**, for a layer of 2048 × 2048 that reads **one** token (as when
+# a model writes) and for 256 (as when it reads a prompt): rank the four ways.
+# We take the least of several calls, three in a row each time: a weight that fits into the CPU's **cache**
+# (高速缓存) is there when the second call comes.
+# %%
+import os
+import time
+
+torch.set_num_threads(1)  # one core; try more at the end
+# The time that our thread holds the core: other programs do not count. On Windows that clock ticks too slowly.
+clock = time.perf_counter if os.name == "nt" else time.thread_time
+
+def best(calls, rounds=3):
+    """Seconds of one call of each: the least of 3 in a row, taken in turns, some rounds."""
+    found = dict.fromkeys(calls, float("inf"))
+    for way, call in list(calls.items()) * rounds:
+        for _ in range(3):
+            start = clock()
+            call()
+            found[way] = min(found[way], clock() - start)
+    return found
+# %% tags=["nbval-ignore-output"]
+from functools import partial
+
+from quantlab import MinMax
+from quantlab.linear import StaticInt8Linear
+
+bits = 8 if kernel_status() == "exact" else 7  # where 8 would saturate
+
+def ways_of(K, N, x):
+    linear = torch.nn.Linear(K, N, bias=False).requires_grad_(False)
+    dynamic = DynamicInt8Linear.from_linear(linear, activation_bits=bits)
+    static = StaticInt8Linear.from_linear(linear, MinMax().update(x), activation_bits=bits)
+    small = WeightOnlyLinear.from_linear(linear, bits=8, granularity=PerAxis(0), symmetric=True)
+    return {"float32": linear, "int8 dynamic": dynamic, "int8 static": static, "weight-only": small}
+# %% tags=["nbval-ignore-output"]
+x_many = torch.randn(256, 2048, generator=torch.Generator().manual_seed(0))
+ways = ways_of(2048, 2048, x_many)
+int8_large, rounded = ways["int8 dynamic"], ways["int8 dynamic"].dequantized_weight()
+
+def times_with(x):  # of the four, and of fake quantization
+    calls = {way: partial(layer, x) for way, layer in ways.items()}
+    return best(calls | {"fake": lambda: F.linear(fake_quantize(x, int8_large.input_qparams(x)), rounded)})
+
+found = {M: times_with(x_many[:M].contiguous()) for M in (1, 256)}
+stored = {way: getattr(layer, "nbytes", rounded.nbytes) for way, layer in ways.items()} | {"fake": rounded.nbytes}
+for way, size in stored.items():
+    print(f"{way:13}{size / 1e6:6.2f} MB" + "".join(f"  M = {M}: {t[way] * 1e6:8,.0f} µs" for M, t in found.items()))
+share = int8_large.nbytes / rounded.nbytes
+assert share < 0.26
+assert found[1]["weight-only"] > found[1]["float32"]
+# %% [markdown]
+# Fake quantization is never faster: it is the float product and more. Weight-only is as small as int8 and, done
+# like this, *far slower* than float32: each call unpacks, shifts and scales the whole weight, in several passes
+# over memory, to use it once.
+#
+# Is dequantizing the trouble, or where it is done? torch has a **fused** (融合) kernel that makes floats *on the
+# way*, a few weights at a time, never in memory (for bfloat16 inputs, hence coarser):
+# %% tags=["nbval-ignore-output"]
+scale = int8_large.weight_scale.bfloat16()
+fused = partial(torch._weight_int8pack_mm, x_many[:1].bfloat16(), int8_large.codes, scale)
+assert relative(fused().float(), x_many[:1] @ rounded.T) < 0.02
+times = best({"float32": partial(ways["float32"], x_many[:1]), "fused weight-only": fused})
+{way: f"{1e6 * t:,.0f} µs" for way, t in times.items()}
+# %% [markdown]
+# *Does it dequantize first?* Weight-only always does; what matters is whether the floats go through memory. With
+# one token and a fused kernel made for your CPU it can win. Only the integer product multiplies integers.
+#
+# ## 8. Find the crossover on your CPU
+# Four ways, five numbers of tokens M, five sizes of K and of N: all measured now, on one core. It takes a
+# moment.
+#
+# **Predict**: for which M and K is int8 slower than float32?
+# %% tags=["nbval-ignore-output"]
+from tqdm.auto import tqdm
+
+Ms, sizes = (1, 4, 16, 64, 256), (256, 512, 768, 1024, 2048)
+seconds, nbytes = {}, {}
+for K, N in tqdm([(K, N) for K in sizes for N in sizes], desc="measuring", leave=False):
+    x_all = torch.randn(256, K, generator=torch.Generator().manual_seed(0))
+    ways = ways_of(K, N, x_all)
+    nbytes |= {(way, K, N): getattr(layer, "nbytes", 4 * K * N) for way, layer in ways.items()}
+    for M in Ms:
+        few = x_all[:M].contiguous()
+        found = best({way: partial(layer, few) for way, layer in ways.items()})
+        seconds |= {(way, M, K, N): t for way, t in found.items()}
+# %% tags=["nbval-ignore-output"]
+import matplotlib.pyplot as plt
+
+def speed_up(way, M, K):
+    return seconds["float32", M, K, K] / seconds[way, M, K, K]
+
+fig, axes = plt.subplots(1, 2, figsize=(8, 2.9), layout="constrained", sharey=True)
+for ax, way in zip(axes, ("int8 dynamic", "weight-only"), strict=True):
+    table = torch.tensor([[speed_up(way, M, K) for K in sizes] for M in Ms])
+    image = ax.imshow(table.log2(), cmap="PuOr_r", vmin=-3, vmax=3, origin="lower", aspect="auto")
+    for m, k in [(m, k) for m in range(5) for k in range(5)]:
+        value, color = table[m, k].item(), "white" if abs(table[m, k].log2()) > 1.8 else "black"
+        ax.text(k, m, f"{value:.2g}", ha="center", va="center", color=color, weight="bold" if value > 1 else None)
+    ax.set(title=f"{way} over float32", xticks=range(5), xticklabels=sizes, yticks=range(5), yticklabels=Ms,
+           xlabel="K = N", ylabel="M, tokens" if ax is axes[0] else None)
+bar = fig.colorbar(image, ax=axes, ticks=[-3, -2, -1, 0, 1, 2, 3])
+bar.ax.set_yticklabels(["1/8", "1/4", "1/2", "1", "2", "4", "8"])
+plt.show()
+# %% tags=["nbval-ignore-output"]
+def pays_from(way, K):  # the least M from which on `way` is the faster one
+    return next((M for M in Ms if all(speed_up(way, m, K) > 1 for m in Ms if m >= M)), None)
+
+assert all(speed_up("weight-only", 1, K) < 1 for K in sizes)
+for way in ("int8 dynamic", "int8 static", "weight-only"):
+    found = ", ".join(f"{K}: " + (f"M = {M}" if (M := pays_from(way, K)) else "never") for K in sizes)
+    print(f"On this CPU {way} beats float32 from, by K = N:  {found}")
+# %% [markdown]
+# **Myth: "INT8 is faster."** Numbers above 1 (bold) are gains. It depends on the kernel *and* on the shape: in
+# small layers the fixed cost of each call eats the gain, and dequantizing first loses most with few tokens.
+# Why do the gains lie where they lie?
+#
+# ## 9. Bytes and operations
+# Each call has to *move* bytes and to *compute*. The slower of the two sets the time: the **roofline** (屋顶线)
+# model.
+#
+# ### Exercise 7.4: bytes and operations (about 10 minutes)
+# A layer with M tokens, K inputs, N outputs. Inputs and outputs are float32, a weight has `weight_bytes`; each
+# number is moved once. `bandwidth` is in bytes, `rate` in operations a second.
+# %% tags=["exercise"]
+def my_roofline(M, K, N, weight_bytes, bandwidth, rate):
+    raise NotImplementedError  # return seconds to move, seconds to compute
+# %%
+check("7.4", my_roofline)
+# %% [markdown]
+# **Predict**: how many operations for each byte, with one token and with 256? We measure this CPU's rates:
+# reading, computing, and the fixed cost of a call, on a layer of 16 × 16.
+# %% tags=["nbval-ignore-output"]
+from functools import cache
+
+@cache
+def read_rate(nbytes):  # bytes a second: a weight that fits into a cache is read faster
+    buffer = torch.ones(nbytes // 4)
+    return nbytes / best({"read": buffer.sum})["read"]
+
+def times_of(M, K):
+    x = torch.randn(M, K, generator=torch.Generator().manual_seed(0))
+    return best({way: partial(layer, x) for way, layer in ways_of(K, K, x).items()})
+
+fixed = times_of(1, 16)
+rate = {way: 2 * 256 * 1536**2 / t for way, t in times_of(256, 1536).items()}
+rate["weight-only"] = rate["float32"]  # the same product, once it has floats
+print("reads", ", ".join(f"{size} MB at {read_rate(size * 2**20) / 1e9:.0f} GB/s" for size in (1, 16, 256)))
+{way: f"{fixed[way] * 1e6:.0f} µs a call, {rate[way] / 1e9:,.0f} billion operations a second" for way in rate}
+# %% tags=["nbval-ignore-output"]
+per_weight = {"float32": 4, "int8 dynamic": 1, "int8 static": 1, "weight-only": 1 + 4 + 4}  # read, write, read
+
+def parts(way, M, K, N):
+    weight, others = K * N * per_weight[way], 4 * M * (K + N)
+    return {"fixed cost": fixed[way], "moving bytes": (weight + others) / read_rate(weight),
+            "computing": 2 * M * K * N / rate[way]}
+
+def intensity(M, K):  # operations a byte, float32
+    return 2 * M * K * K / (4 * K * K + 8 * M * K)
+
+assert all(min(parts(*key).values()) > 0 for key in seconds)  # this also measures the read rates it lacks
+assert intensity(1, 2048) < 0.5 < 64 < intensity(256, 2048)
+for way, M in [(way, M) for way in ("float32", "int8 dynamic") for M in (1, 256)]:
+    told = ", ".join(f"{part} {1e6 * t:,.0f}" for part, t in parts(way, M, 2048, 2048).items())
+    print(f"{way:13} M = {M:3}: {told}, measured {1e6 * seconds[way, M, 2048, 2048]:,.0f} µs")
+# %% [markdown]
+# With one token a weight is read for a single multiplication and addition: half an operation a byte. The CPU
+# waits for memory: **memory-bound** (访存受限). A quarter of the bytes can win about four times there, more if
+# only the small weight fits into the cache. With 256 tokens it is **compute-bound** (计算受限): int8 wins by how
+# many more products its instructions make. And in front of all stands the fixed cost.
+# %% [markdown]
+# ## 10. Drag it
+# Left: measured times; dotted, the largest part of the chosen way. Right: the parts. The time should lie at the
+# one farthest right, or beyond.
+#
+# **Predict first**, then drag:
+#
+# 1. M = 1: K and N from 256 to 2048. Which part of int8 is the largest, first and last? When does it overtake?
+# 2. K = N = 2048: M from 1 to 256. Where does *computing* overtake *moving bytes*, for float32, for int8?
+# 3. K = 256, N = 768 is a layer of our model. Does int8 pay there, writing (M = 1), reading (M = 256)?
+# %% tags=["nbval-ignore-output"]
+from quantlab.explorers import explore_speed
+
+explorer = explore_speed(seconds, nbytes, parts, shape=(1, 2048, 2048), way="int8 dynamic")
+explorer
+# %% [markdown]
+# **What you saw.** Small layers cost what a call costs, whatever they compute. Larger ones cost their bytes,
+# then, with more tokens, their operations. int8 moves less and computes faster: both of its marks lie further
+# left, but its fixed cost lies further right, and that decides in the layers of our model when it writes. Where the
+# measured bar lies far beyond all marks, the model is too simple: passes over the input, page faults, caches.
+# %% [markdown]
+# ## 11. The whole model
+# The first rows that really compute in integers: every linear layer a `DynamicInt8Linear`, with one scale for
+# the input, and then one for each token. **Predict** two columns: KL, beside 8-bit weights alone (notebook 06);
+# and decode, for layers of 256 × 768.
+# %% tags=["nbval-ignore-output"]
+rows = [ledger.measure(model, model, tokens, method="float")]
+rows.append(ledger.measure(model, eight, tokens, method="rtn", bits=8, group="128", report=report))
+for per in ("tensor", "token"):
+    new, made = quantize_lm(model, tokens[:512], method="w8a8_dynamic", per=per, activation_bits=bits, progress=False)
+    rows.append(ledger.measure(model, new, tokens, method="w8a8_dynamic", bits=8, group=per, report=made))
+for row in rows:
+    ledger.append(row)
+kl = [row.kl for row in rows]
+assert 0 == kl[0] < kl[1] < kl[3] < kl[2] < 0.1
+ledger.Table(rows)
+# %% [markdown]
+# The activations cost more than the weights: with one scale for all, the largest token sets the step for
+# everyone. A scale for each token mends most of it, and asks nothing of the kernel (exercise 7.5). The model is
+# stored in little more than half of the bytes. *Prefill* and *decode* are times over the float model's, so more
+# than 1 is slower: compare them with the rows M = 256 and M = 1 of the picture in section 8, at K = 256.
+# %% [markdown]
+# ## 12. The control that must fail
+# Two mistakes. The zero point is left out (terms 2 to 4). And the weight gets one scale for each *input
+# channel*, which we factor out all the same, as their mean; the last number is the honest way to use those
+# scales, inside the sum.
+# %% tags=["nbval-ignore-output"]
+from quantlab import quantize_tensor
+
+step = qp.scale * int8.weight_scale
+columns = quantize_tensor(layer.weight.detach(), bits=8, granularity=PerAxis(1))
+outside = qp.scale * columns.qparams.scale.mean() * int_linear(codes, qp.zero_point, columns.codes)
+found = {"right": relative(int8(x), exact), "no zero point": relative(step * int_linear(codes, 0, int8.codes), exact),
+         "channel scales outside": relative(outside, exact), "inside": relative(x_hat @ columns.dequantize().T, exact)}
+assert max(found["right"], found["inside"]) < 0.05 < 0.1 < min(found["no zero point"], found["channel scales outside"])
+{way: f"{error:.1%}" for way, error in found.items()}
+# %% [markdown]
+# ## 13. Exercises
+# ### Exercise 7.5: a scale for each token (about 15 minutes)
+# A kernel takes 8-bit codes, *one* zero point, and knows nothing of scales. Give every token its own scale
+# all the same, with one call. Target: relative error at most 0.03 for each token.
+# %% tags=["exercise"]
+def my_per_token(x, w_codes, w_scale, kernel):
+    raise NotImplementedError  # kernel(x_codes, x_zero, w_codes) -> sums; return (tokens, rows)
+# %%
+check("7.5", my_per_token)
+# %% [markdown]
+# **30 minutes.** Weight-only need not be that slow. Its row scales factor out, so the codes need not be
+# multiplied before the product: write `x @ codes.float().T * scale`, assert that it equals `packed(x)` to 10⁻⁵,
+# and time both with `best`. Which passes over memory have you saved?
+#
+# **Open.** Use all your cores (`torch.set_num_threads` in section 7): which way gains most, and what does the
+# roofline say? Or set `ONEDNN_MAX_CPU_ISA=AVX2` before you start JupyterLab: which way do the layers go then,
+# and where does the crossover move?
+# %% [markdown]
+# ## 14. What breaks next
+# "Dynamic" int8 passes over its input in every call, for the smallest and the largest value. Why every time? Fix
+# the range once, on the first eight tokens:
+# %% tags=["nbval-ignore-output"]
+low, high = MinMax().update(x[:8]).min_max()
+beyond = ((x < low) | (x > high)).float().mean(1)
+assert beyond[:8].max() == 0 < beyond[8:].max()
+f"of the tokens after the first 8, {(beyond[8:] > 0).float().mean():.0%} have values outside the range of those"
+# %% [markdown]
+# One pass less, and wrong as soon as an input comes that the range was not made for.
+#
+# ### Recap
+# - Fake quantization measures damage, weight-only saves bytes, integers save time: same numbers, three prices.
+# - Scales that are constant along the sum factor out (tensor, token, row). Of the zero points' three cross terms,
+#   symmetric weights leave one, its sum known beforehand.
+# - K products of u8 and s8 need 32 bits; float32 is exact to 2²⁴; without VNNI pairs saturate in 16 bits.
+# - One token: memory-bound, bytes count. Many: compute-bound, instructions count. Small layers: the call counts.
+# - "INT8 is faster", "the same on any CPU": questions to a kernel, not facts. Measure.
+#
+# Next: [08 Dynamic or static?](08_dynamic_or_static.ipynb)
