@@ -1,27 +1,73 @@
 """quantlab: the small library behind the workbook, one file a concept."""
 
 from quantlab.affine import QParams, choose_qparams, dequantize, fake_quantize, quantize
+from quantlab.codebook import (
+    CodebookTensor,
+    fp4_levels,
+    kmeans_levels,
+    nearest_level,
+    nf4_levels,
+    normalize_blocks,
+    quantize_codebook,
+)
+from quantlab.floats import (
+    BF16,
+    FP4_E2M1,
+    FP6_E2M3,
+    FP6_E3M2,
+    FP8_E4M3,
+    FP8_E5M2,
+    FP16,
+    FloatFormat,
+    mx_quantize,
+    nvfp4_quantize,
+    round_to,
+)
 from quantlab.gptq import Hessian, gptq_quantize
 from quantlab.granularity import PerAxis, PerGroup, PerTensor, QTensor, quantize_tensor
 from quantlab.metrics import kl_divergence, mse, split_error, sqnr_db, top1_agreement
+from quantlab.observers import MSE, Entropy, MinMax, MovingAverage, Percentile
 from quantlab.packing import pack, unpack
 
 __all__ = [
+    "BF16",
+    "FP16",
+    "FP4_E2M1",
+    "FP6_E2M3",
+    "FP6_E3M2",
+    "FP8_E4M3",
+    "FP8_E5M2",
+    "MSE",
+    "CodebookTensor",
+    "Entropy",
+    "FloatFormat",
     "Hessian",
+    "MinMax",
+    "MovingAverage",
     "PerAxis",
     "PerGroup",
     "PerTensor",
+    "Percentile",
     "QParams",
     "QTensor",
     "choose_qparams",
     "dequantize",
     "fake_quantize",
+    "fp4_levels",
     "gptq_quantize",
     "kl_divergence",
+    "kmeans_levels",
     "mse",
+    "mx_quantize",
+    "nearest_level",
+    "nf4_levels",
+    "normalize_blocks",
+    "nvfp4_quantize",
     "pack",
     "quantize",
+    "quantize_codebook",
     "quantize_tensor",
+    "round_to",
     "split_error",
     "sqnr_db",
     "top1_agreement",
