@@ -35,16 +35,38 @@ def int_linear(x_codes: Tensor, x_zero, w_codes: Tensor, w_zero=0) -> Tensor:
             raise ValueError(f"{name} must be a matrix of integers, got {codes.dtype} {tuple(codes.shape)}")
     if x_codes.shape[1] != w_codes.shape[1]:
         raise ValueError(f"x_codes has {x_codes.shape[1]} features, w_codes {w_codes.shape[1]}")
+    _check_zero(x_zero, "x_zero", (len(x_codes), 1))
+    _check_zero(w_zero, "w_zero", (len(w_codes),))
     # Whole numbers far below 2**53, which float64 adds exactly; torch's own product of int32 matrices is slow.
     x, w = x_codes.double(), w_codes.double()
     zeros = x_zero * w_zero * x.shape[1]
     total = x @ w.T - x_zero * w.sum(1) - w_zero * x.sum(1, keepdim=True) + zeros
-    if total.numel() and total.abs().max() >= 2**31:
+    if total.numel() and not -(2**31) <= total.min() <= total.max() < 2**31:
         raise ValueError(f"an accumulator of {total.abs().max():.0f} does not fit 32 bits; K is {x.shape[1]}")
     return total.to(torch.int32)
 
 
-class WeightOnlyLinear(nn.Module):
+def _check_zero(zero, name: str, shape: tuple) -> None:
+    if not isinstance(zero, Tensor):
+        check_int(zero, name)
+    elif zero.is_floating_point() or (zero.numel() != 1 and zero.shape != shape):
+        raise ValueError(
+            f"{name} must be a whole number, or whole numbers {shape}, got {zero.dtype} {tuple(zero.shape)}"
+        )
+
+
+class _KeepsScales(nn.Module):
+    """A module whose float buffers stay float32 under .half(), .to(dtype): a rounded scale would be another grid."""
+
+    def _apply(self, fn, *arguments, **options):
+        floats = {name: b for name, b in self.named_buffers(recurse=False) if b.is_floating_point()}
+        super()._apply(fn, *arguments, **options)
+        for name, value in floats.items():
+            setattr(self, name, value.to(getattr(self, name).device))
+        return self
+
+
+class WeightOnlyLinear(_KeepsScales):
     """A linear layer that stores its weight packed, and makes it float again in every call for a float product.
 
     It is smaller, and by itself no faster: each call unpacks and writes the whole float weight.
@@ -97,11 +119,12 @@ class WeightOnlyLinear(nn.Module):
         return self.packed.nbytes + self.scale.nbytes + zeros + index
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight().to(x.dtype), self.bias)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight().to(x.dtype), bias)
 
 
-class Int8Linear(nn.Module):
-    """int8 weight, one symmetric scale a row; a subclass says which QParams its input gets."""
+class Int8Linear(_KeepsScales):
+    """int8 weight, one symmetric scale a row; a subclass says which QParams its input gets. It has no gradient."""
 
     def __init__(self, linear: nn.Linear, activation_bits: int = 8):
         super().__init__()
@@ -112,7 +135,7 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight_scale", scale)
         bias = _bias(linear)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self._prepacked = None  # the weight in the kernel's own order, made when first needed
+        self._prepacked = None, None  # the weight in the kernel's own order, and of which codes it was made
 
     @staticmethod
     def quantized_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,8 +179,10 @@ class Int8Linear(nn.Module):
         return self._layer(x, self._simulated)
 
     def _layer(self, x: Tensor, way) -> Tensor:
-        if x.shape[-1:] != (self.in_features,) or x.numel() == 0:
-            raise ValueError(f"x must have {self.in_features} features, got shape {tuple(x.shape)}")
+        if x.shape[-1:] != (self.in_features,) or x.numel() == 0 or not x.is_floating_point():
+            raise ValueError(
+                f"x must be floats of {self.in_features} features, got {x.dtype} {tuple(x.shape)}"
+            )
         y = way(x.reshape(-1, self.in_features).float())
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
@@ -167,22 +192,32 @@ class Int8Linear(nn.Module):
         return self._with_bias(sums.float() * (qp.scale * self.weight_scale))
 
     def _simulated(self, x: Tensor) -> Tensor:
-        return F.linear(fake_quantize(x, self.input_qparams(x)), self.dequantized_weight(), self.bias)
+        return self._with_bias(F.linear(fake_quantize(x, self.input_qparams(x)), self.dequantized_weight()))
 
     def _fast(self, x: Tensor) -> Tensor:
-        if self._prepacked is None:
-            self._prepacked = torch.ops.onednn.qlinear_prepack(self.codes, None)
+        weight, bias = self._kernel_weight(), None if self.bias is None else self.bias.float()
         one = self._one_map(x)
         if one is not None:
             scale, zero = one
             codes = x.mul(1.0 / scale).round_().add_(zero).clamp_(0, 2**self.activation_bits - 1)
-            return _onednn(codes.to(torch.uint8), scale, zero, self._prepacked, self.weight_scale, self.bias)
+            return _onednn(codes.to(torch.uint8), scale, zero, weight, self.weight_scale, bias)
         # One scale a token: the kernel knows only one for all, so it gets 1, and the tokens' scales come after it.
         qp = self.input_qparams(x)
         codes = quantize(x, qp).to(torch.uint8)
         zero = int(qp.zero_point[0])  # symmetric: the same for every token
-        y = _onednn(codes, 1.0, zero, self._prepacked, self.weight_scale, None)
+        y = _onednn(codes, 1.0, zero, weight, self.weight_scale, None)
         return self._with_bias(y * qp.scale)
+
+    def _kernel_weight(self) -> Tensor:
+        made_of = self.codes.data_ptr(), self.codes._version  # load_state_dict writes into codes
+        if self._prepacked[1] != made_of:
+            self._prepacked = torch.ops.onednn.qlinear_prepack(self.codes, None), made_of
+        return self._prepacked[0]
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {
+            "_prepacked": (None, None)
+        }  # the kernel's own order can be neither copied nor saved
 
     def _with_bias(self, y: Tensor) -> Tensor:
         return y if self.bias is None else y + self.bias
@@ -241,7 +276,9 @@ class StaticInt8Linear(Int8Linear):
         return QParams(self.input_scale, self.input_zero_point, 0, 2**self.activation_bits - 1)
 
     def _one_map(self, x: Tensor) -> tuple[float, int]:
-        check_real(x)
+        low, high = torch.aminmax(x)  # a tenth of the time that torch.isfinite takes
+        if not math.isfinite(low.item() + high.item()):
+            check_real(x)
         return self.input_scale.item(), self.input_zero_point.item()
 
 

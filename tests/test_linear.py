@@ -1,5 +1,6 @@
 """Integer layers: exact integers against a loop, the fast kernel and the simulation against the exact integers."""
 
+import copy
 import json
 import math
 import os
@@ -96,6 +97,12 @@ def test_int_linear_refuses_what_has_no_exact_answer():
         int_linear(ones, 0, ones[:, :3])
     with pytest.raises(ValueError, match="does not fit 32 bits"):
         int_linear(ones * 2**15, 0, ones * 2**15)
+    for zero in (torch.zeros(4, dtype=torch.int32), torch.tensor(0.5), 1.5):
+        with pytest.raises(ValueError, match="x_zero must be"):
+            int_linear(torch.ones(4, 4, dtype=torch.int32), zero, torch.ones(4, 4, dtype=torch.int32))
+    with pytest.raises(ValueError, match="w_zero must be"):
+        int_linear(ones, 0, ones, torch.zeros(1, 2, dtype=torch.int32))
+    assert int_linear(ones * -(2**15), 0, ones * 2**14).item() == -(2**31)  # just fits
     assert int_linear(ones * 2**15, 0, ones * (2**14 - 1)).item() == 4 * 2**15 * (2**14 - 1)  # just below
 
 
@@ -233,6 +240,8 @@ def test_bad_input_is_refused(way):
         layer(random(3, 47))
     with pytest.raises(ValueError, match="48 features"):
         layer(torch.zeros(0, 48))
+    with pytest.raises(ValueError, match="must be floats"):
+        layer(torch.ones(3, 48, dtype=torch.int32))
     for bad in (math.nan, math.inf):
         x = random(3, 48)
         x[1, 2] = bad
@@ -266,6 +275,31 @@ def test_a_weight_that_is_a_transposed_view(way):
     wanted = LAYERS[way](layer, 8)(x)
     layer.weight.data = layer.weight.data.T.contiguous().T
     assert torch.equal(LAYERS[way](layer, 8)(x), wanted)
+
+
+@pytest.mark.parametrize("way", LAYERS)
+def test_a_used_layer_can_be_copied_loaded_and_moved(way):
+    layer, x = LAYERS[way](linear(), 8), random(5, 48, seed=11)
+    wanted = layer(x)
+    assert torch.equal(copy.deepcopy(layer)(x), wanted)
+    other = linear()
+    other.weight.data *= -2
+    used = LAYERS[way](other, 8)
+    assert not torch.equal(used(x), wanted)
+    used.load_state_dict(layer.state_dict())
+    assert torch.equal(used(x), wanted)
+    scales = layer.weight_scale.clone()
+    small = layer.to(torch.bfloat16)
+    assert torch.equal(small.weight_scale, scales)
+    torch.testing.assert_close(small(x), wanted, atol=0.02, rtol=0.01)  # the bias alone was rounded
+    assert small(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_weight_only_in_bfloat16():
+    layer, x = WeightOnlyLinear.from_linear(linear()), random(5, 48, seed=11)
+    wanted = layer(x)
+    torch.testing.assert_close(layer(x.bfloat16()).float(), wanted, atol=0.1, rtol=0.05)
+    torch.testing.assert_close(layer.to(torch.bfloat16)(x), wanted, atol=0.02, rtol=0.01)
 
 
 def test_int8_weights_are_a_quarter():
