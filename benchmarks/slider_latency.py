@@ -1,8 +1,12 @@
 """How soon the picture under a slider follows a key or the mouse: quantlab's explorer against interact.
 
-Both draw the same picture of the same 20 000 values, in the same JupyterLab and browser. A time ends with the
-first animation frame that finds the new picture loaded; it may reach the glass 16 ms later, in both cases.
+Both draw the same picture of the same values, in the same JupyterLab and browser. A time ends with the first
+animation frame that finds the new picture loaded; it may reach the glass 16 ms later, in both cases.
 With --busy all cores but one are kept busy meanwhile, for both alike.
+
+For explore_affine and explore_clipping the rival is what a notebook would hold: a function that draws, under
+interact. For the others it is the explorer's own figure, with all that was computed before the slider moved, copied
+and drawn in full.
 """
 
 import argparse
@@ -22,7 +26,6 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import labs
 
-PRESSES = 24
 PACE = 0.25  # seconds between presses that do not wait for the picture
 # At most this share of interact's time, for every picture. The affine figure has linear axes, which interact redraws
 # in some 130 ms on an idle machine: a twelfth of that is less than one round trip of browser and kernel.
@@ -118,7 +121,52 @@ NOTEBOOKS = {
         ],
     },
 }
-SLIDER = {"affine": "min", "clipping": "clip"}  # the one that is moved; each step gives another picture
+MODEL = """\
+import ipywidgets as widgets
+import pickle
+from IPython.display import display
+from quantlab.explorers import *
+from quantlab.explorers.base import Canvas
+from quantlab.lm import *
+
+model, tokenizer = load_lm()
+name = "model.layers.1.mlp.down_proj"
+weight = weight_of(linear_layers(model)[name])
+x = capture_inputs(model, token_stream(tokenizer, load_text("calibration"))[:2048], [name])[name]
+"""
+# The rival of the explorers below. The explorer moves its artists, then a fresh copy of its figure is drawn in full, as
+# matplotlib does for every figure that a notebook shows. (A copy is made faster than a figure that is plotted anew.)
+IN_FULL = """
+Canvas.png = lambda canvas: b""  # it draws nothing by itself
+for artist in e.ax.figure.findobj():
+    artist.set_animated(False)
+
+def draw(**values):
+    display(pickle.loads(pickle.dumps(e.ax.figure)))
+"""
+EXPLORERS = {
+    "calibration": 'e = explore_calibration(x, weight=weight, bits=4)\ne.controls["clip"].index = 5',
+    "groups": 'e = explore_groups(weight, x)\ne.controls["group"].index = 0',
+    "codebook": 'e = explore_codebook(weight, x)\ne.controls["block"].index = 0',
+    "float_format": 'e = explore_float_format(weight, inputs=x)\ne.controls["mantissa"].value = 0',
+}
+SHOW = "display(widgets.VBox([*e.controls.values(), widgets.interactive_output(draw, e.controls)]))"
+NOTEBOOKS |= {
+    key: {
+        "interact": ["%matplotlib inline\n" + MODEL + make + IN_FULL, SHOW],
+        "quantlab": [MODEL + make, "e"],
+    }
+    for key, make in EXPLORERS.items()
+}
+# The slider that is moved, by its label, and how often: each step gives another picture.
+SLIDER = {
+    "affine": ("min", 24),
+    "clipping": ("clip", 24),
+    "calibration": ("clip", 24),
+    "groups": ("group", 6),
+    "codebook": ("block", 6),
+    "float_format": ("mantissa bits", 8),
+}
 
 # In the page: the time of each key press and mouse move, and of the first frame of each picture. An img that
 # loads its next picture still shows the last one (Chromium's screencast agrees), so it does not count as blank.
@@ -156,21 +204,21 @@ class Measured:
     """What one notebook gave, or several. Times in ms."""
 
     latencies: list[float]  # from each press to the picture that it ended in
-    shown: int  # of PRESSES presses that did not wait, how many had their picture on the screen
+    shown: int  # of the presses that did not wait, how many had their picture on the screen
     blank: int  # frames without a picture
     still: float  # from the last move of the mouse to the last new picture
     right: bool  # the picture after the drag is that of the value on which the mouse stopped
 
 
-def measure(notebook: labs.Notebook, label: str) -> Measured:
-    """24 presses one by one, 24 back without waiting, then two seconds of dragging back to the same place."""
+def measure(notebook: labs.Notebook, label: str, presses: int) -> Measured:
+    """Presses one by one, as many back without waiting, then two seconds of dragging back to the same place."""
     slider = notebook.page.locator(".widget-slider", has_text=label)
     slider.evaluate("slider => slider.scrollIntoView()")
     notebook.page.locator(PICTURES).last.evaluate("img => img.decode()")
     notebook.page.evaluate(PROBE)
     steps, latencies = [once_quiet(notebook)["pictures"][-1][1]], []
     slider.locator(".noUi-handle").focus()
-    for _ in range(PRESSES):
+    for _ in range(presses):
         milliseconds, picture = press_and_wait(notebook)
         latencies.append(milliseconds)
         steps.append(picture)
@@ -193,10 +241,10 @@ def press_and_wait(notebook: labs.Notebook) -> tuple[float, str]:
 
 
 def press_at_pace(notebook: labs.Notebook, expected: list[str]) -> int:
-    """PRESSES to the left, one every PACE seconds: how many of the expected pictures were on the screen."""
+    """A press to the left for each expected picture, one every PACE seconds: how many of them were on the screen."""
     notebook.page.evaluate(FORGET)
     start = time.perf_counter()
-    for press in range(PRESSES):
+    for press in range(len(expected)):
         notebook.page.keyboard.press("ArrowLeft")
         time.sleep(max(0, start + (press + 1) * PACE - time.perf_counter()))
     return len(set(expected) & {picture for _, picture in once_quiet(notebook)["pictures"]})
@@ -249,7 +297,7 @@ def measure_both(explorer: str, reps: int) -> tuple[Measured, Measured]:
             write_notebook(Path(root) / f"{name}.ipynb", NOTEBOOKS[explorer][name])
             with labs.notebook(browser, lab, f"{name}.ipynb") as notebook:
                 notebook.run_all()
-                found[name].append(measure(notebook, SLIDER[explorer]))
+                found[name].append(measure(notebook, *SLIDER[explorer]))
                 if notebook.errors():
                     raise RuntimeError(f"{name}: {notebook.errors()}")
     return pool(found["interact"]), pool(found["quantlab"])
@@ -266,7 +314,7 @@ def pool(runs: list[Measured]) -> Measured:
     )
 
 
-def table(interact: Measured, quantlab: Measured) -> list[tuple]:
+def table(interact: Measured, quantlab: Measured, presses: int) -> list[tuple]:
     """For each line: what, of interact, of quantlab, the bar, whether quantlab keeps it."""
     medians = [float(np.median(m.latencies)) for m in (interact, quantlab)]
     p95 = [float(np.percentile(m.latencies, 95)) for m in (interact, quantlab)]
@@ -276,11 +324,11 @@ def table(interact: Measured, quantlab: Measured) -> list[tuple]:
         ("press to picture, p95, ms", *(f"{ms:.0f}" for ms in p95), "", True),
         ("median as a share of interact's", "1", f"{share:.3f}", "<= 1/12", share <= BAR),
         (
-            f"steps shown of {PRESSES}, {1 / PACE:.0f} a second",
+            f"steps shown of {presses}, {1 / PACE:.0f} a second",
             interact.shown,
             quantlab.shown,
-            PRESSES,
-            quantlab.shown == PRESSES,
+            presses,
+            quantlab.shown == presses,
         ),
         ("frames without a picture", interact.blank, quantlab.blank, 0, quantlab.blank == 0),
         (
@@ -302,7 +350,7 @@ def load() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--explorer", choices=NOTEBOOKS, help="which picture (both)")
+    parser.add_argument("--explorer", choices=NOTEBOOKS, help="which picture (all)")
     parser.add_argument("--reps", type=int, default=1, help="how often each notebook is measured (1)")
     parser.add_argument("--busy", action="store_true", help="keep all cores but one busy meanwhile")
     options = parser.parse_args()
@@ -328,7 +376,7 @@ def busy(cores: int):
 def compare(explorer: str, reps: int) -> bool:
     """Measure one explorer, print its table, and say whether every bar is kept."""
     print(f"explore_{explorer}; before: {load()}", flush=True)
-    lines = table(*measure_both(explorer, reps))
+    lines = table(*measure_both(explorer, reps), SLIDER[explorer][1])
     print(f"after, the benchmark included: {load()}\n\n{'':36}{'interact':>9}{'quantlab':>9}{'bar':>9}")
     for what, theirs, ours, bar, kept in lines:
         print(f"{what:36}{theirs!s:>9}{ours!s:>9}{bar!s:>9}{'' if kept else '  MISSED'}")
