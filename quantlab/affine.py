@@ -81,7 +81,7 @@ def dequantize(codes: Tensor, qp: QParams) -> Tensor:
         raise ValueError(
             f"codes must be integers, got {codes.dtype}; did you pass x instead of quantize(x, qp)?"
         )
-    return qp.scale * (codes.to(torch.int32) - qp.zero_point)
+    return qp.scale.float() * (codes.to(torch.int32) - qp.zero_point)
 
 
 def fake_quantize(x: Tensor, qp: QParams) -> Tensor:

@@ -1,5 +1,6 @@
 """granularity and metrics: against loops, edges, bad input."""
 
+import dataclasses
 import math
 
 import pytest
@@ -203,3 +204,15 @@ def test_a_class_or_a_scalar_is_told_apart():
         quantize_tensor(torch.tensor(1.5), bits=4, granularity=PerAxis(0))
     with pytest.raises(ValueError, match="must be a tensor, got list"):
         mse([1.0], [1.0])
+
+
+def test_scales_in_16_bits_dequantize_to_the_dtype_of_the_original():
+    """A learner may store scales in half precision: dataclasses.replace, then dequantize as before."""
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    q = quantize_tensor(x, bits=4, granularity=PerGroup(8))
+    for dtype in (torch.float16, torch.bfloat16):
+        small = dataclasses.replace(
+            q, qparams=dataclasses.replace(q.qparams, scale=q.qparams.scale.to(dtype))
+        )
+        assert small.dequantize().dtype == torch.float32
+        torch.testing.assert_close(small.dequantize(), q.dequantize(), rtol=0.01, atol=0)

@@ -105,6 +105,16 @@ WRONG = {
         (lambda c: (padded(c)[0::2] | padded(c)[1::2] << 4).tolist(), "Return a tensor"),
     ],
     "3.4": [
+        (lambda r, c, b, g, s, z: b, "The scales are stored too"),
+        (lambda r, c, b, g, s, z: b + s + z, "shared by its group"),
+        (lambda r, c, b, g, s, z: b + s / g, "zero point for each group"),
+        (lambda r, c, b, g, s, z: b + (s + z) / g, "A short group's scale"),
+        (lambda r, c, b, g, s, z: b + math.ceil(r * c / g) * (s + z) / (r * c), "runs on into the next row"),
+        (lambda r, c, b, g, s, z: b + max(c // g, 1) * (s + z) / c, "A short group's scale"),
+        (lambda r, c, b, g, s, z: (r * c * b + math.ceil(c / g) * (s + z)) / (r * c), "shared by its group"),
+        (lambda r, c, b, g, s, z: f"{b + s / g} bits", "Return a number"),
+    ],
+    "3.5": [
         (two_in_a_byte, "part of it is in the next byte"),
         (from_the_high_end, "from its high end"),
         (all_that_is_there, "count was 2"),
@@ -114,16 +124,6 @@ WRONG = {
         ),
         (lambda p, n: [int(p[3 * i // 8]) >> 3 * i % 8 & 3 for i in range(n)], "low three bits"),
         (lambda p, n: [int(p[0]) & 7, *[int(p.numpy().tobytes()[-1])] * (n - 1)], "low three bits"),
-    ],
-    "3.5": [
-        (lambda r, c, b, g, s, z: b, "The scales are stored too"),
-        (lambda r, c, b, g, s, z: b + s + z, "shared by its group"),
-        (lambda r, c, b, g, s, z: b + s / g, "zero point for each group"),
-        (lambda r, c, b, g, s, z: b + (s + z) / g, "A short group's scale"),
-        (lambda r, c, b, g, s, z: b + math.ceil(r * c / g) * (s + z) / (r * c), "runs on into the next row"),
-        (lambda r, c, b, g, s, z: b + max(c // g, 1) * (s + z) / c, "A short group's scale"),
-        (lambda r, c, b, g, s, z: (r * c * b + math.ceil(c / g) * (s + z)) / (r * c), "shared by its group"),
-        (lambda r, c, b, g, s, z: f"{b + s / g} bits", "Return a number"),
     ],
     "3.6": [
         (lambda: {"bits": 4, "group_size": 128, "symmetric": False}, "times the 0.0055"),

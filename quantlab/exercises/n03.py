@@ -107,7 +107,7 @@ def _test_per_output(f):
     )
 
 
-# --- 3.3 and 3.4 ------------------------------------------------------------------------------------------------
+# --- 3.3 and 3.5 ------------------------------------------------------------------------------------------------
 
 
 def pack4_solution(codes):
@@ -193,7 +193,7 @@ def _test_unpack3(f):
     )
 
 
-# --- 3.5 --------------------------------------------------------------------------------------------------------
+# --- 3.4 --------------------------------------------------------------------------------------------------------
 
 
 def true_bits_solution(rows, cols, bits, group_size, scale_bits, zero_bits):
@@ -244,7 +244,7 @@ def practice_layer():
 
 
 def budget_solution():
-    """The fifth bit divides the error by four; halving a small group does less and costs as much."""
+    """The fifth bit divides the error by four. With float32 scales, small groups cost as much and do less."""
     return {"bits": 5, "group_size": 192, "symmetric": False}
 
 
@@ -305,16 +305,6 @@ EXERCISES = {
         pack4_solution,
     ),
     "3.4": Exercise(
-        "three bits",
-        _test_unpack3,
-        (
-            "Code i begins at bit 3·i of the stream: which byte is that, and which bit of it?",
-            "Two bytes in a row, low | next << 8, hold every code that begins in the first of them.",
-            "Shift right by the bit, and keep three bits with & 7. Mind the byte after the last.",
-        ),
-        unpack3_solution,
-    ),
-    "3.5": Exercise(
         "true bits per weight",
         _test_true_bits,
         (
@@ -323,6 +313,16 @@ EXERCISES = {
             "math.ceil(cols / group_size) groups in a row, each with scale_bits + zero_bits.",
         ),
         true_bits_solution,
+    ),
+    "3.5": Exercise(
+        "three bits",
+        _test_unpack3,
+        (
+            "Code i begins at bit 3·i of the stream: which byte is that, and which bit of it?",
+            "Two bytes in a row, low | next << 8, hold every code that begins in the first of them.",
+            "Shift right by the bit, and keep three bits with & 7. Mind the byte after the last.",
+        ),
+        unpack3_solution,
     ),
     "3.6": Exercise(
         "fit the budget",

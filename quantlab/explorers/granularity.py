@@ -126,7 +126,7 @@ def _draw_curves(ax, known: dict, of_output: bool) -> tuple:
         xlim=(1.5, 13.5),
         ylim=(min(errors) / 2, max(errors) * 2),
         yscale="log",
-        xlabel="true bits per weight",
+        xlabel="true bits per weight (float32 scales)",
         title=f"relative error of the {'output' if of_output else 'weights'}",
     )
     ax.text(0.97, 0.95, "a line: one group size, 2 to 8 bits", transform=ax.transAxes, ha="right", va="top")
