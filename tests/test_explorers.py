@@ -581,7 +581,7 @@ def a_layer_shifted(*, scale=1.0, shift=0.0, loud=1):
     return weight, x, live
 
 
-@pytest.mark.parametrize("place", [{}, {"scale": 4.0}, {"scale": 0.125, "shift": 0.3}, {"loud": 64}])
+@pytest.mark.parametrize("place", [{}, {"scale": 4.0}, {"scale": 0.125, "shift": 0.3}, {"shift": -0.5, "loud": 16}])
 def test_shift_errors_are_those_of_the_layers(place):
     weight, x, live = a_layer_shifted(**place)
     explorer = ex.explore_shift(x, weight)

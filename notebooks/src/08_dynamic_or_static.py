@@ -60,10 +60,10 @@ plt.show()
 # No two batches agree. Two answers are possible. **Static**: watch the layer on a calibration text
 # (notebook 02), fix the range once, and use it for whatever comes. **Dynamic**: look at each input first,
 # then choose. The blue lines are the static range, each bar is what a dynamic layer would take.
-# %% [markdown]
+#
 # ## 2. By hand: four numbers, three ways
-# Two tokens, two values each; 2 bits, so four codes. The second token is five times as loud as the first.
-# On the calibration text the range was −1 to 2.
+# Two tokens, two values each; 2 bits, so four codes. The second token is five times as large as the first,
+# or as *loud*. On the calibration text the range was −1 to 2.
 #
 # **Predict**: which values survive if the grid is static? If it is dynamic over both tokens? If each token
 # has its own?
@@ -86,7 +86,7 @@ for way, qp in maps.items():
 # Each way loses something of its own. Static *clips* what calibration had not seen. Dynamic per tensor
 # follows, but the loud token now sets the step, and the quiet one vanishes. Per token both come back, at
 # the price of a scale for each token.
-# %% [markdown]
+#
 # ## 3. Write both
 # ### Exercise 8.1: a static layer (about 10 minutes)
 # `w_codes` (out, in) are int8, `w_scale` (out,) the scale of each row. The input's `scale` and `zero_point`
@@ -137,7 +137,7 @@ codes = torch.clamp(torch.round(x * (1 / scale)), -128, 127)
 assert close(token(x), product(codes, scale, token))
 # %% [markdown]
 # (The library's symmetric map has 255 steps from −a to a, exercise 8.2 has 254. Both are in use.)
-# %% [markdown]
+#
 # ## 4. What is dynamic in "dynamic"?
 # One can read that dynamic quantization "changes the precision at run time". **Predict** what differs
 # between three batches of different loudness: the bits? the weight's codes? the weight's scales? the
@@ -152,7 +152,8 @@ assert all(torch.equal(before[key], value) for key, value in tensor.state_dict()
 # %% tags=["nbval-ignore-output"]
 scales = {way: [m.input_qparams(batch).scale.item() for batch in batches]
           for way, m in (("dynamic", tensor), ("static", static))}
-assert len(set(scales["dynamic"])) == 3 and len(set(scales["static"])) == 1
+assert len(set(scales["dynamic"])) == 3
+assert len(set(scales["static"])) == 1
 assert all(m.input_qparams(batch).qmax == 255 for m in (tensor, static) for batch in batches)
 assert torch.equal(static.codes, tensor.codes)
 {way: [f"{scale:.3g}" for scale in values] for way, values in scales.items()}
@@ -189,11 +190,11 @@ errors = {way: [output_error(f(n), layers[n], live[n]) for n in layers] for way,
 middle = {way: torch.tensor(values).median().item() for way, values in errors.items()}
 assert middle["dynamic, token"] < 0.75 * min(middle[way] for way in list(make)[:3])
 assert middle["static, 99.99 %"] < middle["dynamic, tensor"] < middle["static, min-max"]
-assert all(token_error < min(others) for *others, token_error in zip(*errors.values()))
+assert all(token_error < min(others) for *others, token_error in zip(*errors.values(), strict=True))
 {way: f"median {error:.1e}" for way, error in middle.items()}
 # %% tags=["nbval-ignore-output"]
 fig, ax = plt.subplots(figsize=(7.5, 3), layout="constrained")
-for (way, values), color, marker in zip(errors.items(), (QUANTIZED, CLIPPED, ERROR, OTHER), "osD^"):
+for (way, values), color, marker in zip(errors.items(), (QUANTIZED, CLIPPED, ERROR, OTHER), "osD^", strict=True):
     ax.plot(values, marker, color=color, markersize=4.5, label=way)
 for i in [i for i, n in enumerate(layers) if n.endswith("down_proj")]:
     ax.axvspan(i - 0.4, i + 0.4, color=FLOAT, alpha=0.3, label="down_proj" if i < 7 else None)
@@ -225,8 +226,8 @@ plt.show()
 # token it is symmetric, a scale alone.
 # %% [markdown]
 # ### Exercise 8.3: bytes moved (about 15 minutes)
-# Write the formula. `way` is "float", "static", "tensor" or "token". (Kernels that fuse passes move less;
-# this counts what our layers do.)
+# Write the formula. `way` is "float", "static", "tensor" or "token". (Kernels that fuse passes move less; a
+# layer that refuses NaN, as ours do, looks through its input once more.)
 # %% tags=["exercise"]
 def my_bytes(tokens, in_features, out_features, way):
     raise NotImplementedError
@@ -281,21 +282,25 @@ def best(ways, rounds=12):
             seconds[way] = min(seconds[way], time.perf_counter() - start)
     return seconds
 # %% tags=["nbval-ignore-output"]
+from quantlab.linear import kernel_status
+
 big = torch.nn.Linear(K, N, bias=False).requires_grad_(False)
 z = torch.randn(256, K, generator=torch.Generator().manual_seed(0))
-one = StaticInt8Linear.from_linear(big, MinMax().update(z))
-two, three = (DynamicInt8Linear.from_linear(big, per=per) for per in ("tensor", "token"))
-times = best({"float": lambda: big(z), "range of the input": lambda: torch.aminmax(z), "static": lambda: one(z),
-              "dynamic, tensor": lambda: two(z), "dynamic, token": lambda: three(z)})
+bits = 8 if kernel_status() == "exact" else 7  # notebook 07: a kernel that saturates needs 7
+one = StaticInt8Linear.from_linear(big, MinMax().update(z), activation_bits=bits)
+two, three = (DynamicInt8Linear.from_linear(big, per=per, activation_bits=bits) for per in ("tensor", "token"))
+times = best({"float": lambda: big(z), "range of the input": lambda: torch.aminmax(z),
+              "static": lambda: one(z), "dynamic, tensor": lambda: two(z), "dynamic, token": lambda: three(z)})
 # %% tags=["nbval-ignore-output"]
 print("\n".join(f"{way:20}{1e3 * seconds:8.2f} ms" for way, seconds in times.items()))
 share = times["range of the input"] / times["dynamic, tensor"]
 assert share < 0.5
 first_home = min(("static", "dynamic, tensor"), key=times.get)
-f"finding the range: {share:.0%} of the dynamic layer; faster here: {first_home}; way: {static.kernel}"
+f"finding the range: {share:.0%} of the dynamic layer; faster here: {first_home}; way: {one.kernel}"
 # %% [markdown]
-# Finding the range is a small part, and which layer wins may hang on a detail: both refuse NaN, which
-# dynamic notices in passing. Per token pays for a scale for each row.
+# Finding the range is a small part. And our static layer looks through its input all the same, to refuse
+# NaN, so expect static and dynamic per tensor to be close: what static could save at most is the second
+# line. Per token pays for a scale for each row.
 #
 # What a static scale really buys lies elsewhere: it is known *before* the input exists. So the operation
 # before (a norm, another layer) can write codes at once, the float input need never be stored, and 4·M·K
@@ -337,7 +342,8 @@ home = errors_at()
 # %%
 assert 4 < small[0] / home[0] < 40 < large[0] / home[0]
 assert all(abs(e[i] / home[i] - 1) < 0.05 for e in (small, large) for i in (1, 2))
-assert moved[0] > 10 * home[0] and max(moved[1:]) < 3 * max(home)
+assert moved[0] > 10 * home[0]
+assert max(moved[1:]) < 3 * max(home)
 assert loud[2] < 1.5 * home[2] < loud[1] / 3 < loud[0]
 # %% [markdown]
 # ## 8. A shift that is real
@@ -349,11 +355,11 @@ import inspect
 import quantlab.affine
 from quantlab.exercises.n08 import CHINESE
 
-german = "Es war einmal ein kleines Mädchen, das jeden Tag in den Wald ging. Eines Tages traf es einen Bären. "
+german = "Es war einmal ein kleines Mädchen, das ging jeden Tag in den Wald. Da traf es einen Bären. "
 written = {
     "CAPITALS": tokenizer.decode(stories[:600], skip_special_tokens=True).upper(),
     "code": inspect.getsource(quantlab.affine),
-    "German": german * 10,
+    "German": german * 12,
     "Chinese": CHINESE[0] * 4,
     "digits": " ".join(str(i * i) for i in range(400)),
 }
@@ -368,7 +374,8 @@ f"Chinese: {len(token_stream(tokenizer, CHINESE[:1])) / len(CHINESE[0]):.1f} tok
 # **Predict**: which text clips most? And where nothing is clipped, do static and dynamic agree?
 # %% tags=["nbval-ignore-output"]
 reads = {kind: capture_inputs(model, text, layers, window=128) for kind, text in texts.items()}
-by_kind = {kind: [output_error(f(first), layers[first], r[first]) for f in make.values()] for kind, r in reads.items()}
+firsts = [f(first) for f in make.values()]
+by_kind = {kind: [output_error(f, layers[first], r[first]) for f in firsts] for kind, r in reads.items()}
 grid = make["static, min-max"](first).input_qparams(x)
 low, high = (grid.scale * (code - grid.zero_point) for code in (0, 255))
 outside = {kind: ((r[first] < low) | (r[first] > high)).float().mean().item() for kind, r in reads.items()}
@@ -376,7 +383,8 @@ outside = {kind: ((r[first] < low) | (r[first] > high)).float().mean().item() fo
 print(f"{'':14}" + "".join(f"{way:>17}" for way in make) + f"{'clipped':>10}")
 for kind, values in by_kind.items():
     print(f"{kind:14}" + "".join(f"{v:17.1e}" for v in values) + f"{outside[kind]:10.3%}")
-assert max(outside, key=outside.get) == "Chinese" and outside["stories"] < 1e-4
+assert max(outside, key=outside.get) == "Chinese"
+assert outside["stories"] < 1e-4
 assert by_kind["Chinese"][0] > 4 * by_kind["Chinese"][2]
 assert by_kind["stories"][0] < 1.5 * by_kind["stories"][2]
 # %% [markdown]
@@ -414,7 +422,7 @@ for label, home in tqdm([(label, home) for label in observers for home in homes]
 table = torch.tensor([list(row.values()) for row in rows.values()])
 fig, ax = plt.subplots(figsize=(8, 3.6), layout="constrained")
 ax.imshow(table.log10(), cmap="cividis", aspect="auto")
-for (i, j), value in zip(torch.cartesian_prod(*map(torch.arange, table.shape)).tolist(), table.flatten()):
+for (i, j), value in zip(torch.cartesian_prod(*map(torch.arange, table.shape)).tolist(), table.flatten(), strict=True):
     ax.text(j, i, f"{value:.4f}", ha="center", va="center", color="white" if value < 0.03 else "black")
 ax.set(xticks=range(len(texts)), yticks=range(len(rows)), xlabel="text that the model reads")
 ax.set(xticklabels=texts, yticklabels=rows, ylabel="static: observer, calibrated on")
@@ -424,15 +432,17 @@ plt.show()
 tight, follows = rows["99.99 %, Chinese"], rows["dynamic, tensor"]
 assert tight["Chinese"] < follows["Chinese"] < follows["stories"] < tight["stories"] / 4
 assert rows["99.99 %, stories"]["stories"] < follows["stories"]
+assert max(rows["dynamic, token"].values()) < min(follows.values())
 assert min(row["Chinese"] for key, row in rows.items() if key.endswith("stories")) > 2 * follows["Chinese"]
-f"99.99 %, calibrated on Chinese: stories have {tight['stories'] / tight['Chinese']:.0f} times the KL of Chinese"
+f"calibrated on Chinese, 99.99 %: KL on stories {tight['stories'] / tight['Chinese']:.0f} times that on Chinese"
 # %% [markdown]
 # (KL asks whether the integer model says what the float model says. On most of these texts even the float
 # model babbles, since it knows only stories; that is another matter.)
 #
 # At home the clipped static grid beats the dynamic one per tensor; abroad it loses by a wide margin: **the
 # closer an observer fits its calibration text, the more it minds another**. Min-max is looser at home and
-# more forgiving abroad. Dynamic per token hardly notices any of it.
+# more forgiving abroad. Dynamic per token hardly notices: its worst text is better than the best per
+# tensor.
 # %% [markdown]
 # ### Exercise 8.4: the alarm (about 15 minutes)
 # In production nobody computes KL. A static layer can watch its own input: return "narrow" if more than
@@ -456,7 +466,8 @@ def rings(n, inputs):
 rung = {kind: [rings(n, r) for n in layers] for kind, r in reads.items()}
 for kind, answers in rung.items():
     print(f"{kind:14} narrow in {answers.count('narrow')} layers, wide in {answers.count('wide')}")
-assert rung["Chinese"].count("narrow") >= 3 and rung["Chinese"].count("wide") >= 2
+assert rung["Chinese"].count("narrow") >= 3
+assert rung["Chinese"].count("wide") >= 2
 assert rung["stories"].count("narrow") <= 1
 # %% [markdown]
 # The share of clipped values is the usual monitor, and it sees half of the trouble. A grid that has become
@@ -467,18 +478,20 @@ assert rung["stories"].count("narrow") <= 1
 # both: which kind did more harm?
 # %% tags=["nbval-ignore-output"]
 def mended(*kinds):
-    ringing = [n for n, answer in zip(layers, rung["Chinese"]) if answer in kinds]
+    ringing = [n for n, answer in zip(layers, rung["Chinese"], strict=True) if answer in kinds]
     new = swapped(lambda n: DynamicInt8Linear.from_linear(layers[n]) if n in ringing else statics[n])
     return len(ringing), divergence(model, new, texts["Chinese"], window=128).kl
 
-trials = {"none": mended(), "narrow": mended("narrow"), "wide": mended("wide"), "both": mended("narrow", "wide")}
-assert trials["both"][1] < 0.6 * trials["none"][1] and trials["both"][1] < trials["narrow"][1]
+trials = {"none": mended(), "narrow": mended("narrow"), "wide": mended("wide")}
+trials["both"] = mended("narrow", "wide")
+assert trials["both"][1] < 0.6 * trials["none"][1]
+assert trials["wide"][1] < trials["narrow"][1]
 assert max(trials["narrow"][1], trials["wide"][1]) < trials["none"][1]
 {kind: f"{count} of {len(layers)} layers dynamic: KL {value:.4f}" for kind, (count, value) in trials.items()}
 # %% [markdown]
-# The silent ones do at least as much harm as those that clip; a quarter of the layers made dynamic mends
-# most of it. The alarm says not only *that* something is wrong but where.
-# %% [markdown]
+# The silent ones do more harm here than those that clip; a quarter of the layers made dynamic mends most of
+# it. The alarm says not only *that* something is wrong but where.
+#
 # ## 9. Your neighbour in the batch
 # Dynamic seems the safe choice. Servers put the requests of several users in one batch, and a per-tensor
 # scale is shared by all that is in it.
@@ -514,7 +527,8 @@ def logits_of(m, *rows):
 
 me, other = stories[:64], calibration[:64]
 change = {kind: (logits_of(m, me, other) - logits_of(m, me)).abs().max().item() for kind, m in models.items()}
-assert change["per tensor"] > 0.1 > 100 * change["float"] and change["per token"] < change["per tensor"] / 2
+assert change["per tensor"] > 0.1 > 100 * change["float"]
+assert change["per token"] < change["per tensor"] / 2
 {kind: f"{value:.3g}" for kind, value in change.items()}
 # %% [markdown]
 # It gets stranger. Within *one* text the scale is shared with the tokens still to come. A language model
@@ -528,13 +542,29 @@ def ahead(m):
     return max(moved)
 
 peeks = {kind: ahead(m) for kind, m in models.items()}
-assert peeks["float"] < 1e-3 and peeks["per token"] < peeks["per tensor"] / 10 and peeks["per tensor"] > 0.05
+assert peeks["float"] < 1e-3
+assert peeks["per token"] < peeks["per tensor"] / 10
+assert peeks["per tensor"] > 0.05
 {kind: round(value, 3) for kind, value in peeks.items()}
 # %% [markdown]
-# Per tensor the past depends on the future, through the scale. So a perplexity measured that way depends on
-# the batch size, and decoding word by word does not give what reading the text at once gave. Static layers
-# and per-token layers are free of it: a token's codes depend on that token alone.
+# Per tensor the past depends on the future, through the scale. Does a *measurement* notice? The same
+# windows of text, read together and one by one:
+# %% tags=["nbval-ignore-output"]
+from quantlab.lm import perplexity
+
+def differs(m, windows=4):
+    together = perplexity(m, stories[: 512 * windows]).nll
+    alone = [perplexity(m, part).nll for part in stories[: 512 * windows].split(512)]
+    return abs(together - sum(alone) / windows)
+
+nats = {kind: differs(m) for kind, m in models.items()}
+assert nats["per tensor"] > 1e-5 > nats["float"]
+assert nats["per tensor"] > 5 * nats["per token"]
+{kind: f"{value:.1e} nats a token" for kind, value in nats.items()}
 # %% [markdown]
+# The measured perplexity depends on the batch size. Static layers and per-token layers are free of all
+# this: a token's codes depend on that token alone.
+#
 # ## 10. The whole model
 # Five ledger rows. `quantize_lm` calibrates block by block, on what the quantized blocks before give out.
 # %% tags=["nbval-ignore-output"]
@@ -555,11 +585,13 @@ for row in entries:
 kl = {row.group: row.kl for row in entries}
 assert kl["token"] < kl["99.99%"] < kl["tensor"] < kl["minmax"] < 0.05
 assert all(abs(row.perplexity - entries[0].perplexity) < entries[0].perplexity_error for row in entries)
+assert kl["minmax"] - kl["99.99%"] > kl["minmax"] - kl["tensor"]
 assert entries[1].bytes < 0.65 * entries[0].bytes
 ledger.Table(entries)
 # %% [markdown]
 # At 8 bits all four keep the model's perplexity within its error bar; KL tells them apart. The two static
-# rows differ by the observer alone, and that difference is larger than that between static and dynamic.
+# rows differ by the observer alone, and that is more than lies between static min-max and dynamic per
+# tensor.
 #
 # **The controls that must fail.** One reads that for calibration "random noise" will do. We try two kinds in
 # every layer, uniform (`torch.rand`) and normal; then a single real token; then random *tokens*, run
@@ -576,12 +608,14 @@ fakes = {"real text": seen, "random tokens": reads["random tokens"], "normal noi
 # %% tags=["nbval-ignore-output"]
 found = {kind: divergence(model, static_model(r, MinMax), test[:1024]).kl for kind, r in fakes.items()}
 right = found["real text"]
-assert found["one token"] > 2 * right and found["normal noise"] > 4 * right
-assert found["uniform noise"] > 50 * right and found["random tokens"] < 2 * right
+assert found["one token"] > 2 * right
+assert found["normal noise"] > 4 * right
+assert found["uniform noise"] > 50 * right
+assert found["random tokens"] < 2 * right
 {kind: f"KL {value:.3f}" for kind, value in sorted(found.items(), key=lambda item: item[1])}
 # %% [markdown]
-# Uniform noise ruins the model: it holds no negative number, so everything below 0 is clipped. Normal noise
-# has the wrong size in every layer; one token is too little. Random tokens do well, because the *model*
+# Uniform noise ruins the model: it lies between 0 and 1, so whatever is negative is clipped. Normal noise
+# has the wrong size in most layers; one token is too little. Random tokens do well, because the *model*
 # turns them into activations of the right size. So: what counts is what the layers read, and one measures
 # instead of believing.
 #
@@ -597,7 +631,7 @@ assert min(by_count["min-max"]) < 0.8 * by_count["min-max"][-1]
 assert by_count["99.99 %"][-1] < by_count["min-max"][-1] < by_count["min-max"][0] / 2
 # %% tags=["nbval-ignore-output"]
 fig, ax = plt.subplots(figsize=(7, 2.6), layout="constrained")
-for (label, values), color, style in zip(by_count.items(), (QUANTIZED, CLIPPED), ("o-", "s--")):
+for (label, values), color, style in zip(by_count.items(), (QUANTIZED, CLIPPED), ("o-", "s--"), strict=True):
     ax.plot(counts, values, style, color=color, label=f"static, {label}")
 ax.axhline(divergence(model, dynamic["tensor"], test[:1024]).kl, color=ERROR, label="dynamic, tensor")
 ax.set(xscale="log", yscale="log", xlabel="calibration tokens", ylabel="KL, nats")
@@ -610,8 +644,8 @@ plt.show()
 # A few tokens are too few for both. From some dozens on, min-max gets *worse* with more text: every further
 # token can only widen the range, and the step with it. An observer that may leave out the rarest values
 # hardly pays for them. More data needs an observer that can make use of it.
-# %% [markdown]
-# ## 11. Three myths, three cells
+#
+# ## 11. Three myths
 # ### "`quantize_dynamic` is quantization-aware training"
 # Training needs parameters. We count those of a block's MLP and of the whole model, in float and in int8,
 # and hand the int8 MLP to an optimizer. **Predict** what happens.
@@ -646,7 +680,7 @@ said
 # Whoever "trains" such a model for some epochs trains what is left in float: in our language model the
 # embedding and the norms, in a model of linear layers alone nothing. Training *with* rounding is the
 # subject of notebook 13.
-# %% [markdown]
+#
 # ### "Dynamic means weight-only"
 # The documentation of that very function says so. But a weight-only layer rounds no activation, so a
 # token's output cannot depend on another token. We have just seen a test for that.
@@ -669,11 +703,12 @@ assert all(moved[kind] > 1e-2 for kind in subjects if kind not in ("float", "wei
 # %% [markdown]
 # The first token's output moves when the second one shouts, in torch's layer as in ours: both round
 # activations, on one grid. The docstring is wrong.
-# %% [markdown]
+#
 # ### "Weight-only saves less memory than W8A8"
 # Tables with stars rank methods by memory. Stars have no units. Here are the bytes of all linear layers of
-# our model, stored, and moved for 1 and for 512 tokens (at best: a weight-only kernel that never writes the
-# float weight).
+# our model, stored, and moved for 1 and for 512 tokens (at best, with a weight-only kernel that never
+# writes the float weight). W4 is 4-bit weights in groups of 128 and float activations, the last two rows
+# are W8A8.
 # %% tags=["nbval-ignore-output"]
 four, report = quantize_lm(model, calibration[:512], bits=4, progress=False)
 shapes = [(m.in_features, m.out_features) for m in layers.values()]
@@ -685,13 +720,17 @@ def total(way, M):
     return sum(formula(M, k, n, way) for k, n in shapes)
 # %% tags=["nbval-ignore-output"]
 int8 = sum(q.nbytes for q in reports["minmax"].qtensors.values())
-stored = {"float": 4 * sum(k * n for k, n in shapes), "W4": packed, "static": int8 + 8 * len(layers), "token": int8}
+floats = sum(layer.weight.nbytes for layer in layers.values())
+stored = {"float": floats, "W4": packed, "static": int8 + 8 * len(layers), "token": int8}
 damage = {"float": 0.0, "W4": divergence(model, four, test).kl, "static": kl["minmax"], "token": kl["token"]}
 print(f"{'MB':8}{'stored':>8}{'1 token':>9}{'512 tokens':>12}{'KL':>9}")
 for way, size in stored.items():
-    print(f"{way:8}{size / 1e6:8.2f}{total(way, 1) / 1e6:9.2f}{total(way, 512) / 1e6:12.1f}{damage[way]:9.4f}")
-assert packed < 0.6 * int8 and total("W4", 1) < 0.6 * total("static", 1)
-assert total("W4", 512) < total("static", 512) and damage["W4"] > 3 * kl["minmax"]
+    one, many = (total(way, M) / 1e6 for M in (1, 512))
+    print(f"{way:8}{size / 1e6:8.2f}{one:9.2f}{many:12.1f}{damage[way]:9.4f}")
+assert packed < 0.6 * int8
+assert total("W4", 1) < 0.6 * total("static", 1)
+assert total("W4", 512) < total("static", 512)
+assert damage["W4"] > 3 * kl["minmax"]
 # %% [markdown]
 # With 4 bits weight-only is *smaller* and moves less for one token; W8A8 is nearer to the float model. For
 # many tokens weights hardly count, activations do, and W8A8's gain is integer *arithmetic* (notebook 07),
@@ -714,7 +753,7 @@ check("8.5", my_calibration)
 # Asymmetric per token: `choose_qparams` with each row's own minimum and maximum. How much of the output
 # error does it save over the symmetric one, in which layers, and what would the kernel of notebook 07 have
 # to do with a zero point for each token?
-# %% [markdown]
+#
 # ## 13. What breaks next
 # Per token beats per tensor because tokens differ in size. Channels (the columns of the input) differ, too.
 # Large models grow channels a hundred times as large as the others; we plant some in ours, so that the
@@ -731,8 +770,20 @@ assert abs(ruined["float"]) < 1e-4
 assert min(ruined[per] / kl[per] for per in ("tensor", "token")) > 50
 {kind: f"KL {abs(value):.4f}" for kind, value in ruined.items()}
 # %% [markdown]
-# Now even per token fails: six large channels sit in *every* token, set its scale, and drown the rest.
+# Now even per token fails: six large channels sit in *every* token, set its scale, and drown the rest. What
+# is left of the other channels, in the first layer's input?
+# %% tags=["nbval-ignore-output"]
+others = [c for c in range(len(layers[first].weight.T)) if c not in range(0, 240, 40)]
+zeros = {}
+for kind, m in {"plain": model, "planted": planted}.items():
+    read = capture_inputs(m, test[:256], [first])[first]
+    codes = torch.round(read / (read.abs().amax(1, keepdim=True) / 127))
+    zeros[kind] = (codes[:, others] == 0).float().mean().item()
+assert zeros["planted"] > 4 * zeros["plain"]
+{kind: f"{share:.0%} of their codes are 0" for kind, share in zeros.items()}
 # %% [markdown]
+# A scale for each token cannot help where the trouble is in the columns.
+#
 # ### Recap
 # - Static fixes the input's scale and zero point by calibration; dynamic computes them in every call. Weights and
 #   bits never change, and nothing is trained.
