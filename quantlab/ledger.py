@@ -135,7 +135,7 @@ class Table:
             "decode",
             "s",
         )
-        widths = (11, 4, 6, 13, 16, 6, 6, 6, 7, 6, 5)
+        widths = (max([12, *(len(r.method) for r in self.rows)]), 4, 6, 13, 16, 6, 6, 6, 7, 6, 5)
         lines = [
             (r.method, f"{r.bits}", r.group, f"{r.perplexity:.2f} {r.perplexity_error:.2f}",
              f"{r.kl:.4f} {r.kl_error:.4f}", f"{r.top1:.1%}", f"{r.bits_per_weight:.2f}", f"{r.bytes / 1000:.0f}",

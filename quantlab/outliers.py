@@ -21,8 +21,8 @@ def plant_outliers(model, *, channels, factor: float):
     or the model's norms are read by more than linear layers, so that its outputs would change.
     """
     new = copy.deepcopy(model).eval()
-    if not 0 < factor < float("inf"):
-        raise ValueError(f"factor must be a positive number, got {factor}")
+    if not isinstance(factor, int | float) or not 0 < factor < float("inf"):
+        raise ValueError(f"factor must be a positive number, got {factor!r}")
     readers = norm_readers(new)
     width = len(readers[0][0].weight)
     channels = [check_int(c, "a channel", 0, width - 1) for c in channels]
@@ -61,6 +61,8 @@ def smooth(model, activation_scales: dict[str, Tensor], *, alpha: float = 0.5):
 def smoothing_scales(largest_x: Tensor, layers: list[nn.Module], alpha: float) -> Tensor:
     """SmoothQuant's s for layers that read one input, (in,), float32; 1 where the channel is silent or unused."""
     check_real(largest_x, "the activation scales")
+    if not layers:
+        raise ValueError("no layers to smooth the input of")
     largest_w = torch.stack([_rows_first(layer).abs().amax(0) for layer in layers]).amax(0).float()
     if largest_x.shape != largest_w.shape:
         raise ValueError(f"{len(largest_x)} activation scales for {len(largest_w)} input channels")
@@ -69,7 +71,7 @@ def smoothing_scales(largest_x: Tensor, layers: list[nn.Module], alpha: float) -
 
 
 def norm_readers(model) -> list[tuple[nn.Module, list[nn.Module]]]:
-    """Each norm inside the model with the linear layers that read its output, found by running three tokens.
+    """Each norm inside the model with the linear layers that read its output, found by running some tokens.
 
     Works for any decoder whose linear layers read the norm's tensor itself (Llama, Qwen, OPT, GPT-2 ...). A head that
     shares its weight with the embedding is left out: its columns cannot be changed.
@@ -131,7 +133,7 @@ class LLMInt8Linear(Int8Linear):
 
     def outlier_columns(self, x: Tensor) -> Tensor:
         """Which input columns of x (..., in) stay in float: (in,) bool."""
-        return (x.abs() >= self.threshold).flatten(0, -2).any(0)
+        return (x.abs() >= self.threshold).reshape(-1, x.shape[-1]).any(0)
 
     def input_qparams(self, x: Tensor) -> QParams:
         largest = x.abs().amax(1, keepdim=True)
@@ -166,17 +168,27 @@ def _move(norm: nn.Module, layers: list[nn.Module], stretch: Tensor) -> None:
 def _same_outputs(model, new):
     """The new model, if it computes what the old one does."""
     before, after = _logits(model), _logits(new)
-    if (before - after).abs().max() > 1e-3 * before.abs().max():
+    rounding = max(1e-4, 16 * torch.finfo(before.dtype).eps)  # of a whole model, relative to its largest output
+    off = ((before - after).abs().max() / before.abs().max()).item()
+    if off > rounding:
         raise ValueError(
-            f"the outputs of {type(model).__name__} would change: something besides linear layers reads its norms"
+            f"the outputs of {type(model).__name__} would change by {off:.1%}: something besides linear layers "
+            "reads its norms, or a norm does not multiply by its weight alone"
         )
     return new
 
 
 def _logits(model) -> Tensor:
-    ids = torch.arange(3, device=next(model.parameters()).device)[None]
-    with torch.no_grad():
-        return model(ids, use_cache=False).logits
+    """What the model says after some tokens of its vocabulary, without dropout; the model is left as it was."""
+    count = min(64, model.config.vocab_size, getattr(model.config, "max_position_embeddings", 64))
+    ids = torch.linspace(0, model.config.vocab_size - 1, count, device=next(model.parameters()).device).long()
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.no_grad():
+            return model.eval()(ids[None], use_cache=False).logits
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _is_linear(module: nn.Module) -> bool:

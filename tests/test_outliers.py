@@ -82,6 +82,11 @@ def test_alpha_divides_the_difficulty():
     torch.testing.assert_close(x / s, largest_w * s)  # at a half, input and weight are equally hard
 
 
+def test_smoothing_needs_layers():
+    with pytest.raises(ValueError, match="no layers"):
+        smoothing_scales(torch.ones(3), [], 0.5)
+
+
 def test_silent_channels_and_unused_columns_keep_their_scale():
     layer = nn.Linear(3, 2, bias=False)
     layer.weight.data = torch.tensor([[1.0, 0.0, 4.0], [2.0, 0.0, 1.0]])
@@ -107,6 +112,7 @@ def test_bad_arguments_are_refused():
         ([0], 0.0, "factor must be a positive number"),
         ([0], float("nan"), "factor must be a positive number"),
         ([0], float("inf"), "factor must be a positive number"),
+        ([0], "3", "factor must be a positive number, got '3'"),
     ):
         with pytest.raises(ValueError, match=message):
             plant_outliers(model, channels=channels, factor=factor)
@@ -128,6 +134,35 @@ def test_a_model_whose_residual_reads_the_norm_is_refused():
     model = OPTForCausalLM(OPTConfig(**config)).eval()
     with pytest.raises(ValueError, match="would change|no norm"):
         plant_outliers(model, channels=[0], factor=50.0)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_norm_that_multiplies_by_one_plus_its_weight_is_refused(seed):
+    """Gemma's. Its gain would not grow by the factor, so dividing the columns would change the model."""
+    from transformers import AutoModelForCausalLM, GemmaConfig
+
+    torch.manual_seed(seed)
+    gemma = AutoModelForCausalLM.from_config(GemmaConfig(**SMALL_GEMMA)).eval()
+    for parameter in gemma.parameters():
+        if parameter.ndim == 1:
+            parameter.data = torch.randn_like(parameter) * 0.3
+    with pytest.raises(ValueError, match="would change"):
+        plant_outliers(gemma, channels=[0, 5], factor=30.0)
+
+
+SMALL_GEMMA = {
+    "vocab_size": 97, "num_hidden_layers": 2, "hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 6, "intermediate_size": 40, "max_position_embeddings": 64, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def test_a_model_in_training_mode_or_in_bfloat16_is_accepted(model, family):
+    model.train()
+    modes = [m.training for m in model.modules()]
+    planted = plant_outliers(model, channels=[2], factor=20.0)
+    assert [m.training for m in model.modules()] == modes
+    assert close(logits(planted), logits(model.eval())) < 1e-5
+    plant_outliers(model.bfloat16(), channels=[2], factor=20.0)
 
 
 # --- LLM.int8() -------------------------------------------------------------------------------------------------
