@@ -75,7 +75,7 @@ def explore_float_format(
     bottom.set_ylabel("worst |error| / |x|")
     (error,) = bottom.plot(np.log2(sweep), np.ones(len(sweep)), color=ERROR, linewidth=1.3)
     rugs = [
-        ax.vlines([0], 0, 1, colors=QUANTIZED, linewidth=0.7, transform=ax.get_xaxis_transform())
+        ax.plot([], [], color=QUANTIZED, linewidth=0.7, transform=ax.get_xaxis_transform())[0]
         for ax in (line, top)
     ]
     dead = [top.axvspan(at, at, color=CLIPPED, alpha=0.35, linewidth=0) for at in (low, high)]
@@ -103,8 +103,8 @@ def explore_float_format(
     def update(preset, exponent, mantissa, scaled) -> str:
         exponent, mantissa = (exponent, mantissa) if preset == CUSTOM else (0, 0)
         lines, curve, ends, text = setting(preset, exponent, mantissa, scaled)
-        for rug, segments in zip(rugs, lines, strict=True):
-            rug.set_segments(segments)
+        for rug, points in zip(rugs, lines, strict=True):
+            rug.set_data(points)
         error.set_ydata(curve)
         for span, (start, end) in zip(dead, ((low, ends[0]), (ends[1], high)), strict=True):
             start, end = np.clip([start, end], low, high)
@@ -169,13 +169,13 @@ def _worst(at: np.ndarray, positive: np.ndarray) -> np.ndarray:
 
 
 def _lines(points: np.ndarray, ax, bottom: float) -> np.ndarray:
-    """Vertical lines at the points that the axis shows, one a pixel at most: (lines, 2, 2)."""
+    """x and y of vertical lines at the points that the axis shows, one a pixel at most, as one line with gaps."""
     low, high = ax.get_xlim()
     pixel = ((points[(points >= low) & (points < high)] - low) * (_PIXELS / (high - low))).astype(np.int64)
     at = low + (np.flatnonzero(np.bincount(pixel, minlength=1)) + 0.5) * (high - low) / _PIXELS
-    segments = np.ones((len(at), 2, 2))
-    segments[:, :, 0], segments[:, 0, 1] = at[:, None], bottom
-    return segments
+    x = np.stack([at, at, np.full(len(at), np.nan)], axis=1)
+    y = np.tile([bottom, 1.0, np.nan], (len(at), 1))
+    return np.stack([x.ravel(), y.ravel()])
 
 
 def _numbers(fmt: FloatFormat, scale: float, x: Tensor, rounded, whole: Tensor, outputs) -> str:
