@@ -2,7 +2,8 @@
 
 import torch
 
-from quantlab.codebook import kmeans_levels, nearest_level, nf4_levels
+from quantlab.codebook import kmeans_levels, nearest_level, nf4_levels, normalize_blocks
+from quantlab.exercises.n04 import student_t
 
 quantile = torch.distributions.Normal(0, 1).icdf
 DELTA = 1 - (1 / 30 + 1 / 32) / 2
@@ -65,6 +66,24 @@ def lloyd(values, levels, middle=torch.mean, steps=1, empty=None):
         codes = nearest_level(values, levels)
         own = [values[codes == k] for k in range(len(levels))]
         levels = torch.stack([middle(v) if empty is None or len(v) else torch.tensor(empty) for v in own])
+    return levels
+
+
+def normal_values():
+    return torch.randn(128_000, generator=torch.Generator().manual_seed(2))
+
+
+def scaled(x):
+    return normalize_blocks(x, block_size=32)
+
+
+def weighted(power, steps=40):
+    values, absmax = scaled(student_t(3, 128_000, seed=1))
+    weights, levels = absmax.repeat_interleave(32) ** power, nf4_levels()
+    for _ in range(steps):
+        codes = nearest_level(values, levels).long()
+        sums = torch.zeros(16).index_add(0, codes, values * weights)
+        levels = sums / torch.zeros(16).index_add(0, codes, weights)
     return levels
 
 
@@ -131,14 +150,13 @@ WRONG = {
         (lambda v, levels: (levels[:-1] + levels[1:]) / 2, "two come out"),
     ],
     "4.6": [
-        (nf4_levels, "NF4"),
+        (nf4_levels, "count alike"),
+        (lambda: kmeans_levels(scaled(student_t(3, 128_000, seed=1))[0]), "count alike"),
+        (lambda: kmeans_levels(scaled(normal_values())[0]), "of ν = 3"),
+        (lambda: kmeans_levels(student_t(3, 128_000, seed=1)), "after the division"),
         (lambda: torch.linspace(-1, 1, 16), "after the division"),
-        (
-            lambda: kmeans_levels(torch.randn(10_000, generator=torch.Generator().manual_seed(2))),
-            "after the division",
-        ),
+        (lambda: weighted(power=1), "squared"),
         (lambda: torch.linspace(-1, 1, 17), "16 codes"),
         (lambda: nf4_levels().flip(0), "ascend"),
-        (lambda: (nf4_levels() + torch.linspace(-1, 1, 16)) / 2, "0.5 more"),
     ],
 }

@@ -71,9 +71,8 @@ def explore_codebook(
     @cache
     def density(tail: str, block: int) -> np.ndarray:
         counts, _ = np.histogram(normalize_blocks(drawn(tail), block_size=block)[0].numpy(), _EDGES)
-        return np.minimum(
-            counts / counts[1:-1].max(), 1.2
-        )  # the first and last bin hold the largest of each block
+        inside = counts[1:-1].max()  # the first and last bin hold the largest of each block
+        return np.minimum(counts / inside, 1.2)
 
     fig, moving, move = _draw()
 
@@ -83,6 +82,11 @@ def explore_codebook(
         return _describe(all_tables, table, block, values)
 
     return tie(controls, fig.axes[0], moving, update)
+
+
+def compare_tables(x: Tensor, block_size: int) -> dict[str, float]:
+    """Signal to noise, in dB, of the explorer's five tables on the values x, at the same true bits."""
+    return {name: _measure(name, x.detach().float(), block_size, None).decibels for name in TABLES}
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------
