@@ -649,3 +649,16 @@ def test_shift_refuses_what_is_no_layer_and_changes_nothing_given():
         ex.explore_shift(x, weight * float("nan"))
     with pytest.raises(ValueError, match="bits must be 2..8, got 9"):
         ex.explore_shift(x, weight, bits=9)
+
+
+def test_compare_tables_is_quantizing_and_measuring_by_hand():
+    x = values(9 * 64 * 4)
+    found = ex.codebook.compare_tables(x, 64)
+    by_hand = {
+        "NF4": quantize_codebook(x, nf4_levels(), block_size=64),
+        "INT4 symmetric": quantize_tensor(x, bits=4, granularity=PerGroup(64), symmetric=True, signed=False),
+        "INT4 asymmetric": quantize_tensor(x, bits=4, granularity=PerGroup(72), symmetric=False, signed=False),
+    }
+    assert by_hand.keys() <= found.keys()
+    for name, q in by_hand.items():
+        assert found[name] == pytest.approx(sqnr_db(x, q.dequantize()), abs=1e-3), name
