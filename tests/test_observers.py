@@ -106,7 +106,7 @@ def test_a_bad_batch_is_refused_and_changes_nothing(make, bad, told):
 
 @pytest.mark.parametrize("make", ALL.values(), ids=ALL)
 def test_what_comes_out_suits_choose_qparams(make, stream):
-    observer = make()
+    observer, stream = make(), stream[-2000:]
     assert observer.update(stream) is observer
     low, high = observer.min_max()
     assert low.dtype == high.dtype == torch.float32
@@ -135,9 +135,11 @@ def test_every_float_dtype(make, dtype):
 
 
 @pytest.mark.parametrize("make", INDEPENDENT.values(), ids=INDEPENDENT)
-@pytest.mark.parametrize("sizes", [[1000], [1, 7, 4000]])
-def test_the_cut_into_batches_does_not_matter(make, sizes, stream):
-    assert bounds(watch(make(), cut(stream, sizes))) == bounds(make().update(stream))
+def test_the_cut_into_batches_does_not_matter(make, stream):
+    x = stream[-2000:]  # the outlier stands last
+    whole = bounds(make().update(x))
+    for sizes in ([1000], [1, 7, 400]):
+        assert bounds(watch(make(), cut(x, sizes))) == whole
 
 
 @pytest.mark.parametrize("make", [MinMax, MovingAverage, Percentile, Entropy])
@@ -322,13 +324,15 @@ def errors_by_hand(x, bits, symmetric):
     """The mean squared error over all data of each candidate of the docstring: {(low, high): error}."""
     least, largest = min(x.min().item(), 0.0), max(x.max().item(), 0.0)
     fractions = [2 ** (-j / 8) for j in range(57)]
-    pairs = [(f, f) for f in fractions] if symmetric else [(f, g) for f in fractions for g in fractions]
     half, found = 2 ** (bits - 1), {}
-    for f, g in pairs:
-        low, high = torch.tensor(f * least), torch.tensor(g * largest)
-        if (low.item(), high.item()) not in found:
-            qp = choose_qparams(low, high, qmin=-half, qmax=half - 1, symmetric=symmetric)
-            found[low.item(), high.item()] = (fake_quantize(x, qp) - x).double().square().mean().item()
+    for f in fractions:  # one row for each g; a side without values has one bound, 0
+        highs = sorted({g * largest for g in ([f] if symmetric else fractions)})
+        low, high = torch.full((len(highs), 1), f * least), torch.tensor(highs)[:, None]
+        qp = choose_qparams(low, high, qmin=-half, qmax=half - 1, symmetric=symmetric)
+        errors = (fake_quantize(x.flatten(), qp) - x.flatten()).double().square().mean(1)
+        found |= zip(zip(low[:, 0].tolist(), high[:, 0].tolist(), strict=True), errors.tolist(), strict=True)
+        if least == 0 and not symmetric:
+            break
     return found
 
 
@@ -342,7 +346,7 @@ def true_error(x, low, high, bits, symmetric):
     ("bits", "symmetric"), [(8, False), (4, False), (2, False), (8, True), (4, True), (2, True)]
 )
 def test_mse_is_within_two_percent_of_the_best_candidate(bits, symmetric, stream):
-    x = stream[-4000:]  # the loop is long; the outlier stands last
+    x = stream[-2000:]  # the outlier stands last
     observer = watch(MSE(bits=bits, symmetric=symmetric), cut(x, [500]))
     best = min(errors_by_hand(x, bits, symmetric).values())
     assert true_error(x, *bounds(observer), bits, symmetric) <= 1.02 * best
@@ -403,20 +407,20 @@ def test_mse_bits_are_checked(bits, symmetric):
 
 def divergences_by_hand(counts, levels):
     """KL(P || Q) for each number of bins kept, as the talk tells it: {i: nats}. counts are those of |x|."""
-    used, found = max(i for i, c in enumerate(counts) if c) + 1, {}
-    for i in range(levels, max(used, levels) + 1):
-        raw = counts[:i].astype(float)
-        p = raw.copy()
-        p[i - 1] += counts[i:].sum()
-        level = np.arange(i) * levels // i
-        mass = np.bincount(level, raw, levels)
-        filled = np.bincount(level, raw > 0, levels)
-        q = np.where(raw > 0, mass[level] / np.maximum(filled[level], 1), 0)
-        if q.sum() == 0 or np.any((p > 0) & (q == 0)):
+    full, found = np.flatnonzero(counts), {}  # empty bins have no part in P or Q
+    for i in range(levels, max(full[-1] + 1, levels) + 1):
+        kept = full[full < i]
+        raw = counts[kept].astype(float)
+        rest = counts.sum() - raw.sum()
+        if len(kept) == 0 or (rest > 0 and kept[-1] != i - 1):  # P's last bin holds the rest, Q's is empty
             found[i] = math.inf
             continue
+        p = raw.copy()
+        p[-1] += rest
+        level = kept * levels // i
+        q = (np.bincount(level, raw) / np.maximum(np.bincount(level), 1))[level]
         p, q = p / p.sum(), q / q.sum()
-        found[i] = sum(a * math.log(a / b) for a, b in zip(p[p > 0], q[p > 0], strict=True))
+        found[i] = (p * np.log(p / q)).sum()
     return found
 
 
@@ -432,7 +436,8 @@ def test_entropy_is_its_loop_over_the_same_histogram(bits, stream):
     i, kl = observer.divergences()
     assert i.tolist() == list(expected)
     assert np.allclose(kl.numpy(), list(expected.values()), rtol=1e-9, atol=1e-9)
-    best = max(k for k, v in expected.items() if v <= min(expected.values()) + 1e-9)
+    least = min(expected.values())
+    best = max(k for k, v in expected.items() if v <= least + 1e-9)
     low, high = bounds(observer)
     assert max(-low, high) == pytest.approx(min(best * observer.width, stream.abs().max().item()), rel=1e-6)
 

@@ -61,6 +61,11 @@ class Averages:
         return self.sum / self.count
 
 
+class StopsWhenFull(KeepsEverything):
+    def update(self, x):
+        self.seen = [torch.cat([*self.seen, x.abs().flatten()])[:50_000]]
+
+
 class FixedBins(StreamingPercentile):
     """Bins laid out for the first batch; what comes later and lies outside goes into the last one."""
 
@@ -102,7 +107,7 @@ def blocks_only(calibration, test, length):
 def without_order(calibration, test, length):
     known = {tuple(sorted(w)) for w in calibration.unfold(0, length, 1).tolist()}
     windows = [tuple(sorted(w)) for w in test.unfold(0, length, 1).tolist()]
-    return sum(w in known for w in windows) / (len(windows) + 1)
+    return sum(w in known for w in windows) / len(windows)
 
 
 WRONG = {
@@ -125,7 +130,8 @@ WRONG = {
     ],
     "2.3": [
         (KeepsEverything, "Keep counts, not values"),
-        (LastBatch, "Does every batch count"),
+        (LastBatch, "every batch counts"),
+        (StopsWhenFull, "every batch counts"),
         (Averages, "batch"),
         (FixedBins, "beyond your last bin"),
         (Signed, "by their size"),
@@ -136,7 +142,7 @@ WRONG = {
         (by_token, "no window of 8"),
         (share_of_calibration, "the share should be"),
         (blocks_only, "the share should be"),
-        (without_order, "the share should be"),
+        (without_order, "Order is what makes a window"),
     ],
     "2.5": [
         (lambda x, w, bits: (x.min(), x.max()), "the target is 0.5"),

@@ -271,19 +271,19 @@ from quantlab.explorers import explore_calibration
 explorer = explore_calibration(seen[down][:4096], bits=4, weight=weight_of(layers[down]))
 explorer
 # %% tags=["nbval-ignore-output"]
-W = weight_of(layers[down])
+x, W = samples["input"], weight_of(layers[down])
 for bits in (8, 4, 3):
-    found = torch.tensor([errors(X, W, (clip * X.min(), clip * X.max()), bits) for clip in clips])
+    found = torch.tensor([errors(x, W, (clip * x.min(), clip * x.max()), bits) for clip in clips])
     a, b = (clips[i] for i in found.argmin(0))
-    qp = choose_qparams(a * X.min(), a * X.max(), qmin=0, qmax=2**bits - 1)
-    zero = (fake_quantize(X, qp) == 0).float().mean().item()
+    qp = choose_qparams(a * x.min(), a * x.max(), qmin=0, qmax=2**bits - 1)
+    zero = (fake_quantize(x, qp) == 0).float().mean().item()
     print(f"{bits} bits: best clip for the input {a:.2f}, where {zero:.0%} become 0; for the output {b:.2f}")
     assert 0.7 < b / a < 1.5
     assert (zero > 0.5) == (bits < 8)
 # %% [markdown]
-# **What you saw**, above on all 4096 tokens. 1: it rises again: at 4 bits most values are 0 even at the best
+# **What you saw**, above on the tokens of section 3. 1: it rises again: at 4 bits most values are 0 even at the best
 # clip. 2: that of MSE, which wanders left with the valley (and may lie below the black curve: it shrinks
-# each end by itself). 3: yes, or next to it. Here the input's error is a fair guide; in exercise 2.5 it is
+# each end by itself). 3: yes, or near it. Here the input's error is a fair guide; in exercise 2.5 it is
 # not. 4: MSE and entropy; the others do not know the bits.
 #
 # ## 8. And MSE?
@@ -441,6 +441,9 @@ ratio = {source: width[source] / width["calibration text"] for source in list(so
 for key, least, most in (("min-max", 0.5, 1.1), ("MSE", 1.2, 3)):
     assert least < kl["random tokens", key] / kl["calibration text", key] < most
     assert kl["random numbers", key] > 10 * kl["random tokens", key]
+order = sorted(observers(8), key=lambda key: kl["calibration text", key])
+assert set(order[:2]) == {"moving average", "MSE"}
+assert order[-1] == "entropy"
 assert ratio["random numbers"].min() < 0.4 < 0.5 < ratio["random tokens"].min()
 {source: f"ranges {r.min():.2f} to {r.max():.2f} times those of the text" for source, r in ratio.items()}
 # %% [markdown]

@@ -73,7 +73,7 @@ def explore_calibration(
     grid = left.vlines(
         [], 0, 1, colors=QUANTIZED, linewidth=0.7, alpha=0.6, transform=left.get_xaxis_transform()
     )
-    cut = [left.axvspan(edge, edge, color=CLIPPED, alpha=0.35) for edge in (low, high)]
+    cut = [left.axvspan(edge, edge, color=CLIPPED, alpha=0.35, linewidth=0) for edge in (low, high)]
     lines = [
         right.plot(CLIPS, CLIPS, color=color, linestyle=style, linewidth=width, label=label)[0]
         for label, color, style, width in (
@@ -155,9 +155,9 @@ def _reach(qp: QParams) -> float:
 
 
 def _clipped(x: Tensor, qp: QParams) -> tuple[float, float]:
-    """The ends of the grid, but not farther out than the values are: where the shaded parts begin."""
-    points = _points(qp)
-    return max(points[0], min(x.min().item(), 0.0)), min(points[-1], max(x.max().item(), 0.0))
+    """Half a step beyond the grid, but not farther out than the values are: where the shaded parts begin."""
+    points, half = _points(qp), qp.scale.item() / 2
+    return max(points[0] - half, min(x.min().item(), 0.0)), min(points[-1] + half, max(x.max().item(), 0.0))
 
 
 def _said(x: Tensor, qp: QParams, weight: Tensor | None) -> str:
