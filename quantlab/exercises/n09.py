@@ -321,7 +321,7 @@ EXERCISES = {
         _test_alpha,
         (
             "Write the output error of one alpha first: smooth, round both sides, multiply, compare with x @ weight.T.",
-            "Both sides are rounded as in section 7: a scale for each row of the weight, one for the input tensor.",
+            "Bits and scales as asked: quantize_tensor(weight * s, ...), fake_quantize(x / s, choose_qparams(...)).",
             "Try torch.linspace(0, 1, 21) and keep the alpha with the least error: min(alphas, key=error).",
         ),
         alpha_solution,
