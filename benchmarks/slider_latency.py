@@ -148,6 +148,9 @@ EXPLORERS = {
     "calibration": 'e = explore_calibration(x, weight=weight, bits=4)\ne.controls["clip"].index = 5',
     "groups": 'e = explore_groups(weight, x)\ne.controls["group"].index = 0',
     "codebook": 'e = explore_codebook(weight, x)\ne.controls["block"].index = 0',
+    "shift": 'e = explore_shift(x, weight)\ne.controls["scale"].index = 0',
+    "threshold": 'e = explore_threshold(weight, x, channels=range(0, 240, 40))\ne.controls["threshold"].index = 0',
+    "smoothing": 'e = explore_smoothing(weight, x, channels=range(0, 240, 40))\ne.controls["alpha"].index = 0',
     "float_format": 'e = explore_float_format(weight, inputs=x)\ne.controls["mantissa"].value = 0',
 }
 SHOW = "display(widgets.VBox([*e.controls.values(), widgets.interactive_output(draw, e.controls)]))"
@@ -165,6 +168,9 @@ SLIDER = {
     "calibration": ("clip", 24),
     "groups": ("group", 6),
     "codebook": ("block", 6),
+    "shift": ("scale", 12),
+    "threshold": ("threshold", 10),
+    "smoothing": ("alpha", 12),
     "float_format": ("mantissa bits", 8),
 }
 

@@ -336,7 +336,7 @@ print(f"the cast model says the token that it has just read: {repeats:.0%}")
 # | 00 Start here ✓ | this notebook |
 # | [01 Scale and zero point](01_scale_and_zero_point.ipynb) ✓ | codes and back; the size of the error |
 # | [02 Clamping and calibration](02_clamping_and_calibration.ipynb) ✓ | cut off outliers, or stretch for them |
-# | [03 Granularity, packing, honest bits](03_granularity_and_packing.ipynb) ✓ | how many weights share a scale; true bytes |
+# | [03 Granularity, packing, honest bits](03_granularity_and_packing.ipynb) ✓ | who shares a scale; true bytes |
 # | [04 NF4 and other codebooks](04_nf4_and_codebooks.ipynb) ✓ | levels where the weights are |
 # | [05 Floating-point formats](05_floating_point_formats.ipynb) ✓ | FP16, BF16, FP8, FP4, bit by bit |
 # | [06 Measuring a language model](06_measuring_a_language_model.ipynb) ✓ | perplexity, KL, error bars |

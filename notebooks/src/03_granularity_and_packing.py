@@ -501,7 +501,8 @@ f"the six outer codes: {outer:.0%} of the weights; the six in the middle: {inner
 # Most weights crowd into the middle, where they share few grid points. Why should the steps be equal?
 #
 # ### Recap
-# - Granularity says which weights share a scale. A scale a row is nearly free; groups lower the error further and cost (scale + zero point) / group size.
+# - Granularity says which weights share a scale. A scale a row is nearly free; groups lower the error further
+#   and cost (scale + zero point) / group size.
 # - Groups of 32 or a fifth bit? With float32 scales the bit; with 16-bit scales both are on the front.
 # - Codes are packed as one stream of bits. Rounded floats are no smaller.
 # - "4-bit" is 4.1 to 4.5 bits per weight, more for a model: embeddings stay. Count, then weigh.

@@ -590,7 +590,8 @@ def my_per_token(x, w_codes, w_scale, kernel):
 check("7.5", my_per_token)
 # %% [markdown]
 # **30 minutes.** Weight-only need not be that slow. Its row scales factor out, so the codes need not be
-# multiplied before the product: write `x @ int8.codes.float().T * int8.weight_scale`, assert that it equals `packed(x)` to 10⁻⁵,
+# multiplied before the product: write `x @ int8.codes.float().T * int8.weight_scale`, assert
+# that it equals `packed(x)` to 10⁻⁵,
 # and time both with `best`. Which passes over memory have you saved?
 #
 # **Open.** Use all your cores (in section 7 `torch.set_num_threads`, and `time.perf_counter` as the clock: the
