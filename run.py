@@ -86,7 +86,7 @@ def lab(*options: str) -> int:
 def steps(what: str, options: list) -> dict:
     """What to run for one word of the command line, by name. pytest's tests come last, with their count."""
     # A file goes to one worker as a whole; each has one core, so each computes on one thread.
-    shared = [f"--numprocesses={min(4, os.cpu_count() or 1)}", "--dist=loadfile"]
+    shared = [f"--numprocesses={min(4, os.cpu_count() or 1)}", "--dist=loadfile", "--no-loadscope-reorder"]
     nbval = [*shared, "--nbval", "--nbval-current-env", "--nbval-sanitize-with", "tests/nbval_sanitize.cfg"]
     if what == "bench":
         return {path.name: [path] for path in sorted(ROOT.glob("benchmarks/[!_]*.py"))}
