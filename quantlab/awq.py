@@ -109,15 +109,18 @@ def search_scales(
 def scales_of(strength: Tensor, alpha: float) -> Tensor:
     """s = strength^alpha, centred so that the largest and the smallest multiply to 1; silent channels get 1, (in,).
 
+    Cut to 1e-4..1e4 and rounded to float16, as it is stored.
+
     >>> scales_of(torch.tensor([1.0, 4.0, 16.0]), 0.5).tolist()
     [0.5, 1.0, 2.0]
     """
+    strength = strength.double()
     heard = strength > 0
     if not heard.any():
         return torch.ones_like(strength, dtype=torch.float32)
-    s = torch.where(heard, strength.float(), 1.0) ** alpha
+    s = torch.where(heard, strength, 1.0) ** alpha
     centre = (s[heard].max() * s[heard].min()).sqrt()
-    return torch.where(heard, s / centre, torch.ones_like(s)).clamp(1e-4, 1e4)
+    return torch.where(heard, s / centre, 1.0).clamp(1e-4, 1e4).half().float()
 
 
 def scale_and_round(

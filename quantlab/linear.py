@@ -135,7 +135,11 @@ class Int8Linear(_KeepsScales):
         self.register_buffer("weight_scale", scale)
         bias = _bias(linear)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self._prepacked = None, None  # the weight in the kernel's own order, and of which codes it was made
+        self._prepacked = (
+            None,
+            None,
+            None,
+        )  # the weight in the kernel's own order, and of which codes it was made
 
     @staticmethod
     def quantized_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,7 +168,8 @@ class Int8Linear(_KeepsScales):
     def kernel(self) -> str:
         """Which way forward() goes on this CPU: "oneDNN", or "exact integers" where oneDNN would not be exact."""
         safe = kernel_status() == "exact" or (kernel_status() == "saturates" and self.activation_bits < 8)
-        return "oneDNN" if safe and self.codes.device.type == "cpu" else "exact integers"
+        fits = self.in_features * 255 * 128 < 2**31  # the kernel's accumulators would wrap without a word
+        return "oneDNN" if safe and fits and self.codes.device.type == "cpu" else "exact integers"
 
     def forward(self, x: Tensor) -> Tensor:
         """y = scale_x * scale_w * accumulators + bias, in the dtype of x, by the fast kernel where that is exact."""
@@ -209,14 +214,18 @@ class Int8Linear(_KeepsScales):
         return self._with_bias(y * qp.scale)
 
     def _kernel_weight(self) -> Tensor:
-        made_of = self.codes.data_ptr(), self.codes._version  # load_state_dict writes into codes
-        if self._prepacked[1] != made_of:
-            self._prepacked = torch.ops.onednn.qlinear_prepack(self.codes, None), made_of
-        return self._prepacked[0]
+        version = (
+            None if self.codes.is_inference() else self.codes._version
+        )  # load_state_dict writes into codes
+        packed, codes, then = self._prepacked
+        if codes is not self.codes or then != version:
+            packed = torch.ops.onednn.qlinear_prepack(self.codes, None)
+            self._prepacked = packed, self.codes, version
+        return packed
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {
-            "_prepacked": (None, None)
+            "_prepacked": (None, None, None)
         }  # the kernel's own order can be neither copied nor saved
 
     def _with_bias(self, y: Tensor) -> Tensor:

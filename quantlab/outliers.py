@@ -44,7 +44,7 @@ def smooth(model, activation_scales: dict[str, Tensor], *, alpha: float = 0.5):
     activation_scales: max|x| of each input channel, (in,), by layer name: quantlab.lm.activation_scales.
     Raises: ValueError if alpha is not in 0..1, or the scales of a layer are missing or of another width.
     """
-    if not 0 <= alpha <= 1:
+    if not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in 0..1, got {alpha}")
     new = copy.deepcopy(model).eval()
     names = {module: name for name, module in new.named_modules()}
@@ -127,7 +127,8 @@ class LLMInt8Linear(Int8Linear):
 
     @staticmethod
     def quantized_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-        largest = weight.float().abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny)
+        check_real(weight, "the weight")
+        largest = weight.float().abs().amax(1).clamp(min=4e-37)  # 127 / 4e-37 is still a float32
         codes = torch.round(weight.float() * (127 / largest)[:, None])
         return codes.to(torch.int8), largest / 127
 
@@ -168,7 +169,8 @@ def _move(norm: nn.Module, layers: list[nn.Module], stretch: Tensor) -> None:
 def _same_outputs(model, new):
     """The new model, if it computes what the old one does."""
     before, after = _logits(model), _logits(new)
-    rounding = max(1e-4, 16 * torch.finfo(before.dtype).eps)  # of a whole model, relative to its largest output
+    # Of a whole model, relative to its largest output.
+    rounding = max(1e-4, 16 * torch.finfo(before.dtype).eps)
     off = ((before - after).abs().max() / before.abs().max()).item()
     if off > rounding:
         raise ValueError(

@@ -56,7 +56,7 @@ def unpack(packed: Tensor, *, bits: int, count: int) -> Tensor:
 
 
 def _check_bits(bits: int) -> int:
-    if isinstance(bits, bool) or bits not in range(1, 9):
+    if isinstance(bits, bool) or not hasattr(bits, "__index__") or operator.index(bits) not in range(1, 9):
         raise ValueError(f"bits must be 1..8, got {bits!r}")
     return operator.index(bits)
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quantlab.affine import QParams
+from quantlab.awq import ScaledQTensor
 from quantlab.codebook import CodebookTensor, DoubleQuantized, fp4_levels, nf4_levels
 from quantlab.floats import BlockFloatTensor, FloatFormat
 from quantlab.granularity import PerAxis, PerGroup, PerTensor, QTensor
@@ -21,9 +22,10 @@ FORMAT = {"format": "quantlab", "version": "1"}
 DTYPES = {
     str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 }
+CODES = {"int8": torch.int8, "uint8": torch.uint8}
 
 
-Storable = Tensor | QTensor | CodebookTensor | BlockFloatTensor
+Storable = Tensor | QTensor | ScaledQTensor | CodebookTensor | BlockFloatTensor
 
 
 def save_tensors(path, tensors: dict[str, Storable]) -> int:
@@ -33,8 +35,11 @@ def save_tensors(path, tensors: dict[str, Storable]) -> int:
     levels unless a name says them. A header of names, shapes and settings comes on top. The file is written beside and
     renamed: it is whole, or not there.
 
-    Raises: ValueError if a tensor is of no kind known here, or two names collide.
+    Raises: ValueError if a tensor is of no kind or dtype known here, or two names collide; FileNotFoundError if there
+    is no such folder.
     """
+    if not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"no folder {Path(path).parent}")
     parts, settings = {}, {}
     for name, tensor in tensors.items():
         kind, own, settings[name] = _take_apart(name, tensor)
@@ -66,7 +71,7 @@ def load_tensors(path) -> dict[str, Storable]:
         return {
             name: _put_together(name, parts, one) for name, one in json.loads(metadata["tensors"]).items()
         }
-    except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, RuntimeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{path} does not fit together: {type(error).__name__}: {error}") from error
 
 
@@ -89,6 +94,13 @@ def _take_apart(name: str, tensor) -> tuple[str, dict[str, Tensor], dict]:
 def _put_together(name: str, parts: dict[str, Tensor], settings: dict):
     own = {part: parts[f"{name}{part}"] for part in settings["parts"]}
     return KINDS[settings["kind"]].put_together(own, settings)
+
+
+def _name_of(dtype: torch.dtype, known: dict = DTYPES) -> str:
+    for name, one in known.items():
+        if one == dtype:
+            return name
+    raise ValueError(f"{dtype} is not stored here; known are {', '.join(known)}")
 
 
 # --- plain tensors ----------------------------------------------------------------------------------------------
@@ -124,15 +136,15 @@ def _affine_apart(q: QTensor) -> tuple[dict, dict]:
         "symmetric": q.symmetric,
         "granularity": [word, *vars(q.granularity).values()],
         "shape": list(q.codes.shape),
-        "codes": str(q.codes.dtype).removeprefix("torch."),
-        "dtype": str(q.dtype).removeprefix("torch."),
+        "codes": _name_of(q.codes.dtype, CODES),
+        "dtype": _name_of(q.dtype),
     }
     return parts, settings
 
 
 def _affine_together(parts: dict, settings: dict) -> QTensor:
     bits, qmin, qmax, shape = (settings[key] for key in ("bits", "qmin", "qmax", "shape"))
-    dtype = {"int8": torch.int8, "uint8": torch.uint8}[settings["codes"]]
+    dtype = CODES[settings["codes"]]
     codes = unpack(parts[".codes"], bits=bits, count=torch.Size(shape).numel())
     codes = (codes.to(torch.int32) + qmin).to(dtype).reshape(shape)
     scale = parts[".scale"]
@@ -168,7 +180,7 @@ def _codebook_apart(q: CodebookTensor) -> tuple[dict, dict]:
         parts[".absmax"] = q.absmax
     else:
         parts |= {f".absmax.{name}": value for name, value in vars(q.absmax).items()}
-    shape, dtype = list(q.codes.shape), str(q.dtype).removeprefix("torch.")
+    shape, dtype = list(q.codes.shape), _name_of(q.dtype)
     return parts, {"table": table, "bits": q.bits, "block_size": q.block_size, "shape": shape, "dtype": dtype}
 
 
@@ -196,7 +208,7 @@ def _floats_apart(q: BlockFloatTensor) -> tuple[dict, dict]:
     parts = {".codes": q.packed(), ".scales": q.scales}
     if q.tensor_scale is not None:
         parts[".tensor_scale"] = q.tensor_scale
-    shape, dtype = list(q.codes.shape), str(q.dtype).removeprefix("torch.")
+    shape, dtype = list(q.codes.shape), _name_of(q.dtype)
     return parts, {"fmt": vars(q.fmt), "block_size": q.block_size, "shape": shape, "dtype": dtype}
 
 
@@ -211,9 +223,22 @@ def _floats_together(parts: dict, settings: dict) -> BlockFloatTensor:
     return BlockFloatTensor(codes, parts[".scales"], fmt, size, parts.get(".tensor_scale"), dtype)
 
 
+# --- ScaledQTensor (AWQ) ----------------------------------------------------------------------------------------
+
+
+def _scaled_apart(scaled: ScaledQTensor) -> tuple[dict, dict]:
+    parts, settings = _affine_apart(scaled.q)
+    return parts | {".input_scale": scaled.input_scale.half()}, settings  # AWQ's scales are float16 numbers
+
+
+def _scaled_together(parts: dict, settings: dict) -> ScaledQTensor:
+    return ScaledQTensor(_affine_together(parts, settings), parts[".input_scale"].float())
+
+
 KINDS = {
     "plain": Kind(Tensor, _plain_apart, _plain_together),
     "affine": Kind(QTensor, _affine_apart, _affine_together),
+    "scaled": Kind(ScaledQTensor, _scaled_apart, _scaled_together),
     "codebook": Kind(CodebookTensor, _codebook_apart, _codebook_together),
     "block floats": Kind(BlockFloatTensor, _floats_apart, _floats_together),
 }

@@ -24,13 +24,10 @@ def output_error(weight, weight_hat, x):
 def test_the_search_is_a_loop_over_alphas(group_size, symmetric):
     weight, x = layer()
     q, search = awq_search(weight, x, bits=3, group_size=group_size, symmetric=symmetric, steps=10)
-    strength, errors = (
-        x.double().abs().mean(0).float(),
-        [],
-    )  # a symmetric grid's extremes are ties: same digits needed
+    strength, errors = x.double().abs().mean(0), []  # the extremes of a symmetric grid are ties: same digits
     for step in range(11):
         s = strength ** (step / 10)
-        s = s / (s.max() * s.min()).sqrt()
+        s = (s / (s.max() * s.min()).sqrt()).half().float()
         granularity = PerAxis(0) if group_size is None else PerGroup(group_size)
         rounded = quantize_tensor(weight * s, bits=3, granularity=granularity, symmetric=symmetric)
         errors.append(output_error(weight, rounded.dequantize() / s, x))
@@ -99,6 +96,15 @@ def test_silent_channels_and_given_tensors_are_left_alone():
     silent, search = awq_search(weight, torch.zeros(4, 32), bits=4, group_size=8)
     assert (search.input_scale == 1).all()
     assert awq_search(weight.bfloat16(), x, bits=4)[0].dequantize().dtype == torch.bfloat16
+
+
+def test_a_channel_that_is_nearly_silent():
+    weight, x = layer()
+    x[:, 3] = 0
+    x[0, 3] = 1e-45
+    q, search = awq_search(weight, x, bits=4, group_size=8)
+    assert torch.isfinite(q.dequantize()).all()
+    assert torch.equal(search.input_scale, search.input_scale.half().float())
 
 
 def test_bad_input_is_refused():

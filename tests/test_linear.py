@@ -295,6 +295,18 @@ def test_a_used_layer_can_be_copied_loaded_and_moved(way):
     assert small(x.bfloat16()).dtype == torch.bfloat16
 
 
+def test_inference_mode_and_sums_that_the_kernel_could_not_hold():
+    with torch.inference_mode():
+        layer, x = DynamicInt8Linear.from_linear(linear()), random(3, 48)
+        assert torch.equal(layer(x), layer(x))
+    wide = nn.Linear(70_000, 2, bias=False).requires_grad_(False)
+    wide.weight.fill_(1.0)
+    layer = DynamicInt8Linear.from_linear(wide)
+    assert layer.kernel == "exact integers"
+    with pytest.raises(ValueError, match="does not fit 32 bits"):
+        layer(torch.ones(1, 70_000))
+
+
 def test_weight_only_in_bfloat16():
     layer, x = WeightOnlyLinear.from_linear(linear()), random(5, 48, seed=11)
     wanted = layer(x)

@@ -468,6 +468,39 @@ def test_integer_methods_stay_near_the_float_model(family, method, options):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in new.modules())
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "w8a8_dynamic", "per": "static"}, "per must be one of tensor, token for w8a8_dynamic"),
+        ({"method": "w8a8_static", "observer": MinMax()}, "pass MinMax, not MinMax"),
+        ({"method": "smoothquant", "alpha": "a"}, "alpha must be in"),
+    ],
+)
+def test_slips_are_told_before_the_walk(options, message):
+    with pytest.raises(ValueError, match=message):
+        lm.quantize_lm(random_model("llama"), random_tokens(), window=64, progress=False, **options)
+
+
+def test_options_reach_the_layers():
+    model, tokens = random_model("gpt2"), random_tokens()
+    given = [
+        ({"method": "w8a8_dynamic", "activation_bits": 6}, lambda layer: layer.activation_bits == 6),
+        ({"method": "w8a8_static", "activation_bits": 5}, lambda layer: layer.activation_bits == 5),
+        ({"method": "llm_int8", "threshold": 2.5}, lambda layer: layer.threshold == 2.5),
+    ]
+    for options, holds in given:
+        new, report = lm.quantize_lm(model, tokens, window=64, progress=False, **options)
+        assert all(holds(new.get_submodule(name)) for name in report.qtensors)
+        # GPT-2 has biases: they are no error, and the calibration text is what whole windows hold.
+        assert max(row.output_error for row in report.layers) < 0.02
+        assert report.calibration_tokens == len(tokens) // 64 * 64
+    smoothed = [
+        lm.quantize_lm(model, tokens, method="smoothquant", alpha=a, window=64, progress=False)[1]
+        for a in (0.1, 0.9)
+    ]
+    assert smoothed[0].layers[0].weight_error != smoothed[1].layers[0].weight_error
+
+
 def test_bytes_of_integer_models_count_codes_scales_and_biases(family):
     model = random_model(family)
     new, report = lm.quantize_lm(model, random_tokens(), method="w8a8_dynamic", window=64, progress=False)

@@ -259,3 +259,15 @@ def test_llm_int8_edges():
     silent = nn.Linear(4, 2, bias=False).requires_grad_(False)
     silent.weight.zero_()
     assert LLMInt8Linear.from_linear(silent)(torch.ones(1, 4)).tolist() == [[0.0, 0.0]]
+
+
+def test_the_threshold_itself_is_an_outlier_and_tiny_rows_keep_their_values():
+    layer, x = layer_and_input()
+    x[0, 0] = 6.0
+    assert LLMInt8Linear.from_linear(layer).outlier_columns(x)[0]
+    layer.weight[2] *= 1e-36
+    tiny = LLMInt8Linear.from_linear(layer).dequantized_weight()[2]
+    torch.testing.assert_close(tiny, layer.weight[2], atol=layer.weight[2].abs().max().item() / 100, rtol=0)
+    layer.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="the weight must be finite"):
+        LLMInt8Linear.from_linear(layer)

@@ -40,4 +40,10 @@ def test_bars_stand_side_by_side_by_place(ax):
     bars = sorted((bar.get_x() + bar.get_width() / 2, bar.get_height()) for bar in ax.patches)
     assert [height for _, height in bars] == [1, 3, 2, 4]
     assert [x for x, _ in bars] == pytest.approx([-0.2, 0.2, 0.8, 1.2])
+    assert ax.get_yscale() == "linear"
+    assert plot_bars({"a": {"x": 1}}, ylabel="", log=True, ax=ax).get_yscale() == "log"
+
+
+def test_the_places_have_names(ax):
+    plot_bars({"a": {"x": 1, "y": 2}}, ylabel="KL", ax=ax)
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["x", "y"]

@@ -1,8 +1,10 @@
 """Saving quantized tensors and models: what they weigh, back bit by bit, and what is refused."""
 
 import copy
+import dataclasses
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from quantlab import Hessian, PerAxis, PerGroup, PerTensor, gptq_quantize, lm, quantize_tensor
+from quantlab.awq import awq_search
 from quantlab.codebook import fp4_levels, kmeans_levels, nf4_levels, quantize_codebook
 from quantlab.floats import FP4_E2M1, FP6_E3M2, FP8_E4M3, mx_quantize, nvfp4_quantize
 from quantlab.lm.saving import WEIGHTS
@@ -98,6 +101,11 @@ def blocks_of_floats():
     yield "nvfp4", nvfp4_quantize(x)
 
 
+def scaled():
+    q, _ = awq_search(values(12, 32), values(50, 32) * torch.linspace(0.1, 9, 32), bits=3, group_size=8)
+    yield "awq", q
+
+
 @pytest.mark.parametrize(("name", "q"), [*books(), *blocks_of_floats()])
 def test_other_kinds_come_back_bit_by_bit_and_weigh_what_they_say(tmp_path, name, q):
     assert save_tensors(tmp_path / "x", {"w": q}) - header(tmp_path / "x") == q.nbytes
@@ -118,6 +126,23 @@ def test_other_kinds_with_scales_that_do_not_fit_are_refused(tmp_path, q):
     save_file(parts | {scales: parts[scales][1:].clone()}, tmp_path / "x", metadata)
     with pytest.raises(ValueError, match="does not fit together"):
         load_tensors(tmp_path / "x")
+
+
+def test_scaled_weights_of_awq_come_back(tmp_path):
+    q = next(scaled())[1]
+    assert save_tensors(tmp_path / "x", {"w": q}) - header(tmp_path / "x") == q.nbytes
+    back = load_tensors(tmp_path / "x")["w"]
+    assert torch.equal(back.dequantize(), q.dequantize())
+    assert torch.equal(back.input_scale, q.input_scale)
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path):
+    q = quantize_tensor(values(4, 8), bits=4, granularity=PerGroup(4))
+    with pytest.raises(ValueError, match="torch.int32 is not stored here"):
+        save_tensors(tmp_path / "x", {"w": dataclasses.replace(q, codes=q.codes.int())})
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        save_tensors(tmp_path / "nowhere" / "x", {"w": q})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_names_that_look_like_parts_do_not_mix(tmp_path):
@@ -163,7 +188,7 @@ def test_foreign_files_are_refused(tmp_path):
         load_tensors(tmp_path / "text")
     with pytest.raises(FileNotFoundError, match="no file"):
         load_tensors(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="'w' is a list; known are plain, affine, codebook"):
+    with pytest.raises(ValueError, match="'w' is a list; known are plain, affine, scaled, codebook"):
         save_tensors(tmp_path / "x", {"w": [1.0]})
 
 
@@ -178,6 +203,7 @@ def test_foreign_files_are_refused(tmp_path):
         lambda parts, said: said["w"].update(granularity=["nothing"]),
         lambda parts, said: said["w"].pop("shape"),
         lambda parts, said: said["w"].update(kind="other"),
+        lambda parts, said: said["w"].update(qmin=2**70),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(tmp_path, damage):
@@ -261,6 +287,10 @@ def test_saving_again_replaces_and_other_folders_are_left_alone(tmp_path, quanti
     for _ in range(2):
         lm.save_quantized(tmp_path / "m", model, qtensors, tokenizer)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    (tmp_path / "m" / "notes.txt").write_text("my own words")
+    with pytest.raises(ValueError, match="also holds notes.txt; nothing was written"):
+        lm.save_quantized(tmp_path / "m", model, qtensors, tokenizer)
+    assert (tmp_path / "m" / "notes.txt").read_text() == "my own words"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "essay.txt").write_text("my own words")
     with pytest.raises(ValueError, match="holds no quantized model; nothing was written"):
@@ -286,3 +316,28 @@ def test_what_does_not_belong_together_is_refused(tmp_path, quantized):
     save_tensors(tmp_path / "m" / WEIGHTS, stored)
     with pytest.raises(ValueError, match="of another model"):
         lm.load_quantized(tmp_path / "m")
+
+
+def test_a_rename_that_fails_leaves_the_old_folder(tmp_path, quantized, monkeypatch):
+    model, qtensors, tokenizer = quantized
+    lm.save_quantized(tmp_path / "m", model, qtensors, tokenizer)
+    before = (tmp_path / "m" / WEIGHTS).read_bytes()
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda self, to: rename(self, to) if self.name != "new" else fail())
+    with pytest.raises(OSError, match="busy"):
+        lm.save_quantized(tmp_path / "m", model, qtensors)
+    monkeypatch.undo()
+    assert (tmp_path / "m" / WEIGHTS).read_bytes() == before
+
+
+def fail():
+    raise OSError("busy")
+
+
+def test_layers_that_compute_in_integers_are_refused_by_name(tmp_path, quantized):
+    tokens = torch.arange(1, 300)
+    new, report = lm.quantize_lm(lm.load_lm()[0], tokens, method="w8a8_dynamic", progress=False)
+    with pytest.raises(ValueError, match="a layer that computes in integers"):
+        lm.save_quantized(tmp_path / "m", new, report.qtensors)
+    with pytest.raises(ValueError, match="is it quantized already"):
+        lm.quantize_lm(new, tokens, progress=False)

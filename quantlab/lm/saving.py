@@ -11,23 +11,25 @@ from quantlab.lm.layers import linear_layers, put_weight, weight_of
 from quantlab.storage import load_tensors, save_tensors
 
 WEIGHTS = "quantized.safetensors"
+TOKENIZER_FILES = {  # what transformers writes for a tokenizer, of one kind or another
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"),
+}
 
 
 def save_quantized(folder, model, qtensors: dict, tokenizer=None) -> int:
     """Save a quantized model as a folder; returns the bytes of its weights file, quantized.safetensors.
 
-    qtensors is what quantize_lm's report or quantize_weights gave: these layers are stored packed. Every other
-    tensor is stored in the first of bfloat16, float16 and its own dtype that holds its values exactly, so the model
-    that load_quantized gives back is equal bit by bit. The folder is written beside and renamed: whole, or not there.
+    qtensors is what quantize_weights gave, or the report of a method of quantize_lm for weights only: stored packed.
+    Every other tensor is stored in the first of bfloat16, float16 and its own dtype that holds its values exactly, so
+    the model that load_quantized gives back is equal bit by bit. The folder is written beside and renamed: it is whole,
+    or not there.
 
-    Raises: ValueError if a layer of qtensors does not exist or holds other weights, or if the folder is in use.
+    Raises: ValueError if a layer of qtensors does not exist or holds other weights, or if the folder holds other files.
     """
     folder = Path(folder)
-    if (
-        folder.exists()
-        and not (folder / WEIGHTS).is_file()
-        and not (folder.is_dir() and not any(folder.iterdir()))
-    ):
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if (there and WEIGHTS not in there) or folder.is_file():
         raise ValueError(f"{folder} exists and holds no quantized model; nothing was written")
     _check_layers(model, qtensors)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -37,10 +39,23 @@ def save_quantized(folder, model, qtensors: dict, tokenizer=None) -> int:
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
         size = save_tensors(new / WEIGHTS, _stored(model, qtensors))
-        if folder.exists():
-            folder.rename(Path(beside) / "old")
-        new.rename(folder)
+        foreign = sorted(there - {path.name for path in new.iterdir()} - TOKENIZER_FILES)
+        if foreign:
+            raise ValueError(f"{folder} also holds {', '.join(foreign)}; nothing was written")
+        _put_in_place(new, folder, Path(beside) / "old")
     return size
+
+
+def _put_in_place(new: Path, folder: Path, old: Path) -> None:
+    """Rename new to folder; what was there before moves out of the way, and back if that fails."""
+    if folder.exists():
+        folder.rename(old)
+    try:
+        new.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
 
 
 def load_quantized(folder):
@@ -52,9 +67,7 @@ def load_quantized(folder):
     if not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"{folder} holds no {WEIGHTS}; load_lm loads models that are not quantized")
     stored = load_tensors(folder / WEIGHTS)
-    with (
-        torch.random.fork_rng()
-    ):  # a new model draws random weights, which are replaced: the caller's seed stays
+    with torch.random.fork_rng():  # a new model draws random weights: the caller's seed stays as it is
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
     _put_stored(model, stored)
@@ -65,6 +78,10 @@ def load_quantized(folder):
 def _check_layers(model, qtensors: dict) -> None:
     layers = linear_layers(model)
     for name, q in qtensors.items():
+        if isinstance(q, nn.Module):
+            raise ValueError(
+                f"{name} is a layer that computes in integers; only weights as floats on a grid are saved"
+            )
         if name not in layers:
             raise ValueError(f"the model has no linear layer {name!r}")
         if not torch.equal(weight_of(layers[name]).cpu(), q.dequantize().cpu()):

@@ -42,7 +42,8 @@ def quantize_lm(
     Weights only, as floats on the grid: "rtn" rounds to nearest, "nf4" to the nearest level, "gptq" runs GPTQ, "awq"
     searches scales; bits, group_size (None: one scale a row), symmetric.
     Weights and activations, as layers that compute in integers: "w8a8_dynamic" (per "tensor" or "token"),
-    "w8a8_static" (observer, called for each layer), "smoothquant" (alpha, and per "static" too), "llm_int8".
+    "w8a8_static" (observer, called for each layer: MinMax, or lambda: MSE(bits=8)), "smoothquant" (alpha, and per
+    "static" too), "llm_int8" (threshold).
 
     The walk goes block by block and holds one block's inputs at a time: each block is calibrated on what the quantized
     blocks before it give out. Layers that read the same input (q, k, v; gate, up) share one Hessian and one
@@ -53,6 +54,10 @@ def quantize_lm(
     """
     settings = _settings(method, options)
     window, _ = checked_windows(model, tokens, window, None)
+    if not linear_layers(model):
+        raise ValueError(
+            f"{type(model).__name__} has no float linear layers in its blocks; is it quantized already?"
+        )
     began = time.perf_counter()
     if method == "smoothquant":
         new = smooth(model, activation_scales(model, tokens, window=window), alpha=settings["alpha"])
@@ -79,7 +84,15 @@ def _settings(method: str, options: dict) -> dict:
     unknown = sorted(options.keys() - OPTIONS[method].keys())
     if unknown:
         raise ValueError(f"{method} takes {', '.join(OPTIONS[method])}; got {', '.join(unknown)}")
-    return OPTIONS[method] | options
+    settings = OPTIONS[method] | options
+    ways = ("tensor", "token", "static") if method == "smoothquant" else ("tensor", "token")
+    if settings.get("per", "tensor") not in ways:
+        raise ValueError(f"per must be one of {', '.join(ways)} for {method}, got {settings['per']!r}")
+    if not callable(settings.get("observer", MinMax)):
+        raise ValueError(
+            f"observer is called for each layer: pass MinMax, not MinMax(); got {settings['observer']!r}"
+        )
+    return settings
 
 
 def quantize_weights(model, quantizer: Callable[[Tensor], QTensor]) -> tuple[nn.Module, dict[str, QTensor]]:
@@ -160,7 +173,9 @@ def _quantize_shared(prefix: str, shared, rounder: Callable, settings: dict, rep
     for (name, layer), weight, q in zip(layers.items(), weights, rounded, strict=True):
         put_weight(layer, q.dequantize())
         new = weight_of(layer)
-        error = ((weight - new).square().sum() / weight.square().sum().clamp(min=1e-38)).item()
+        error = (
+            (weight.double() - new).square().sum() / weight.double().square().sum().clamp(min=1e-38)
+        ).item()
         report.qtensors[prefix + name] = q
         output_error = hessian.output_error(weight, new)
         report.layers.append(LayerReport(prefix + name, output_error, error, q.bits_per_element, seconds))
