@@ -81,6 +81,9 @@ def explore_codebook(
         move(density(values, block), all_tables, table)
         return _describe(all_tables, table, block, values)
 
+    for block in _BLOCKS:  # k-means takes longer than a step of a slider may: for the layer it is done before
+        measured(LAYER, block)
+        density(LAYER, block)
     return tie(controls, fig.axes[0], moving, update)
 
 
