@@ -481,3 +481,11 @@ def test_a_million_values_take_far_less_than_a_tenth_of_a_second():
         round_to(x, FP8_E4M3)
         times.append(time.thread_time() - start)
     assert min(times) < 0.1
+
+
+def test_nvfp4_blocks_whose_scale_rounds_to_zero_become_zero():
+    x = torch.zeros(48)
+    x[:16], x[16:32] = 1000.0, 1e-9
+    back = nvfp4_quantize(x).dequantize()
+    assert back[16:].tolist() == [0.0] * 32
+    assert (back[:16] == 1000.0).all()

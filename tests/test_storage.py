@@ -145,6 +145,19 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_zero_points_and_codes_that_contradict_their_settings_are_refused(tmp_path):
+    q = quantize_tensor(values(4, 8), bits=4, granularity=PerGroup(4))
+    shifted = dataclasses.replace(q.qparams, zero_point=q.qparams.zero_point + 1)
+    with pytest.raises(ValueError, match="middle code 0 as zero_point"):
+        save_tensors(tmp_path / "x", {"w": dataclasses.replace(q, qparams=shifted)})
+    book = quantize_codebook(values(64), kmeans_levels(values(64) / 4, 5))  # 5 levels, codes of 3 bits
+    save_tensors(tmp_path / "x", {"w": book})
+    parts, metadata = load_file(tmp_path / "x"), metadata_of(tmp_path / "x")
+    save_file(parts | {"w.codes": torch.full_like(parts["w.codes"], 255)}, tmp_path / "x", metadata)
+    with pytest.raises(ValueError, match="5 levels"):
+        load_tensors(tmp_path / "x")
+
+
 def test_names_that_look_like_parts_do_not_mix(tmp_path):
     q = quantize_tensor(values(4, 8), bits=4, granularity=PerGroup(4))
     given = {"w": q, "w.zero_point": values(3), "w.group_index": values(2), "": values(1), "w1": q}
@@ -312,6 +325,9 @@ def test_what_does_not_belong_together_is_refused(tmp_path, quantized):
     with pytest.raises(ValueError, match="load_quantized loads it"):
         lm.load_lm(str(tmp_path / "m"))
     stored = load_tensors(tmp_path / "m" / WEIGHTS)
+    save_tensors(tmp_path / "m" / WEIGHTS, stored | {"stranger": values(3)})
+    with pytest.raises(ValueError, match="of another model"):
+        lm.load_quantized(tmp_path / "m")
     stored.pop(name)
     save_tensors(tmp_path / "m" / WEIGHTS, stored)
     with pytest.raises(ValueError, match="of another model"):

@@ -113,8 +113,10 @@ def _smallest(x: Tensor) -> Tensor:
 def _put_stored(model: nn.Module, stored: dict) -> None:
     layers, own = linear_layers(model), _own_tensors(model)
     missing = own.keys() - {f"{n}.weight" if n in layers else n for n in stored}
-    if missing or stored.keys() - layers.keys() - own.keys():
-        raise ValueError(f"the weights are those of another model: {sorted(missing)[:3]} are missing")
+    unknown = stored.keys() - layers.keys() - own.keys()
+    if missing or unknown:
+        which = ", ".join([*sorted(missing), *sorted(unknown)][:3])
+        raise ValueError(f"the weights are those of another model: {which} missing or unknown")
     with torch.no_grad():
         for name, value in stored.items():
             if name in layers:
