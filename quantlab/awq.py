@@ -38,6 +38,57 @@ class ScaledQTensor:
 
 
 @dataclass(frozen=True, eq=False)
+class MixedQTensor:
+    """A quantized weight and, beside it, some of its columns in float: the experiment that AWQ started from."""
+
+    q: QTensor  # codes of all columns; those that are kept go unused
+    columns: Tensor  # which are kept, (kept,), int64
+    values: Tensor  # what stands in them, (out, kept)
+
+    def dequantize(self) -> Tensor:
+        """The weight that the layer acts with, in the dtype of the original."""
+        mixed = self.q.dequantize()
+        mixed[:, self.columns] = self.values
+        return mixed
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to store it: kept weights in 16 bits, each kept column's number in 32."""
+        return self.q.nbytes + 2 * self.values.numel() + 4 * len(self.columns)
+
+    @property
+    def bits_per_element(self) -> float:
+        """True bits for each weight, kept columns included."""
+        return 8 * self.nbytes / self.q.codes.numel()
+
+
+def keep_columns(
+    weight: Tensor, columns, *, bits: int, group_size: int | None = 128, symmetric: bool = False
+) -> MixedQTensor:
+    """The weight rounded to nearest, but with these input channels left in float.
+
+    Lin et al. 2023, table 1: of 1 % of the channels those with the largest mean |x| help, random ones do not.
+
+    weight (out, in); columns: indices in 0..in - 1, none twice. Raises: ValueError if a column does not exist or comes
+    twice, or weight, bits or group_size are refused by quantize_tensor.
+
+    >>> weight = torch.tensor([[1.0, 0.3, -1.0, 0.2]])
+    >>> keep_columns(weight, [1], bits=2, group_size=4).dequantize()
+    tensor([[ 0.6667,  0.3000, -1.3333,  0.0000]])
+    """
+    if weight.ndim != 2:
+        raise ValueError(f"need a weight (out, in), got shape {tuple(weight.shape)}")
+    columns = torch.as_tensor(columns).tolist()
+    columns = [check_int(c, "a column", 0, weight.shape[1] - 1) for c in columns]
+    if len(set(columns)) < len(columns):
+        raise ValueError("a column to keep comes twice")
+    granularity = PerAxis(0) if group_size is None else PerGroup(group_size)
+    q = quantize_tensor(weight, bits=bits, granularity=granularity, symmetric=symmetric)
+    kept = torch.tensor(columns, dtype=torch.int64, device=weight.device)
+    return MixedQTensor(q, kept, weight.detach()[:, kept])
+
+
+@dataclass(frozen=True, eq=False)
 class Search:
     """What the search tried and found: the output error of each alpha, the best one, and its scales."""
 
@@ -90,7 +141,7 @@ def search_scales(
         check_weight(weight, hessian)
     strength = hessian.mean_abs
     alphas = [i / steps for i in range(steps + 1)]
-    energy = sum(_energy(w, hessian) for w in weights)
+    energy = sum(hessian.energy(w) for w in weights)
     errors = []
     for alpha in alphas:
         s = scales_of(strength, alpha)
@@ -98,8 +149,7 @@ def search_scales(
             scale_and_round(w, s, bits=bits, group_size=group_size, symmetric=symmetric) for w in weights
         ]
         lost = sum(
-            _energy(w.float() - q.dequantize().float(), hessian)
-            for w, q in zip(weights, rounded, strict=True)
+            hessian.energy(w.float() - q.dequantize().float()) for w, q in zip(weights, rounded, strict=True)
         )
         errors.append((lost / energy.clamp(min=torch.finfo(torch.float64).tiny)).item())
     best = min(range(len(alphas)), key=errors.__getitem__)
@@ -132,7 +182,3 @@ def scale_and_round(
     return ScaledQTensor(
         quantize_tensor(scaled, bits=bits, granularity=granularity, symmetric=symmetric), input_scale
     )
-
-
-def _energy(w: Tensor, hessian: Hessian) -> Tensor:
-    return ((w.detach().double() @ hessian.matrix) * w.detach().double()).sum()

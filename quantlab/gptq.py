@@ -28,17 +28,22 @@ class Hessian:
 
     def add(self, x: Tensor) -> "Hessian":
         """Count in a batch of inputs, (..., in_features). Returns self, so calls can be chained."""
-        check_real(x, "the input of a Hessian")
+        if not (isinstance(x, Tensor) and x.is_floating_point() and x.numel()):
+            check_real(x, "the input of a Hessian")  # says what is wrong
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"need inputs of {self.in_features} features, got shape {tuple(x.shape)}")
         rows = x.detach().reshape(-1, self.in_features)
         rows = rows if rows.dtype == torch.float64 else rows.float()
-        product = (rows.T @ rows).double()
-        if not torch.isfinite(product).all():
+        product = rows.T @ rows
+        if not torch.isfinite(product.diagonal()).all():  # Σx²: no entry of XᵀX is larger
+            check_real(x, "the input of a Hessian")
             raise ValueError(f"inputs as large as {rows.abs().max():.1e} overflow XᵀX; scale them down")
-        self._sum = product if self._sum is None else self._sum + product
-        strength = rows.abs().sum(0, dtype=torch.float64)
-        self._abs_sum = strength if self._abs_sum is None else self._abs_sum + strength
+        if self._sum is None:
+            shape = (self.in_features, self.in_features)
+            self._sum = torch.zeros(shape, dtype=torch.float64, device=x.device)
+            self._abs_sum = torch.zeros(self.in_features, dtype=torch.float64, device=x.device)
+        self._sum += product
+        self._abs_sum += rows.abs().sum(0, dtype=torch.float64)
         self.tokens += len(rows)
         self._factors.clear()
         return self
@@ -61,7 +66,7 @@ class Hessian:
         """The factorization that gptq_quantize works with, computed once for all layers that share this input."""
         key = (act_order, damping)
         if key not in self._factors:
-            self._factors[key] = factorize(self.matrix, act_order=act_order, damping=damping)
+            self._factors[key] = _factorize(self.matrix, act_order, damping)
         return self._factors[key]
 
     def output_error(self, weight: Tensor, weight_hat: Tensor) -> float:
@@ -74,12 +79,15 @@ class Hessian:
                 f"need two weights of one shape, got {tuple(weight.shape)}, {tuple(weight_hat.shape)}"
             )
 
-        def energy(w: Tensor) -> Tensor:
-            return ((w.double() @ self.matrix) * w.double()).sum()
+        lost, whole = self.energy(weight - weight_hat), self.energy(weight)
+        return (lost / whole.clamp(min=torch.finfo(torch.float64).tiny)).item()
 
-        return (
-            energy(weight - weight_hat) / energy(weight).clamp(min=torch.finfo(torch.float64).tiny)
-        ).item()
+    def energy(self, w: Tensor) -> Tensor:
+        """‖XWᵀ‖² / tokens · 2 = tr(W H Wᵀ), float64."""
+        if self._sum is None:
+            raise ValueError("this Hessian has seen no inputs; call add(x) first")
+        w = w.detach().double()
+        return ((w @ self._sum) * w).sum() * (2.0 / self.tokens)
 
 
 @dataclass(frozen=True)
@@ -98,24 +106,29 @@ def factorize(H: Tensor, *, act_order: bool = False, damping: float = 0.01) -> F
     as much is tried (from 0.01 up, with a warning), up to 1000. A column that never fires (H_ii = 0)
     gets H_ii = 1: it is rounded to nearest and passes no error on.
     """
+    return _factorize(H.double().clone(), act_order, damping)
+
+
+def _factorize(H: Tensor, act_order: bool, damping: float) -> Factor:
+    """factorize, in the memory of H: a layer of 10,000 features has an H of 800 MB, and each copy costs as much."""
     if not 0 <= damping <= 1000:
         raise ValueError(f"damping must be at least 0 and at most 1000, got {damping}")
-    H, diagonal = H.double().clone(), H.diagonal().double()
-    H.diagonal().copy_(torch.where(diagonal == 0, 1.0, diagonal))
+    diagonal = H.diagonal().clone()
+    H.diagonal()[diagonal == 0] = 1.0
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else None
-    if order is not None:
-        H = H[order][:, order]
-    used = damping
+    H = H.flip(0, 1) if order is None else H[order.flip(0)[:, None], order.flip(0)]
+    used, undamped = damping, H.diagonal().clone()
     while used <= 1000:
-        damped = H + used * diagonal.mean() * torch.eye(len(H), dtype=H.dtype, device=H.device)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if not failed and torch.isfinite(lower).all():
+        H.diagonal().copy_(undamped + used * diagonal.mean())
+        lower, failed = torch.linalg.cholesky_ex(H)
+        if not failed and torch.isfinite(lower.diagonal()).all():
+            del H
             return Factor(lower.flip(0, 1), order, used)
         used = max(10 * used, 0.01)
         warnings.warn(
             f"the Hessian is not positive definite with damping {damping:g}; trying {used:g} "
             "(more calibration tokens than in_features avoid this)",
-            stacklevel=2,
+            stacklevel=5,
         )
     raise ValueError("the Hessian is not positive definite even with damping 1000; are its inputs finite?")
 
@@ -188,6 +201,39 @@ def gptq_steps(weight: Tensor, hessian: Hessian, *, bits: int, damping: float = 
         W[:, i] = q
         states.append(W.clone())
     return torch.stack(states)
+
+
+def obq_steps(row: Tensor, hessian: Hessian, *, bits: int, damping: float = 0.01) -> tuple[Tensor, list[int]]:
+    """One row by Optimal Brain Quantization: (its weights before and after each step, (in + 1, in); the order).
+
+    Of the weights still free, the one with the least (w_i - q)² / [H⁻¹]_ii goes to the nearest grid point q, the others
+    move by (q - w_i) / [H⁻¹]_ii * [H⁻¹]_:,i, and i leaves H⁻¹ (Frantar, Alistarh 2022, arXiv 2208.11580, eq. 4).
+    Every row has an order and an inverse of its own, in³ operations each; GPTQ fixes the order and shares the inverse.
+    The grid is that of gptq_quantize with one scale a row. Raises: ValueError as gptq_quantize, or if row is no vector.
+
+    >>> x = torch.tensor([[2.0, 2, 2, 1], [1, 2, 0, 2], [2, 1, 1, 0], [0, 0, 2, 0]])
+    >>> states, order = obq_steps(torch.tensor([1.4, 0.4, 0.1, 3.0]), Hessian(4).add(x), bits=2, damping=0.0)
+    >>> order, states[-1].round(decimals=4).tolist()
+    ([3, 2, 1, 0], [2.0, 0.0, 0.0, 3.0])
+    """
+    if row.ndim != 1:
+        raise ValueError(f"need one row of a weight, got shape {tuple(row.shape)}")
+    check_weight(row[None], hessian)
+    R = hessian.factor(act_order=False, damping=damping).R.to(row.device)
+    inverse = torch.cholesky_inverse(R.flip(0, 1)).flip(0, 1)
+    w, grid = row.detach().double().clone(), _Grid(row.detach().double()[:, None], bits, None, False)
+    grid.fit(grid.columns)
+    states, order, free = [w.clone()], [], torch.ones(len(w), dtype=torch.bool, device=w.device)
+    for _ in range(len(w)):
+        q = grid.scale * (grid.codes(w) - grid.zero_point)
+        i = int(((w - q).square() / inverse.diagonal()).masked_fill(~free, torch.inf).argmin())
+        w -= (w[i] - q[i]) / inverse[i, i] * inverse[i]
+        free[i], w[i] = False, q[i]
+        inverse -= torch.outer(inverse[i], inverse[i]) / inverse[i, i].clone()
+        inverse[i], inverse[:, i], inverse[i, i] = 0.0, 0.0, 1.0  # exactly: nothing moves i again
+        states.append(w.clone())
+        order.append(i)
+    return torch.stack(states), order
 
 
 @dataclass

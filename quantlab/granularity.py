@@ -111,7 +111,17 @@ def quantize_tensor(
         blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True), qmin=qmin, qmax=qmax, symmetric=symmetric
     )
     codes = from_blocks(quantize(blocks, qp), granularity, x.shape).to(torch.int8 if signed else torch.uint8)
-    return QTensor(codes, _shape_qparams(qp, granularity, x.shape), bits, granularity, symmetric, x.dtype)
+    return QTensor(codes, shape_qparams(qp, granularity, x.shape), bits, granularity, symmetric, x.dtype)
+
+
+def split_rows(q: QTensor, rows: list[int]) -> list[QTensor]:
+    """A quantized matrix with a scale for each row or group, cut into matrices of so many rows."""
+    qp, parts = q.qparams, []
+    for codes, scale, zero in zip(
+        q.codes.split(rows), qp.scale.split(rows), qp.zero_point.split(rows), strict=True
+    ):
+        parts.append(replace(q, codes=codes, qparams=replace(qp, scale=scale, zero_point=zero)))
+    return parts
 
 
 def code_range(bits: int, *, signed: bool = True, symmetric: bool = False) -> tuple[int, int]:
@@ -168,7 +178,7 @@ def _checked_axis(ndim: int, granularity: PerAxis) -> int:
     return granularity.axis % ndim
 
 
-def _shape_qparams(qp: QParams, granularity: Granularity, shape: torch.Size) -> QParams:
+def shape_qparams(qp: QParams, granularity: Granularity, shape: torch.Size) -> QParams:
     """One map a block, (blocks, 1), in the shape that QTensor promises."""
     if isinstance(granularity, PerTensor):
         new = ()

@@ -5,7 +5,7 @@ import torch
 from slow import plain_gptq
 
 from quantlab import Hessian, PerAxis, PerGroup, gptq_quantize, quantize_tensor
-from quantlab.gptq import factorize, gptq_steps
+from quantlab.gptq import factorize, gptq_steps, obq_steps
 
 
 def layer(rows=48, columns=200, tokens=1500, seed=0):
@@ -201,3 +201,88 @@ def test_steps_end_where_gptq_ends():
         states[-1].float(), gptq_quantize(weight.double(), hessian, bits=4).dequantize().float()
     )
     assert torch.equal(states[9][:, :9], states[-1][:, :9])  # a column that is done stays
+
+
+# --- one row by OBQ
+
+
+def obq_by_least_squares(row, x, points):
+    """The definition: try each free weight on its grid point, refit the other free ones, keep the cheapest."""
+    w, x, free, order = row.double().clone(), x.double(), list(range(len(row))), []
+    states, goal = [w.clone()], x @ row.double()
+    while free:
+        tried = {}
+        for i in free:
+            new, others = w.clone(), [j for j in free if j != i]
+            new[i] = points[(points - w[i]).abs().argmin()]
+            if others:
+                new[others] = 0
+                new[others] = torch.linalg.lstsq(x[:, others], (goal - x @ new)[:, None]).solution[:, 0]
+            tried[i] = (x @ new - goal).square().sum().item(), new
+        i = min(tried, key=lambda i: tried[i][0])
+        w = tried[i][1]
+        free.remove(i)
+        order.append(i)
+        states.append(w.clone())
+    return torch.stack(states), order
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("bits", [2, 3])
+def test_obq_is_the_cheapest_constrained_least_squares_each_time(seed, bits):
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randn(40, 9, generator=random) @ torch.randn(9, 9, generator=random)
+    row = torch.randn(9, generator=random)
+    qp = quantize_tensor(row[None], bits=bits, granularity=PerAxis(0), symmetric=False).qparams
+    points = (qp.scale * (torch.arange(qp.qmin, qp.qmax + 1) - qp.zero_point)).flatten().double()
+    states, order = obq_steps(row, Hessian(9).add(x.double()), bits=bits, damping=0.0)
+    wanted, wanted_order = obq_by_least_squares(row, x, points)
+    assert order == wanted_order
+    torch.testing.assert_close(states, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_obq_takes_the_row_to_the_grid_below_round_to_nearest():
+    weight, x = layer(rows=5, columns=60)
+    hessian, before, errors = Hessian(60).add(x), weight.clone(), torch.zeros(2)
+    for row in weight:
+        states, order = obq_steps(row, hessian, bits=3)
+        nearest = quantize_tensor(row[None], bits=3, granularity=PerAxis(0), symmetric=False)
+        codes = states[-1] / nearest.qparams.scale.item() + nearest.qparams.zero_point.item()
+        torch.testing.assert_close(codes, codes.round().clamp(nearest.qparams.qmin, nearest.qparams.qmax))
+        assert sorted(order) == list(range(60))
+        for k, i in enumerate(order):
+            assert (states[k + 1 :, i] == states[-1, i]).all()  # done stays done
+        for k, w in enumerate((states[-1:].float(), nearest.dequantize())):
+            errors[k] += (x @ (w - row).T).square().sum()
+    assert errors[0] < 0.8 * errors[1]
+    assert torch.equal(weight, before)
+
+
+def test_obq_of_uncorrelated_inputs_is_round_to_nearest_and_of_one_weight_too():
+    weight, _ = layer(rows=1, columns=20)
+    states, _ = obq_steps(weight[0], Hessian(20).add(torch.eye(20)), bits=4)
+    nearest = quantize_tensor(weight, bits=4, granularity=PerAxis(0), symmetric=False).dequantize()
+    torch.testing.assert_close(states[-1:].float(), nearest)
+    states, order = obq_steps(torch.tensor([0.7]), Hessian(1).add(torch.ones(2, 1)), bits=2)
+    assert order == [0]
+    torch.testing.assert_close(states[-1].float(), torch.tensor([0.7]))
+
+
+def test_obq_where_a_row_is_zero_or_an_input_silent():
+    weight, x = layer(rows=1, columns=12)
+    x[:, 5] = 0
+    hessian = Hessian(12).add(x)
+    nearest = quantize_tensor(weight, bits=3, granularity=PerAxis(0), symmetric=False).dequantize()
+    assert obq_steps(weight[0], hessian, bits=3)[0][-1, 5].item() == pytest.approx(nearest[0, 5].item())
+    assert obq_steps(torch.zeros(12), hessian, bits=3)[0].abs().max() == 0
+
+
+def test_obq_refuses_what_is_no_row():
+    weight, x = layer(rows=2, columns=12)
+    hessian = Hessian(12).add(x)
+    with pytest.raises(ValueError, match="one row of a weight"):
+        obq_steps(weight, hessian, bits=3)
+    with pytest.raises(ValueError, match="need a weight"):
+        obq_steps(weight[0, :5], hessian, bits=3)
+    with pytest.raises(ValueError, match="finite"):
+        obq_steps(weight[0] * float("nan"), hessian, bits=3)

@@ -14,6 +14,7 @@ LAYERS = {
     "selftest": 0,
     "granularity": 1,
     "floats": 1,
+    "clipping": 2,
     "codebook": 1,
     "metrics": 1,
     "observers": 2,
@@ -22,10 +23,14 @@ LAYERS = {
     "linear": 3,
     "outliers": 4,
     "storage": 4,
-    "qat": 3,
+    "qat": 6,
     "lm": 5,
+    "finetune": 6,
+    "mixed": 6,
     "training": 6,
     "ledger": 6,
+    "qlora": 7,
+    "sweep": 7,
 }
 ABOVE = {"__init__", "plots", "explorers", "checks", "exercises"}  # no layer, but rules of their own
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -36,9 +36,10 @@ def family(request):
     return request.param
 
 
-def random_model(family):
+def random_model(family, **config):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family]).eval()
+    config = copy.deepcopy(CONFIGS[family]).to_dict() | config
+    model = AutoModelForCausalLM.from_config(type(CONFIGS[family])(**config)).eval()
     for parameter in model.parameters():
         if (
             parameter.ndim == 2
@@ -152,7 +153,7 @@ def test_quantize_lm_bad_input():
     model, tokens = random_model("llama"), random_tokens()
     with pytest.raises(ValueError, match="method must be one of rtn, nf4, gptq, .*, got 'magic'"):
         lm.quantize_lm(model, tokens, method="magic")
-    with pytest.raises(ValueError, match="rtn takes bits, group_size, symmetric; got act_order"):
+    with pytest.raises(ValueError, match="rtn takes bits, group_size, symmetric, clip_search; got act_order"):
         lm.quantize_lm(model, tokens, method="rtn", act_order=True)
     with pytest.raises(ValueError, match=r"bits must be 1..8"):
         lm.quantize_lm(model, tokens, bits=9, progress=False)
