@@ -111,6 +111,31 @@ def read(path="ledger.csv") -> list[Row]:
         return [Row(**{f.name: f.type(line[f.name]) for f in fields(Row)}) for line in reader]
 
 
+def compare(row: Row, other: Row) -> dict[str, float]:
+    """row over other, as ratios (1: as large; below 1: smaller), and how sure the difference in KL is.
+
+    kl_sigmas: the difference of the two KLs over the standard error of that difference, were they independent. Both
+    models read the same text, so that it errs on the safe side. Raises: ValueError if other's KL is 0.
+    """
+    if other.kl == 0:
+        raise ValueError(f"{other.method} is the float model: its KL of 0 leaves no ratio")
+    ratios = {
+        name: getattr(row, name) / getattr(other, name) for name in ("kl", "perplexity", "bytes", "prefill")
+    }
+    spread = (row.kl_error**2 + other.kl_error**2) ** 0.5
+    return ratios | {"kl_sigmas": (row.kl - other.kl) / spread if spread else float("nan")}
+
+
+def pareto(rows: list[Row]) -> list[Row]:
+    """The rows worth having, smallest first: no other is at most as large and loses at most as much."""
+    best, least = [], float("inf")
+    for row in sorted(rows, key=lambda r: (r.bits_per_weight, r.kl)):
+        if row.kl < least:
+            best.append(row)
+            least = row.kl
+    return best
+
+
 def _key(row: Row) -> tuple:
     return row.method, row.bits, row.group
 

@@ -115,3 +115,23 @@ def plot_bars(bars: dict[str, dict], *, ylabel: str, log: bool = False, ax: Axes
     if len(bars) > 1:
         ax.legend(loc="best", fontsize="small")
     return ax
+
+
+def plot_pareto(rows: list, *, ax: Axes | None = None) -> Axes:
+    """Bits per weight of the whole model against KL, a point for each ledger row; below the stairs is nothing.
+
+    A row with a KL of 0 (the float model) has no place on a logarithmic axis and is left out.
+    """
+    ax = ax if ax is not None else plt.gca()
+    rows = [row for row in rows if row.kl > 0]
+    methods = dict.fromkeys(row.method for row in rows)
+    for method, (color, marker) in zip(methods, cycle(_LINES), strict=False):
+        own = [row for row in rows if row.method == method]
+        x, y, error = zip(*((r.bits_per_weight, r.kl, r.kl_error) for r in own), strict=True)
+        ax.errorbar(x, y, yerr=error, fmt=marker, markersize=5, color=color, label=method)
+    rows = sorted(rows, key=lambda row: (row.bits_per_weight, row.kl))
+    least = np.minimum.accumulate([row.kl for row in rows])  # the least KL for at most so many bits
+    ax.step([row.bits_per_weight for row in rows], least, where="post", color="0.6", zorder=0)
+    ax.set(xlabel="bits per weight of the whole model", ylabel="KL to the float model", yscale="log")
+    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small")
+    return ax

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from quantlab import ledger, lm
 
@@ -54,6 +56,30 @@ def test_a_table_shows_every_row(measured):
     text = repr(ledger.Table([measured[-1]] * 2))
     assert len(text.splitlines()) == 3
     assert "rtn" in text
+
+
+def points(*pairs):
+    return [
+        ledger.Row(f"{i}", 4, "-", 1, 0, kl, 0.1, 1, bits, 100, 2, 1, 0, 0)
+        for i, (bits, kl) in enumerate(pairs)
+    ]
+
+
+def test_compare_gives_ratios_and_how_sure_they_are():
+    a, b = points((4, 0.5), (4, 2.0))
+    found = ledger.compare(a, b)
+    assert (found["kl"], found["perplexity"], found["bytes"], found["prefill"]) == (0.25, 1, 1, 1)
+    assert found["kl_sigmas"] == pytest.approx(-1.5 / (0.1 * 2**0.5))
+    with pytest.raises(ValueError, match="is the float model"):
+        ledger.compare(a, points((16, 0.0))[0])
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(0, 6)), min_size=1, max_size=12))
+def test_pareto_is_what_nothing_beats(pairs):
+    rows = points(*pairs)
+    front = [(r.bits_per_weight, r.kl) for r in ledger.pareto(rows)]
+    beaten = {p for p in pairs if any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in pairs)}
+    assert front == sorted(set(pairs) - beaten)
 
 
 def test_foreign_files_are_refused(tmp_path):

@@ -1,0 +1,118 @@
+"""GPTQ on the whole bundled model: against the plain algorithm of tests/slow.py, and how the time grows. One minute.
+
+CPU seconds, the least of rounds taken in turns. The bar: the walk at least 3 times as fast with our GPTQ as with the
+plain one (float32), at no higher output error. The forward passes are the same in both, and are also told apart.
+"""
+
+import copy
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from slow import plain_gptq
+
+from quantlab import lm
+from quantlab.lm import walk
+
+BAR = 3.0
+
+
+class Plain:
+    """What the walk needs of a quantized tensor."""
+
+    nbytes, bits_per_element = 0, 0.0
+
+    def __init__(self, values):
+        self.values = values
+
+    def dequantize(self):
+        return self.values
+
+
+def plain_rounder(weights, hessian, **settings):
+    return [Plain(plain_gptq(w, hessian.matrix, dtype=torch.float32, **settings)[3]) for w in weights]
+
+
+def seconds(model, tokens, rounder) -> tuple[float, float, float]:
+    """CPU seconds of the walk, of its rounding alone, and the summed output error of the layers."""
+    spent = [0.0]
+
+    def timed(*args, **settings):
+        start = time.process_time()
+        rounded = rounder(*args, **settings)
+        spent[0] += time.process_time() - start
+        return rounded
+
+    ours, walk.ROUNDERS["gptq"] = walk.ROUNDERS["gptq"], timed
+    try:
+        start = time.process_time()
+        _, report = lm.quantize_lm(model, tokens, method="gptq", bits=4, group_size=128, progress=False)
+        return time.process_time() - start, spent[0], sum(row.output_error for row in report.layers)
+    finally:
+        walk.ROUNDERS["gptq"] = ours
+
+
+def least(model, tokens, rounders: dict, rounds: int = 3) -> dict[str, list[float]]:
+    best = {name: [float("inf")] * 3 for name in rounders}
+    for _ in range(rounds):
+        for name, rounder in rounders.items():
+            best[name] = [min(a, b) for a, b in zip(best[name], seconds(model, tokens, rounder), strict=True)]
+    return best
+
+
+def with_blocks(model, times: int):
+    """The model with each of its first blocks repeated: as wide, and `times` as deep."""
+    new = copy.deepcopy(model)
+    new.model.layers = torch.nn.ModuleList(
+        copy.deepcopy(b) for _ in range(times) for b in model.model.layers[:2]
+    )
+    for i, block in enumerate(new.model.layers):
+        block.self_attn.layer_idx = i
+    new.config.num_hidden_layers = len(new.model.layers)
+    return new
+
+
+def speed(model, tokens) -> bool:
+    rounders = {"plain": plain_rounder, "ours": walk.ROUNDERS["gptq"]}
+    found = least(model, tokens, rounders)
+    print(f"{'':10}{'walk':>9}{'rounding':>10}{'sum of output errors':>22}")
+    for name, (whole, rounding, error) in found.items():
+        print(f"{name:10}{whole:8.2f}s{rounding:9.2f}s{error:22.5f}")
+    (plain, plain_rounding, plain_error), (ours, rounding, error) = found.values()
+    good = plain >= BAR * ours and error <= 1.005 * plain_error
+    print(
+        f"the walk {plain / ours:.2f} times as fast, its rounding {plain_rounding / rounding:.2f} times; "
+        f"bar {BAR:g} for the walk: {'met' if good else 'MISSED'}"
+    )
+    return good
+
+
+def growth(model, tokens) -> bool:
+    """Twice the blocks or tokens cost twice the time: the worst ratio to that, over 1, 2, 4 times of each."""
+    print(f"\n{'blocks':>8}{'tokens':>8}{'seconds':>9}{'to the first row':>18}{'in proportion':>15}")
+    rows = [(b, t) for b in (1, 2, 4) for t in (1, 2, 4)]
+    cost = {}
+    for blocks, times in rows:
+        deep, some = with_blocks(model, blocks), tokens[: 4096 * times]
+        cost[blocks, times] = least(deep, some, {"": walk.ROUNDERS["gptq"]}, rounds=2)[""][0]
+        ratio = cost[blocks, times] / cost[1, 1]
+        share = ratio / (blocks * times)
+        print(f"{2 * blocks:8}{4096 * times:8}{cost[blocks, times]:9.2f}{ratio:18.2f}{share:15.2f}")
+    worst = max(cost[b, t] / cost[1, 1] / (b * t) for b, t in rows)
+    print(f"at most {worst:.2f} of proportion (bar 1.25): {'met' if worst <= 1.25 else 'MISSED'}")
+    return worst <= 1.25
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    model, tokenizer = lm.load_lm(str(lm.DATA / "model"))
+    tokens = lm.token_stream(tokenizer, lm.load_text("calibration"))[:16384]
+    good = [speed(model, tokens), growth(model, tokens)]
+    return int(not all(good))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
