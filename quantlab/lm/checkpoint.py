@@ -71,7 +71,7 @@ def open_checkpoint(folder, model, tokens: Tensor, what: dict) -> Checkpoint:
         other = sorted(key for key in wanted.keys() | there.keys() if wanted.get(key) != there.get(key))
         if other:
             raise ValueError(f"{folder} holds a walk with another {', '.join(other)}; choose an empty folder")
-    elif any(folder.iterdir()):
+    elif any(file.suffix != ".part" for file in folder.iterdir()):
         raise ValueError(f"{folder} holds files, but no {WALK}; choose an empty folder")
     else:
         _write(path, json.dumps(wanted))
