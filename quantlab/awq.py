@@ -74,7 +74,7 @@ def keep_columns(
 
     >>> weight = torch.tensor([[1.0, 0.3, -1.0, 0.2]])
     >>> keep_columns(weight, [1], bits=2, group_size=4).dequantize()
-    tensor([[ 0.6667,  0.3000, -1.3333,  0.0000]])
+    tensor([[ 1.3333,  0.3000, -0.6667,  0.0000]])
     """
     if weight.ndim != 2:
         raise ValueError(f"need a weight (out, in), got shape {tuple(weight.shape)}")

@@ -88,6 +88,9 @@ def test_only_exercises_and_checks_import_explorers_or_checks():
 def test_heavy_packages_stay_in_their_files():
     assert users("transformers") <= {"lm", "training"}
     assert users("ipywidgets") <= {"explorers"}
+    assert users("peft") <= {"qlora"}
+    assert users("joblib") <= {"sweep"}
+    assert users("distributed") | users("dask") == set()  # a user's choice, through joblib
 
 
 def test_import_quantlab_needs_torch_alone():

@@ -1,0 +1,289 @@
+"""Sweeps: many ways of quantizing one model, measured side by side, each result kept on disk.
+
+python -m quantlab.sweep --out ledger.csv --methods rtn gptq "gptq act-order" nf4 --bits 8 4 3 2
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from joblib import Parallel, delayed
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from quantlab import ledger
+from quantlab.ledger import Row
+from quantlab.lm import OPTIONS, linear_layers, load_lm, load_text, quantize_lm, token_stream
+
+# What the notebooks' ledger calls these ways; any other setting is added to the name of the method.
+_SHORT = {"clip_search": "clip", "act_order": "act-order", "double_quant": "double"}
+NAMED = {
+    "rtn": {"method": "rtn"},
+    "rtn clip": {"method": "rtn", "clip_search": True},
+    "nf4": {"method": "nf4"},
+    "gptq": {"method": "gptq"},
+    "gptq act-order": {"method": "gptq", "act_order": True},
+    "awq": {"method": "awq"},
+}
+
+
+def grid(**lists: Sequence) -> list[dict]:
+    """Every combination of these settings as a job for sweep; each keeps what its method takes, and none comes twice.
+
+    Raises: ValueError without methods, for an unknown one, a setting that no method here takes, or no list.
+
+    >>> grid(method=["rtn", "nf4"], bits=[4, 3], group_size=[64])    # NF4 has 4 bits, always
+    [{'method': 'rtn', 'bits': 4, 'group_size': 64}, {'method': 'rtn', 'bits': 3, 'group_size': 64}, \
+{'method': 'nf4', 'group_size': 64}]
+    """
+    for name, values in lists.items():
+        if isinstance(values, str | Mapping) or not isinstance(values, Sequence):
+            raise ValueError(f"{name} must be a list of what to try, got {values!r}")
+    taken = {"method"}.union(*(_options(method).keys() for method in lists.get("method", [])))
+    unknown = sorted(lists.keys() - taken)
+    if "method" not in lists or unknown:
+        raise ValueError(
+            f"no method here takes {', '.join(unknown)}" if unknown else "method=[...] is missing"
+        )
+    jobs = []
+    for values in itertools.product(*lists.values()):
+        job = dict(zip(lists, values, strict=True))
+        job = {name: v for name, v in job.items() if name == "method" or name in _options(job["method"])}
+        if job not in jobs:
+            jobs.append(job)
+    return jobs
+
+
+def sweep(
+    model: str,
+    jobs: Sequence[dict],
+    *,
+    calibration: Tensor | None = None,
+    tokens: Tensor | None = None,
+    window: int = 512,
+    folder="sweeps",
+    n_jobs: int = -1,
+    progress: bool = True,
+) -> list[Row]:
+    """A ledger row for each job, in the order of the jobs. A job is what quantize_lm takes, as a dict: method, bits ...
+
+    model is a name for load_lm. Each process loads it once and computes on one thread; n_jobs of them run side by side
+    through joblib, -1 as many as there are cores. More machines: with a dask.distributed Client at hand, call it inside
+    `with joblib.parallel_config(backend="dask")`; the rows are the same. The ratios of times in a row (prefill, decode)
+    and its seconds depend on what else runs; everything else does not.
+
+    Each row is written to the folder as soon as it is measured, in a JSON file named by a hash of what it depends on:
+    the model's weights, both texts, the settings, quantlab's own sources and the versions below it. What is there is
+    not measured again, so a sweep that was interrupted goes on, and one that was finished takes only as long as loading
+    the model. A file that is damaged is measured again, with a warning.
+
+    calibration and tokens (n,): by default the first 16,384 and 4,096 of the bundled texts.
+    Raises: ValueError for an unknown method or option, before anything runs, and what quantize_lm raises.
+    """
+    settings = [_settings(job) for job in jobs]
+    calibration, tokens, weights = _inputs(model, calibration, tokens)
+    shared = [weights, _hash(calibration), _hash(tokens), window, _sources()]
+    keys = [hashlib.sha256(json.dumps([shared, s], sort_keys=True).encode()).hexdigest() for s in settings]
+    folder = Path(folder)
+    rows = {key: row for key in set(keys) if (row := _read(folder / f"{key}.json")) is not None}
+    todo = {key: (job, s) for key, job, s in zip(keys, jobs, settings, strict=True) if key not in rows}
+    if todo:
+        folder.mkdir(parents=True, exist_ok=True)
+        work = (
+            delayed(_measure)(key, model, weights, dict(job), calibration, tokens, window)
+            for key, (job, _) in todo.items()
+        )
+        done = Parallel(n_jobs=n_jobs, return_as="generator_unordered")(work)
+        for key, row in tqdm(done, total=len(todo), desc="sweep", disable=not progress, leave=False):
+            _write(folder / f"{key}.json", row, todo[key][1])
+            rows[key] = row
+    return [rows[key] for key in keys]
+
+
+def label(job: dict, model=None) -> tuple[str, int, str]:
+    """(method, bits, group) of a job as the ledger names it; the model only for bits that differ by layer.
+
+    With {layer: bits} it is "mixed ..." and bits the mean over the weights, rounded.
+
+    >>> label({"method": "gptq", "bits": 3, "act_order": True}), label({"method": "rtn", "group_size": None})
+    (('gptq act-order', 3, '128'), ('rtn', 4, 'row'))
+    """
+    method, own = job["method"], _options(job["method"])
+    settings = own | job
+    words = [method]
+    for name in own:
+        if name not in ("bits", "group_size", "per") and settings[name] != own[name]:
+            value = settings[name]
+            words.append(_SHORT.get(name, name) if value is True else f"{name}={_plain(value)}")
+    bits = settings.get("bits", 4 if method == "nf4" else 8)
+    if isinstance(bits, Mapping):
+        words.insert(0, "mixed")
+        counts = {name: layer.weight.numel() for name, layer in linear_layers(model).items()}
+        bits = round(sum(bits[name] * n for name, n in counts.items()) / sum(counts.values()))
+    if "group_size" in settings:
+        group = str(settings["group_size"] or "row")
+    else:
+        group = settings.get("per", {"llm_int8": "split"}.get(method, "static"))
+    return " ".join(words), bits, group
+
+
+def _options(method: str) -> dict:
+    if method not in OPTIONS:
+        raise ValueError(f"method must be one of {', '.join(OPTIONS)}, got {method!r}")
+    return OPTIONS[method]
+
+
+def _settings(job: dict) -> dict:
+    """All settings of a job, those that it leaves out too, as JSON can hold them."""
+    if not isinstance(job, Mapping) or "method" not in job:
+        raise ValueError(f'a job is a dict like {{"method": "rtn", "bits": 3}}, got {job!r}')
+    own = _options(job["method"])
+    unknown = sorted(job.keys() - own.keys() - {"method"})
+    if unknown:
+        raise ValueError(f"{job['method']} takes {', '.join(own)}; got {', '.join(unknown)}")
+    return {name: _plain(value) for name, value in (own | dict(job)).items()}
+
+
+def _plain(value):
+    if isinstance(value, Mapping):
+        return {str(name): _plain(v) for name, v in value.items()}
+    if not callable(value):
+        return value
+    name = getattr(value, "__qualname__", "<")
+    if "<" in name:
+        raise ValueError(f"a cached result must know its settings by name; {value!r} has none")
+    return f"{value.__module__}.{name}"
+
+
+def _inputs(name: str, calibration, tokens) -> tuple[Tensor, Tensor, str]:
+    """Both texts, and the hash of the weights that the name stands for now."""
+    model, tokenizer = load_lm(name)
+    if calibration is None:
+        calibration = token_stream(tokenizer, load_text("calibration"))[:16384]
+    if tokens is None:
+        tokens = token_stream(tokenizer, load_text("eval"))[:4096]
+    return calibration, tokens, _weights_hash(model)
+
+
+@lru_cache(maxsize=1)
+def _loaded(name: str, weights: str):
+    """The model, once for each process; the weights it must have are part of the question."""
+    model, _ = load_lm(name)
+    if _weights_hash(model) != weights:
+        raise ValueError(
+            f"{name!r} is another model on this worker; give a name or folder that all of them share"
+        )
+    return model
+
+
+def _measure(
+    key: str, name: str, weights: str, job: dict, calibration: Tensor, tokens: Tensor, window: int
+) -> tuple[str, Row]:
+    """Runs in a worker: one way of quantizing, measured."""
+    model = _loaded(name, weights)
+    method, bits, group = label(job, model)
+    with _one_thread():
+        new, report = quantize_lm(model, calibration, window=window, progress=False, **job)
+        row = ledger.measure(
+            model, new, tokens, method=method, bits=bits, group=group, report=report, window=window
+        )
+    return key, row
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The workers share the cores; threads of each would only stand in each other's way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _hash(x: Tensor) -> str:
+    return hashlib.sha256(x.detach().cpu().contiguous().numpy()).hexdigest()
+
+
+def _weights_hash(model) -> str:
+    """Of every parameter and buffer by name, and of the configuration but where it was found."""
+    config = {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}
+    whole = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, value in model.state_dict().items():
+        whole.update(f"{name} {tuple(value.shape)} {value.dtype} {_hash(value)}".encode())
+    return whole.hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _sources() -> str:
+    """Of everything in quantlab that computes, and the versions of what it computes with."""
+    here = Path(__file__).parent
+    whole = hashlib.sha256(f"{version('torch')} {version('transformers')}".encode())
+    for path in sorted([*here.glob("*.py"), *here.glob("lm/*.py")]):
+        whole.update(path.read_bytes())
+    return whole.hexdigest()
+
+
+def _digest(row: dict) -> str:
+    return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()
+
+
+def _write(path: Path, row: Row, settings: dict) -> None:
+    """Written beside and renamed: the file is whole, or not there."""
+    part = path.with_suffix(f".{os.getpid()}.part")
+    content = {"settings": settings, "row": asdict(row), "sha256": _digest(asdict(row))}
+    part.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    os.replace(part, path)
+
+
+def _read(path: Path) -> Row | None:
+    """The row in a file; None if there is none, or it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        row = content["row"]
+        if content["sha256"] != _digest(row):
+            raise ValueError("its row does not match its hash")
+        return Row(**{f.name: f.type(row[f.name]) for f in fields(Row)})
+    except (ValueError, KeyError, TypeError) as error:
+        warnings.warn(f"{path} is damaged and is measured again ({error!r})", stacklevel=3)
+        return None
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Row]:
+    """The command line: measure these ways and write their rows to a ledger, in place of older ones of their kind."""
+    parser = argparse.ArgumentParser(prog="python -m quantlab.sweep", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", default="ledger.csv", help="the ledger to write the rows to")
+    parser.add_argument("--methods", nargs="+", default=list(NAMED), choices=list(NAMED), metavar="METHOD")
+    parser.add_argument("--bits", nargs="+", type=int, default=[8, 4, 3, 2], metavar="BITS")
+    parser.add_argument("--group", type=int, default=128, help="group size; NF4 keeps its blocks of 64")
+    parser.add_argument("--model", default="bundled", help="a folder or a hub name")
+    parser.add_argument("--cache", default="sweeps", help="folder of what was measured before")
+    parser.add_argument("--n-jobs", type=int, default=-1, help="processes side by side; -1 one a core")
+    chosen = parser.parse_args(arguments)
+    jobs = []
+    for name in chosen.methods:
+        sizes = {} if name == "nf4" else {"bits": chosen.bits, "group_size": [chosen.group]}
+        jobs += grid(**{setting: [value] for setting, value in NAMED[name].items()}, **sizes)
+    rows = sweep(chosen.model, jobs, folder=chosen.cache, n_jobs=chosen.n_jobs)
+    for row in rows:
+        ledger.append(row, chosen.out)
+    print(ledger.Table(rows))
+    return rows
+
+
+if __name__ == "__main__":
+    from quantlab.sweep import main as run  # by its own name: what runs in a worker must be importable there
+
+    run()
