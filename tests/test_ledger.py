@@ -120,6 +120,8 @@ def test_the_reference_copy_has_the_rows_that_the_notebooks_write():
         ("planted w8a8", 8, "static"),
         ("planted smooth", 8, "tensor"),
     } <= rows
+    swept = {(m, b, "128") for m in ("rtn", "rtn clip", "gptq", "gptq act-order", "awq") for b in (8, 4, 3, 2)}
+    assert swept <= rows  # python -m quantlab.sweep --out data/ledger.csv
 
 
 def test_two_writers_at_once_lose_no_row(tmp_path):
