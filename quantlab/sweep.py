@@ -77,10 +77,10 @@ def sweep(
 ) -> list[Row]:
     """A ledger row for each job, in the order of the jobs. A job is what quantize_lm takes, as a dict: method, bits ...
 
-    model is a name for load_lm. Each process loads it once and computes on one thread; n_jobs of them run side by side
-    through joblib, -1 as many as there are cores. More machines: with a dask.distributed Client at hand, call it inside
-    `with joblib.parallel_config(backend="dask")`; the rows are the same. The ratios of times in a row (prefill, decode)
-    and its seconds depend on what else runs; everything else does not.
+    model is a name for load_lm. Each process loads it once, needs the memory of two models, and computes on one thread;
+    n_jobs of them run side by side through joblib, -1 as many as there are cores. More machines: with a
+    dask.distributed Client at hand, call it inside `with joblib.parallel_config(backend="dask")`; the rows are the
+    same. The ratios of times in a row (prefill, decode) and its seconds depend on what else runs; all else does not.
 
     Each row is written to the folder as soon as it is measured, in a JSON file named by a hash of what it depends on:
     the model's weights, both texts, the settings, quantlab's own sources and the versions below it. What is there is

@@ -26,14 +26,17 @@ from quantlab import (
     quantize_tensor,
 )
 from quantlab import explorers as ex
+from quantlab.awq import scale_and_round, scales_of, search_scales
 from quantlab.codebook import nf4_levels, quantize_codebook
 from quantlab.floats import FP4_E2M1, round_to
 from quantlab.gptq import gptq_steps
 from quantlab.linear import DynamicInt8Linear, StaticInt8Linear
 from quantlab.lm import DATA, generate, load_lm
 from quantlab.metrics import sqnr_db
+from quantlab.mixed import Sensitivity, greedy, knapsack
 from quantlab.observers import MSE, MinMax, Percentile
 from quantlab.outliers import LLMInt8Linear, smoothing_scales
+from quantlab.qat import LSQ, binary, ternary
 
 
 def values(count=20_000):
@@ -84,10 +87,16 @@ def speeds():
 
     def parts(way, M, K, N):
         fixed, weight, slow = ways[way]
-        return {"fixed": fixed * 1e-6, "moving": K * N * weight * 1e-11, "computing": M * K * N * slow * 1e-11}
+        return {
+            "fixed": fixed * 1e-6,
+            "moving": K * N * weight * 1e-11,
+            "computing": M * K * N * slow * 1e-11,
+        }
 
     shapes = [(M, K, N) for M in (1, 16, 256) for K in (256, 2048) for N in (256, 768, 2048)]
-    seconds = {(way, *shape): 1.1 * max(parts(way, *shape).values()) + 1e-6 for way in ways for shape in shapes}
+    seconds = {
+        (way, *shape): 1.1 * max(parts(way, *shape).values()) + 1e-6 for way in ways for shape in shapes
+    }
     nbytes = {(way, K, N): K * N * min(ways[way][1], 4) for way in ways for _, K, N in shapes}
     return seconds, nbytes, parts
 
@@ -98,7 +107,55 @@ def accumulator(tokens=50):
     return DynamicInt8Linear.from_linear(linear), values(tokens * 48).view(tokens, 48)
 
 
+def walk():
+    """Weights of three rows that drift for 12 training steps, and a falling loss."""
+    random = torch.Generator().manual_seed(0)
+    drift = torch.randn(12, 3, 96, generator=random).cumsum(0) * 0.004
+    start = torch.randn(3, 96, generator=random) * 0.05
+    return torch.cat([start[None], start + drift]), [3.0 / (1 + k) for k in range(12)]
+
+
+def scaled_layers():
+    """An even layer and one with two loud channels, whose groups of 128 have a short last one."""
+    weight, x = layer_and_inputs()
+    loud = x * torch.ones(150).index_fill(0, torch.tensor([3, 140]), 50.0)
+    return {name: (weight, Hessian(150).add(values)) for name, values in (("even", x), ("loud", loud))}
+
+
+def sensitivity(blocks=3):
+    """Made-up costs that fall by 4 for each bit, of layers of two sizes."""
+    random = torch.Generator().manual_seed(0)
+    kinds = {"attn.q_proj": 4096, "attn.v_proj": 4096, "mlp.up_proj": 12288}
+    weights = {f"model.layers.{i}.{kind}": count for i in range(blocks) for kind, count in kinds.items()}
+    scale = {name: 10 ** torch.rand(1, generator=random).item() for name in weights}
+    costs = {name: {b: factor * 4.0**-b for b in (2, 3, 4, 6)} for name, factor in scale.items()}
+    sizes = {name: {b: count * b // 8 + count // 32 for b in (2, 3, 4, 6)} for name, count in weights.items()}
+    return Sensitivity(costs, costs, sizes, weights, 512)
+
+
+def ranks():
+    """Made-up adapters of a layer with 24 outputs and 16 inputs, and one with 8 outputs."""
+    random = torch.Generator().manual_seed(0)
+    return [
+        {
+            "rank": r,
+            "perplexity": 20 + 60 / (1 + r),
+            "stderr": 2.0,
+            "kl": r / 10,
+            "trained": 56 * r,
+            "text": f"day {r}",
+            "updates": {
+                name: (torch.randn(r, 16, generator=random), torch.randn(out, r, generator=random))
+                for name, out in (("q_proj", 24), ("v_proj", 8))
+            },
+        }
+        for r in (0, 1, 4)
+    ]
+
+
 EXPLORERS = {
+    "rank": lambda: ex.explore_rank(ranks()),
+    "budget": lambda: ex.explore_budget(sensitivity()),
     "affine": lambda: ex.explore_affine(values()),
     "clipping": lambda: ex.explore_clipping(values()),
     "gptq": lambda: ex.explore_gptq(*layer()),
@@ -114,6 +171,9 @@ EXPLORERS = {
     "accumulator": lambda: ex.explore_accumulator(*accumulator(), bits=14),
     "calibration": lambda: ex.explore_calibration(values(8192).view(128, 64), weight=layer()[0]),
     "shift": lambda: ex.explore_shift(*layer_and_inputs()[::-1]),
+    "scaling": lambda: ex.explore_scaling(scaled_layers()),
+    "training": lambda: ex.explore_training(*walk(), bits=2, group_size=48, step=5),
+    "step": lambda: ex.explore_step(*layer_and_inputs(), group_size=50),
 }
 
 
@@ -581,7 +641,9 @@ def a_layer_shifted(*, scale=1.0, shift=0.0, loud=1):
     return weight, x, live
 
 
-@pytest.mark.parametrize("place", [{}, {"scale": 4.0}, {"scale": 0.125, "shift": 0.3}, {"shift": -0.5, "loud": 16}])
+@pytest.mark.parametrize(
+    "place", [{}, {"scale": 4.0}, {"scale": 0.125, "shift": 0.3}, {"shift": -0.5, "loud": 16}]
+)
 def test_shift_errors_are_those_of_the_layers(place):
     weight, x, live = a_layer_shifted(**place)
     explorer = ex.explore_shift(x, weight)
@@ -597,11 +659,16 @@ def test_shift_errors_are_those_of_the_layers(place):
     y = linear(live)
     wanted = [((int8.exact(live) - y).square().sum() / y.square().sum()).item() for int8 in layers]
     said = explorer.numbers().split("OUTPUT: ")[1]
-    assert [float(number) for number in re.findall(r"\d\.\d\de[-+]\d\d", said)] == pytest.approx(wanted, rel=0.01)
+    assert [float(number) for number in re.findall(r"\d\.\d\de[-+]\d\d", said)] == pytest.approx(
+        wanted, rel=0.01
+    )
     points = explorer.ax.figure.axes[1].lines[3:]
     assert [point.get_ydata()[0] for point in points] == pytest.approx(wanted, rel=1e-3)
     scales = list(explorer.ax.figure.axes[1].lines[0].get_xdata())
-    here = [line.get_ydata()[scales.index(place.get("scale", 1.0))] for line in explorer.ax.figure.axes[1].lines[:3]]
+    here = [
+        line.get_ydata()[scales.index(place.get("scale", 1.0))]
+        for line in explorer.ax.figure.axes[1].lines[:3]
+    ]
     assert here == pytest.approx(wanted, rel=1e-3)
     qp = layers[0].input_qparams(live)
     beyond = (live / qp.scale + qp.zero_point).sub(127.5).abs() > 128
@@ -621,7 +688,9 @@ def test_a_static_grid_suffers_both_ways_and_a_dynamic_one_follows():
 
 def test_shift_observer_bits_and_first_position():
     weight, x, _ = a_layer_shifted()
-    explorer = ex.explore_shift(x, weight, observer=Percentile(percentile=90), bits=4, scale=1.9, shift=0.52, loud=5)
+    explorer = ex.explore_shift(
+        x, weight, observer=Percentile(percentile=90), bits=4, scale=1.9, shift=0.52, loud=5
+    )
     assert [control.value for control in explorer.controls.values()] == [2.0, 0.5, 4]
     qp = choose_qparams(*Percentile(percentile=90).update(x).min_max(), qmin=0, qmax=15)
     assert f"scale {qp.scale.item():.3g}" in explorer.numbers()
@@ -657,8 +726,358 @@ def test_compare_tables_is_quantizing_and_measuring_by_hand():
     by_hand = {
         "NF4": quantize_codebook(x, nf4_levels(), block_size=64),
         "INT4 symmetric": quantize_tensor(x, bits=4, granularity=PerGroup(64), symmetric=True, signed=False),
-        "INT4 asymmetric": quantize_tensor(x, bits=4, granularity=PerGroup(72), symmetric=False, signed=False),
+        "INT4 asymmetric": quantize_tensor(
+            x, bits=4, granularity=PerGroup(72), symmetric=False, signed=False
+        ),
     }
     assert by_hand.keys() <= found.keys()
     for name, q in by_hand.items():
         assert found[name] == pytest.approx(sqnr_db(x, q.dequantize()), abs=1e-3), name
+
+
+# --- notebook 10: GPTQ
+
+
+def test_gptq_says_the_true_bits_and_what_the_order_costs():
+    weight, hessian = layer()
+    explorer = ex.explore_gptq(weight, hessian, bits=3, group_size=32)
+    plain, ordered = (
+        gptq_quantize(weight, hessian, bits=3, group_size=32, act_order=order).bits_per_element
+        for order in (False, True)
+    )
+    assert f"true bits per weight {plain:.2f} → {plain:.2f}" in explorer.numbers()
+    explorer.controls["act_order"].value = True
+    assert f"true bits per weight {plain:.2f} → {ordered:.2f} (the order" in explorer.numbers()
+
+
+@pytest.mark.parametrize(("column", "row"), [(0, 0), (20, 5), (64, 23)])
+def test_columns_show_one_row_on_its_grid(column, row):
+    weight, hessian = layer()
+    explorer = ex.explore_columns(weight, hessian, bits=3, column=column, row=row)
+    states = gptq_steps(weight[:24], hessian, bits=3)
+    qp = quantize_tensor(weight[:24], bits=3, granularity=PerAxis(0), symmetric=False).qparams
+    wanted = [((states[k] / qp.scale) + qp.zero_point)[row].numpy() for k in (0, column)]
+    before, now = explorer.ax.figure.axes[1].lines
+    assert np.allclose(before.get_ydata(), wanted[0], atol=1e-4)
+    assert np.allclose(now.get_ydata(), wanted[1], atol=1e-4)
+    done = np.asarray(now.get_ydata())[:column]
+    assert np.allclose(done, done.round(), atol=1e-4)  # on the grid; the lines are its whole numbers
+    drift = abs(wanted[1] - wanted[0])[column:]
+    assert f"moved by {drift.mean() if len(drift) else 0:.3f} steps" in explorer.numbers()
+
+
+# --- notebook 13: training
+
+
+@pytest.mark.parametrize(("step", "row"), [(0, 0), (7, 2), (12, 1)])
+def test_training_shows_the_weights_on_their_grid(step, row):
+    weights, losses = walk()
+    explorer = ex.explore_training(weights, losses, bits=2, group_size=48, step=step, row=row)
+    now, first = (
+        quantize_tensor(weights[k], bits=2, granularity=PerGroup(48), symmetric=False) for k in (step, 0)
+    )
+    multiples = [q.codes - q.element_qparams().zero_point for q in (now, first)]
+    place = weights[step] / now.element_qparams().scale
+    elsewhere = multiples[0] != multiples[1]
+    assert f"first: {100 * elsewhere.double().mean():.1f} % of the weights" in explorer.numbers()
+    assert f"{elsewhere[row].double().mean():.0%} of row {row}" in explorer.numbers()
+    assert f"distance from the grid: {(place - multiples[0]).abs().mean():.3f} steps" in explorer.numbers()
+    assert f"loss {losses[min(step, 11)]:.3f} (at first 3.000)" in explorer.numbers()
+    assert (
+        "2.71 true bits" in explorer.numbers()
+    )  # 2 + (32 + 2) / 48; zero points packed over all 13 snapshots
+    stay, moved, _ = explorer.ax.lines
+    for dots, which in ((stay, ~elsewhere), (moved, elsewhere)):
+        of_row = place[row][which[row]]
+        assert all(np.isclose(of_row, y, atol=1e-4).any() for y in dots.get_ydata())
+    assert len(stay.get_ydata()) + len(moved.get_ydata()) == 16
+
+
+def test_training_counts_what_is_rounded_elsewhere_and_not_what_a_zero_point_moves():
+    """The grid of a group moves down by one code with its lowest weight: codes change, multiples of 0 do not."""
+    weights = torch.tensor([[[-1.0, 0.0, 0.1, 1.0, 2.0]], [[-2.0, 0.0, 0.1, 1.0, 1.0]]])
+    codes = quantize_tensor(weights, bits=2, granularity=PerGroup(5), symmetric=False).codes
+    assert (codes[0] != codes[1]).tolist() == [[False, True, True, True, False]]
+    explorer = ex.explore_training(weights, [1.0], bits=2, group_size=5, step=1)
+    assert "elsewhere than at first: 40.0 % of the weights, 40% of row 0" in explorer.numbers()
+
+
+@pytest.mark.parametrize(
+    ("weights", "losses", "message"),
+    [
+        (torch.zeros(3, 4), [1.0, 1.0], "need weights"),
+        (torch.zeros(3, 2, 4), [1.0], "need weights"),
+        (torch.zeros(1, 2, 4), [], "need weights"),
+        (torch.full((2, 2, 4), float("nan")), [1.0], "finite"),
+    ],
+)
+def test_training_refuses_what_is_no_run(weights, losses, message):
+    with pytest.raises(ValueError, match=message):
+        ex.explore_training(weights, losses, bits=2)
+
+
+# --- AWQ (notebook 11)
+
+
+def test_scaling_numbers_are_the_librarys():
+    layers = scaled_layers()
+    explorer = ex.explore_scaling(layers, bits=3)
+    for name, value in {"layer": "loud", "alpha": 0.45, "group": 32}.items():
+        explorer.controls[name].value = value
+    weight, hessian = layers["loud"]
+    search = search_scales([weight], hessian, bits=3, group_size=32)
+    scaled = scale_and_round(weight, scales_of(hessian.mean_abs, 0.45), bits=3, group_size=32)
+    error = hessian.output_error(weight, scaled.dequantize())
+    assert error == pytest.approx(search.errors[9], rel=1e-6)
+    assert f"output error {error:.2e} ({error / search.errors[0]:.2f} ×)" in explorer.numbers()
+    assert f"best {min(search.errors):.2e} at alpha {search.alpha:.2f}" in explorer.numbers()
+    assert f"true bits per weight {scaled.q.bits_per_element:.3f}" in explorer.numbers()
+    of_weight = ((weight - scaled.dequantize()).square().sum() / weight.square().sum()).item()
+    assert f"weight error {of_weight:.2e}" in explorer.numbers()
+    curve = explorer.ax.lines[0]
+    np.testing.assert_allclose(curve.get_ydata(), np.array(search.errors) / search.errors[0], rtol=1e-3)
+
+
+def test_scaling_parts_are_those_of_rounding_some_channels_only():
+    """Loud alone, others alone, and one channel alone, each from a weight in which nothing else was rounded."""
+    layers = scaled_layers()
+    explorer = ex.explore_scaling(layers, alpha=0.3, bits=4, group_size=None)
+    explorer.controls["layer"].value = "loud"
+    weight, hessian = layers["loud"]
+    scaled = scale_and_round(weight, scales_of(hessian.mean_abs, 0.3), bits=4, group_size=None)
+    plain = scale_and_round(weight, torch.ones(150), bits=4, group_size=None)
+    whole = hessian.output_error(weight, plain.dequantize())
+    loud = hessian.mean_abs.topk(4).indices
+
+    def alone(columns):
+        mixed = weight.clone()
+        mixed[:, columns] = scaled.dequantize()[:, columns]
+        return hessian.output_error(weight, mixed) / whole
+
+    others = [c for c in range(150) if c not in loud.tolist()]
+    _, of_loud, of_others = explorer.ax.lines[:3]
+    assert of_loud.get_ydata()[6] == pytest.approx(alone(loud), rel=1e-3)
+    assert of_others.get_ydata()[6] == pytest.approx(alone(others), rel=1e-3)
+    steps, parts = explorer.ax.figure.axes[:2]
+    dots = dict(zip(*[parts.lines[1].get_xdata(), parts.lines[1].get_ydata()], strict=True))
+    strength = hessian.mean_abs.numpy()
+    assert dots[strength[140]] == pytest.approx(alone([140]), rel=1e-3)
+    ratio = scaled.q.qparams.scale / plain.q.qparams.scale / scaled.input_scale[140]
+    drawn = dict(zip(*[steps.lines[1].get_xdata(), steps.lines[1].get_ydata()], strict=True))
+    weighted = (ratio * plain.q.qparams.scale).mean() / plain.q.qparams.scale.mean()
+    assert drawn[strength[140]] == pytest.approx(weighted.item(), rel=1e-4)
+
+
+def test_scaling_of_odd_layers():
+    for weight, x in ((torch.zeros(3, 4), torch.zeros(5, 4)), (torch.ones(1, 1), torch.ones(1, 1))):
+        explorer = ex.explore_scaling({"odd": (weight, Hessian(weight.shape[1]).add(x))})
+        explorer.controls["alpha"].value = 1.0
+        assert "nan" not in explorer.numbers()
+    weight, hessian = layer()
+    before = weight.clone()
+    ex.explore_scaling({"layer": (weight, hessian)})
+    assert torch.equal(weight, before)
+    for layers, settings, message in (
+        ({}, {}, "no layers"),
+        ({"a": (weight[:, :9], hessian)}, {}, "need a weight"),
+        ({"a": (weight, hessian)}, {"bits": 9}, "bits must be one of 2, 3, 4, 8, got 9"),
+        ({"a": (weight, hessian)}, {"group_size": 7}, "group_size must be one of"),
+        ({"a": (weight, hessian)}, {"alpha": 0.33}, "alpha must be one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ex.explore_scaling(layers, **settings)
+
+
+# Mixed precision
+
+
+def test_budget_numbers_and_picture_are_the_librarys():
+    given = sensitivity()
+    explorer = ex.explore_budget(given, steps=30)
+    names = list(given.costs)
+    for place in (0, 7, 18, 29):
+        for rule, allocate in (("exact", knapsack), ("greedy", greedy)):
+            explorer.controls["budget"].value, explorer.controls["rule"].value = place, rule
+            budget = int(re.search(r"budget ([\d,]+) bytes", explorer.numbers())[1].replace(",", ""))
+            found = allocate(given.costs, given.sizes, budget)
+            used = 8 * found.nbytes / sum(given.weights.values())
+            assert f"used {found.nbytes:,}: {used:.2f} bits a weight" in explorer.numbers()
+            assert f"predicted KL {found.kl:.3g} " in explorer.numbers() + " "
+            shown = explorer.ax.images[0].get_array()
+            wanted = [[found.bits[f"model.layers.{i}.{kind}"] for i in range(3)] for kind in
+                      ("attn.q_proj", "attn.v_proj", "mlp.up_proj")]  # fmt: skip
+            assert np.array_equal(shown, wanted)
+            digits = [text.get_text() for text in explorer.ax.texts]
+            assert digits == [str(found.bits[name]) for name in names]
+
+
+def test_chance_deals_the_same_bits_anew_among_layers_of_one_size():
+    given = sensitivity(blocks=6)
+    explorer = ex.explore_budget(given)
+    explorer.controls["rule"].value = "exact"
+    exact, said = explorer.ax.images[0].get_array().copy(), explorer.numbers()
+    explorer.controls["rule"].value = "by chance"
+    dealt = explorer.ax.images[0].get_array()
+    assert not np.array_equal(dealt, exact)
+    assert sorted(dealt[:2].flatten()) == sorted(exact[:2].flatten())
+    assert sorted(dealt[2]) == sorted(exact[2])
+    assert said.split("   ")[0] == explorer.numbers().split("   ")[0]  # the same bytes
+    assert float(re.search(r"([\d.]+) × the exact", explorer.numbers())[1]) > 1.05
+
+
+def test_budget_starts_where_it_is_told_and_counts_uniform_bits():
+    given = sensitivity()
+    everywhere = sum(row[4] for row in given.sizes.values())
+    explorer = ex.explore_budget(given, steps=5, budget=everywhere)
+    assert f"budget {everywhere:,} bytes, used {everywhere:,}" in explorer.numbers()
+    same = float(re.search(r"everywhere about ([\d.e-]+)", explorer.numbers())[1])
+    assert same == pytest.approx(sum(row[4] for row in given.costs.values()), rel=0.01)
+    odd = ex.explore_budget(given, steps=5, budget=everywhere + 12345)
+    assert f"budget {everywhere + 12345:,} bytes" in odd.numbers()
+
+
+def test_budget_of_many_blocks_has_no_digits():
+    explorer = ex.explore_budget(sensitivity(blocks=30), steps=5)
+    assert len(explorer.ax.texts) == 0
+    assert explorer.ax.images[0].get_array().shape == (3, 30)
+
+
+# --- notebook 15: ranks
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_rank_shows_the_singular_values_of_the_update(rank):
+    rows = ranks()
+    explorer = ex.explore_rank(rows, rank=rank)
+    explorer.controls["layer"].value = "v_proj"
+    a, b = next(row for row in rows if row["rank"] == rank)["updates"]["v_proj"]
+    expected = torch.linalg.svdvals(b @ a)[:rank].numpy()
+    shown = [segment[1][1] for segment in explorer.ax.collections[0].get_segments()]
+    assert np.allclose(shown, expected, rtol=1e-4)
+    energy = np.cumsum(expected**2) / (expected**2).sum()
+    held = f"holds {energy[0]:.0%} of its square, {(energy < 0.9).sum() + 1} of {rank} hold 90%"
+    assert held in explorer.numbers()
+    assert f"rank {rank}: {56 * rank:,} trained numbers" in explorer.numbers()
+    assert f"it writes: day {rank}" in explorer.numbers()
+
+
+def test_rank_0_is_no_update_and_bad_results_are_told():
+    explorer = ex.explore_rank(ranks(), rank=0)
+    assert "no update" in explorer.numbers()
+    assert len(explorer.ax.collections[0].get_segments()) == 0
+    for rows in ([], [*ranks(), *ranks()], ranks()[:1] + [ranks()[1] | {"updates": {}}]):
+        with pytest.raises(ValueError, match="need one result for each rank"):
+            ex.explore_rank(rows)
+
+
+# --- notebook 14: the step
+
+
+def step_layer():
+    weight, x = layer_and_inputs()
+    energy = (x @ weight.T).square().sum()
+    return weight, x, lambda q: (x @ (q - weight).T).square().sum() / energy
+
+
+@pytest.fixture(scope="module")
+def steps():
+    weight, x = layer_and_inputs()
+    return ex.explore_step(weight, x, group_size=50)
+
+
+def move_to(explorer, bits, index, loss="output"):
+    """Set all controls; returns the step in units of mean |w|."""
+    for name, value in (("bits", bits), ("step", index), ("loss", loss)):
+        explorer.controls[name].value = value
+    return float(np.geomspace(0.02, 6, 49)[index])
+
+
+@pytest.mark.parametrize(("bits", "index"), [("2", 20), ("2", 41), ("3", 33), ("5", 38)])
+def test_step_errors_and_pull_are_those_of_lsq_on_the_same_grid(steps, bits, index):
+    weight, x, output_error = step_layer()
+    explorer, factor = steps, move_to(steps, bits, index)
+    lsq = LSQ(weight, bits=int(bits), granularity=PerGroup(50))
+    with torch.no_grad():
+        lsq.step.mul_(factor * lsq.qmax**0.5 / 2)  # it starts at 2 mean |w| / sqrt(qmax)
+    rounded = lsq(weight)
+    error = output_error(rounded)
+    (slope,) = torch.autograd.grad(error, lsq.step)
+    pull = (slope / lsq.gradient_scale * lsq.step).sum()
+    weight_error = ((rounded - weight).square().sum() / weight.square().sum()).item()
+    assert f"weight error {weight_error:.2e}, output error {error.item():.2e}" in explorer.numbers()
+    assert f"output error pulls the step {'down' if pull > 0 else 'up'}," in explorer.numbers()
+    assert f"{lsq.quantized(weight).bits_per_element:.2f} true bits" in explorer.numbers()
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_step_says_where_lsqs_gradient_turns(steps, bits):
+    weight, x, output_error = step_layer()
+    factors, pulls = np.geomspace(0.02, 6, 49), []
+    for factor in factors.tolist():
+        lsq = LSQ(weight, bits=bits, granularity=PerGroup(50))
+        lsq.step.data.mul_(factor * lsq.qmax**0.5 / 2)
+        (slope,) = torch.autograd.grad(output_error(lsq(weight)), lsq.step)
+        pulls.append((slope * lsq.step).sum().item())  # the same factor of scale for all groups
+    turn = next(i for i in range(48) if pulls[i] < 0 <= pulls[i + 1])
+    turn += abs(pulls[turn + 1]) < abs(pulls[turn])
+    move_to(steps, str(bits), turn)
+    here = re.search(r"output error (\S+)", steps.numbers())[1]
+    assert f"until {factors[turn]:.2g} (error {here})" in steps.numbers()
+
+
+def test_three_and_two_values_start_at_the_librarys_scale_and_two_end_there(steps):
+    (weight, _, output_error), explorer = step_layer(), steps
+    for bits, rounding in (("1.58", ternary), ("1", binary)):
+        move_to(explorer, bits, 33)
+        error = output_error(rounding(weight, PerGroup(50))).item()
+        said = float(re.search(r"at the start \(1\) (\S+)", explorer.numbers())[1])
+        assert said == pytest.approx(error, rel=0.05)  # read off between two steps of the slider
+    move_to(explorer, "1", 33, "weight")
+    assert "until 1 (" in explorer.numbers()  # of two values mean |w| has the least error
+    assert "rounded to 0 0.0%" in explorer.numbers()
+
+
+@pytest.mark.parametrize("shapes", [((4, 8), (5, 7)), ((8,), (5, 8)), ((4, 8), (8,)), ((4, 100), (5, 100))])
+def test_step_refuses_inputs_of_another_layer_and_a_group_that_is_left_over(shapes):
+    with pytest.raises(ValueError, match="must divide the 100" if shapes[0] == (4, 100) else "need weight"):
+        ex.explore_step(*(torch.ones(shape) for shape in shapes))
+
+
+# --- notebook 06: the bits of a whole model
+
+
+def measured_models():
+    texts = {32: "a dog ran home today", 8: "a dog ran home today", 4: "a dog ran far away", 2: "dog dog"}
+    return [
+        {"label": "float" if b == 32 else f"{b} bits", "bits": b, "perplexity": 40 + 100 / b**2, "stderr": 2.0,
+         "kl": 0.0 if b == 32 else 4.0**-b, "text": text, "top1": 1 - 1 / b}
+        for b, text in texts.items()
+    ]  # fmt: skip
+
+
+def test_bits_stand_at_their_places_and_a_kl_of_zero_below_all_others():
+    explorer = ex.explore_bits(measured_models())
+    left, right = explorer.ax.figure.axes
+    assert list(left.lines[0].get_xdata()) == [10, 8, 4, 2]  # 8 and 4 are twice as far apart as 4 and 2
+    assert list(left.lines[0].get_ydata()) == [r["perplexity"] for r in measured_models()]
+    curve, nothing = right.lines[:2]
+    assert list(curve.get_xdata()) == [8, 4, 2]
+    assert list(curve.get_ydata()) == [4.0**-8, 4.0**-4, 4.0**-2]
+    assert list(nothing.get_xdata()) == [10]
+    assert 0 < nothing.get_ydata()[0] < 4.0**-8
+    assert [text.get_text() for text in right.texts] == ["0"]
+    assert [tick.get_text() for tick in right.get_xticklabels()] == ["float", "8", "4", "2"]
+    for result, place in zip(measured_models(), (10, 8, 4, 2), strict=True):
+        explorer.controls["model"].value = result["label"]
+        assert [axes.lines[-1].get_xdata()[0] for axes in (left, right)] == [place, place]
+        assert left.lines[-1].get_ydata() == [result["perplexity"]]
+        assert result["text"] in explorer.numbers()
+        assert f"KL {result['kl']:.4f}, same top token {result['top1']:.1%}" in explorer.numbers()
+
+
+@pytest.mark.parametrize(("label", "words"), [("8 bits", 5), ("4 bits", 3), ("2 bits", 0)])
+def test_bits_say_how_long_the_story_is_the_float_models(label, words):
+    explorer = ex.explore_bits(measured_models())
+    assert "words as" not in explorer.numbers()
+    explorer.controls["model"].value = label
+    assert f"; {words} words as float\n" in explorer.numbers()

@@ -243,6 +243,7 @@ def test_obq_is_the_cheapest_constrained_least_squares_each_time(seed, bits):
 
 def test_obq_takes_the_row_to_the_grid_below_round_to_nearest():
     weight, x = layer(rows=5, columns=60)
+    weight, x = weight.double(), x.double()
     hessian, before, errors = Hessian(60).add(x), weight.clone(), torch.zeros(2)
     for row in weight:
         states, order = obq_steps(row, hessian, bits=3)
@@ -252,7 +253,7 @@ def test_obq_takes_the_row_to_the_grid_below_round_to_nearest():
         assert sorted(order) == list(range(60))
         for k, i in enumerate(order):
             assert (states[k + 1 :, i] == states[-1, i]).all()  # done stays done
-        for k, w in enumerate((states[-1:].float(), nearest.dequantize())):
+        for k, w in enumerate((states[-1:], nearest.dequantize())):
             errors[k] += (x @ (w - row).T).square().sum()
     assert errors[0] < 0.8 * errors[1]
     assert torch.equal(weight, before)

@@ -59,7 +59,9 @@ def test_sensitivity_is_quantizing_one_layer_and_measuring(family, group_size):
     found = mixed.sensitivity(model, tokens, bits=(4, 2), group_size=group_size, window=32, progress=False)
     assert list(found.costs) == list(found.sizes) == list(found.errors) == list(lm.linear_layers(model))
     assert found.tokens == 160
-    assert sum(found.weights.values()) == sum(lm.weight_of(m).numel() for m in lm.linear_layers(model).values())
+    assert sum(found.weights.values()) == sum(
+        lm.weight_of(m).numel() for m in lm.linear_layers(model).values()
+    )
     for name in found.costs:
         assert list(found.costs[name]) == [2, 4]
         for bits in (2, 4):
@@ -144,7 +146,9 @@ def test_bad_settings_are_refused(options, message):
 
 
 def test_a_sensitivity_prints_as_a_table():
-    found = mixed.Sensitivity({"a": {2: 0.5, 4: 0.01}}, {"a": {2: 0.1, 4: 0.1}}, {"a": {2: 8, 4: 16}}, {"a": 32}, 32)
+    found = mixed.Sensitivity(
+        {"a": {2: 0.5, 4: 0.01}}, {"a": {2: 0.1, 4: 0.1}}, {"a": {2: 8, 4: 16}}, {"a": 32}, 32
+    )
     assert [line.split()[-2:] for line in str(found).splitlines()] == [
         ["4", "bits"],
         ["5.00e-01", "1.00e-02"],

@@ -1,6 +1,7 @@
 """qat: fake-quantized layers against loops, torch's own kernels and finite differences; a model there and back."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -38,6 +39,7 @@ from quantlab.qat import (
     ternary,
     unpack_ternary,
 )
+from quantlab.storage import load_tensors
 
 GRANULARITIES = [PerTensor(), PerAxis(0), PerGroup(8), PerGroup(5), PerGroup(100)]
 WEIGHT_METHODS = {
@@ -538,6 +540,33 @@ def test_a_conv1d_keeps_its_own_axes():
         layer.weight.detach().T, bits=2, granularity=PerAxis(0), symmetric=False
     ).dequantize()
     torch.testing.assert_close(fake(x), x @ rounded.T + layer.bias)
+
+
+# --- the checkpoints of notebook 13 -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_checkpoints_fit_the_bundled_model_and_their_log(bits):
+    log = json.loads((lm.DATA / f"qat/w{bits}.json").read_text())
+    packed = load_tensors(lm.DATA / f"qat/w{bits}.safetensors")
+    layers = lm.linear_layers(lm.load_lm(str(lm.DATA / "model"))[0])
+    assert list(packed) == list(layers)
+    assert [q.codes.shape for q in packed.values()] == [
+        lm.weight_of(layer).shape for layer in layers.values()
+    ]
+    assert {(q.bits, q.granularity, q.symmetric) for q in packed.values()} == {(bits, PerGroup(128), False)}
+    assert (log["bits"], log["group_size"], len(log["losses"])) == (bits, 128, log["steps"])
+    assert log["held_out"][-1] < 0.6 * log["held_out"][0]
+    assert (lm.DATA / f"qat/w{bits}.safetensors").stat().st_size < 2.5e6
+
+
+def test_a_checkpoint_measures_as_its_log_says():
+    model, tokenizer = lm.load_lm(str(lm.DATA / "model"))
+    held_out = lm.token_stream(tokenizer, lm.load_text("calibration"))[-4096:]
+    waiting = iter(load_tensors(lm.DATA / "qat/w2.safetensors").values())
+    new, _ = lm.quantize_weights(model, lambda weight: next(waiting))
+    log = json.loads((lm.DATA / "qat/w2.json").read_text())
+    assert lm.divergence(model, new, held_out).kl == pytest.approx(log["kl_held_out"], rel=1e-3)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------

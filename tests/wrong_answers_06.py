@@ -5,6 +5,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from quantlab.lm import divergence, perplexity
+
 
 def nll(logits, tokens):
     return F.cross_entropy(logits[:-1], tokens[1:], reduction="none")
@@ -26,6 +28,22 @@ def pull(sums, counts):
 
 def value(sums, counts):
     return (sums.sum() / counts.sum()).exp()
+
+
+def lowest_kl(model, suspect, rounded, texts):
+    found = [divergence(model, suspect, text, window=128).kl for text in texts]
+    return found.index(min(found))
+
+
+def lowest_perplexity(model, suspect, rounded, texts):
+    found = [perplexity(suspect, text, window=128).value for text in texts]
+    return found.index(min(found))
+
+
+def perplexity_below_that_of_the_rounded(model, suspect, rounded, texts):
+    for i, text in enumerate(texts):
+        if perplexity(suspect, text, window=128).value < perplexity(rounded, text, window=128).value:
+            return i
 
 
 WRONG = {
@@ -63,6 +81,15 @@ WRONG = {
         (lambda p, q: (kl(p, q), 0.0), "Return one number"),
     ],
     "6.4": [
+        (lambda *_: None, "was let go"),
+        (lambda *_: 2, "how much lower must it be"),
+        (lowest_kl, "how much lower must it be"),
+        (lowest_perplexity, "how much lower must it be"),
+        (perplexity_below_that_of_the_rounded, "must not matter"),
+        (lambda *_: 3, "index of a text"),
+        (lambda *_: "leaked", "index of a text"),
+    ],
+    "6.5": [
         (lambda model, tokens, target: 2, "times the target"),
         (lambda model, tokens, target: 8, "the least number"),
         (lambda model, tokens, target: 0.01, "an int"),

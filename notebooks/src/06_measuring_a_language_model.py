@@ -1,6 +1,6 @@
 # %% [markdown]
 # # 06 Measuring a language model
-# *50 minutes, of which the computer needs about one. You need notebook 01.*
+# *60 minutes, of which the computer needs about one. You need notebooks 01 and 03.*
 #
 # 语言模型的度量. A quantized model is a damaged model. This notebook is about saying *how* damaged. At the end of
 # it you can
@@ -12,21 +12,17 @@
 # - catch a measurement that was calibrated on its own test text.
 # %% [markdown]
 # ### Recall
-# Answer before you open them.
-#
-# 1. How large can a rounding error get inside the grid?
-# 2. Why are weights quantized symmetrically, and activations not?
-# 3. What is one bit more worth, in decibels?
+# 1. What does one exponent bit more buy a float format, and what does it cost at equal bits?
+# 2. Does MXFP4 store 4 bits for each weight?
+# 3. Why do FP16 gradients need a loss scale, and BF16 ones not?
 #
 # <details><summary>Answers</summary>
-# 1. Half a step, s/2. 2. Weights lie about evenly on both sides of 0, so little range is wasted, and no
-#    zero point need be stored; a ReLU's output uses half of such a range. 3. 6.02 dB: the step
-#    halves.</details>
+# 1. Range: twice as many octaves; a mantissa bit, so a coarser step in each. 2. 4.25: a scale of 8 bits for
+#    every 32. 3. Small gradients underflow in FP16; BF16 has the exponents of FP32.</details>
 #
 # ## 1. What broke
-# We round all linear layers of the model to nearest, in groups of 128 weights (128 neighbours in a row
-# share a scale and a zero point of their own, so an outlier spoils the step for 127 others only), with 8
-# bits down to 2.
+# Notebook 05 ended with models whose KL differed by thousandths. Is that damage, or luck? We round all
+# linear layers of the model to nearest, in groups of 128 weights, with 8 bits down to 2.
 # %%
 import torch
 
@@ -42,13 +38,16 @@ for bits in (8, 6, 5, 4, 3, 2):
 # Three of the models tell a story: the float model, the one with 4 bits, and the one with 3 bits, in an
 # order that we keep to ourselves. **Predict**: which is which?
 # %% tags=["nbval-ignore-output"]
+import textwrap
+
 from quantlab.lm import generate
 
-start = "One day, a small dog"
+start, tellers = "One day, a small dog", {"float": model, "4 bits": quantized[4], "3 bits": quantized[3]}
 order = torch.randperm(3, generator=torch.Generator().manual_seed(len(start))).tolist()
-storytellers = dict(zip("ABC", ([model, quantized[4], quantized[3]][i] for i in order), strict=True))
-stories = {name: generate(m, tokenizer, start, tokens=45) for name, m in storytellers.items()}
-print("\n\n".join(f"{name}: {story}" for name, story in stories.items()))
+storytellers = {letter: list(tellers)[i] for letter, i in zip("ABC", order, strict=True)}
+for letter, teller in storytellers.items():
+    story = generate(tellers[teller], tokenizer, start, tokens=45)
+    print(textwrap.fill(f"{letter}: {' '.join(story.split())}", 100), "\n")
 # %% [markdown]
 # A story is one walk through the model, and it shows none of the choices that were not taken. If it reads
 # well, the model may still be damaged; if it reads badly, it may have had bad luck. We need a number, and
@@ -78,8 +77,7 @@ assert torch.isclose(value, p.prod() ** (-1 / 3))
 # **Predict.** What is the perplexity of a model that gives each of V tokens the probability 1/V?
 #
 # <details><summary>Answer</summary>
-# V: every nll is log V, so is their mean, and exp(log V) = V. So 1 is certainty and V no idea. A model that
-# is sure and wrong can lie above V, without bound.</details>
+# V: every nll is log V, so is their mean. 1 is certainty; sure and wrong can lie above V.</details>
 #
 # ### Exercise 6.1: perplexity (about 5 minutes)
 # `logits` has a row for each of n tokens, computed from that token and those before it; `log_softmax` makes
@@ -109,73 +107,73 @@ f"perplexity {measured.value:.2f} over {measured.tokens} predictions; a blind gu
 # ## 3. One model, one text, many perplexities
 # The text is longer than the model can read at once, so it is cut into **windows** (窗口). A new window
 # starts every **stride** (步长) tokens; with a stride below the window they overlap, and a token counts in
-# the first window that reaches it. Before each story stands a *begin token* (BOS).
+# the first window that reaches it. Before each story stands a *begin token* (BOS, 起始符).
 #
 # **Predict** the direction: what do shorter windows do to the number? A smaller stride? Leaving out the
-# begin tokens?
-# %% tags=["nbval-ignore-output"]
-plain = tokens[tokens != tokenizer.bos_token_id]
-settings = {
-    "window 32": perplexity(model, tokens, window=32),
-    "window 128": perplexity(model, tokens, window=128),
-    "window 128, stride 64": perplexity(model, tokens, window=128, stride=64),
-    "window 512": perplexity(model, tokens, window=512),
-    "window 512, no begin token": perplexity(model, plain, window=512),
-}
-short, middle, overlapping, long, without = (p.value for p in settings.values())
-assert short > middle > max(overlapping, long)
-assert without > long
-{name: round(p.value, 2) for name, p in settings.items()}
+# begin tokens? Putting one in front of *every* window, as some tools do?
 # %%
-import matplotlib.pyplot as plt
 import torch.nn.functional as F
 
-from quantlab.plots import ERROR, FLOAT, QUANTIZED
-
-def nll_of(model, tokens, window=128):
-    ids = tokens[: len(tokens) // window * window].view(-1, window)
+def nll_of(model, tokens, window=128, first=()):
+    ids = tokens[: len(tokens) // (size := window - len(first)) * size].view(-1, size)
+    ids = torch.cat([torch.tensor(first).long().expand(len(ids), -1), ids], dim=1)
     with torch.no_grad():
         logits = model(ids).logits[:, :-1]
     return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
 
 nll = nll_of(model, tokens)  # (windows, predictions)
-by_context = [part.mean().item() for part in nll.split([2, 4, 8, 16, 32, 65], dim=1)]
-assert by_context[0] > by_context[-1]  # the more it has seen, the better it guesses
+# %%
+plain = tokens[tokens != (bos := tokenizer.bos_token_id)]
+forced = nll_of(model, tokens, first=[bos])
+settings = {
+    "window 32": perplexity(model, tokens, window=32)[:2],
+    "window 128": perplexity(model, tokens, window=128)[:2],
+    "window 128, stride 64": perplexity(model, tokens, window=128, stride=64)[:2],
+    "window 512": perplexity(model, tokens, window=512)[:2],
+    "window 512, BOS removed": perplexity(model, plain, window=512)[:2],
+    "window 128, BOS before each": (value := forced.mean().exp(), value * forced.mean(1).std() / len(forced) ** 0.5),
+}
+short, middle, overlapping, long, without, forced = (value for value, _ in settings.values())
+assert forced > middle > overlapping > long < without < short
 # %% tags=["nbval-ignore-output"]
-fig, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
-left.plot(range(6), by_context, "o-", color=ERROR)
-left.set(xlabel="tokens seen before in the window", ylabel="mean nll, nats", xticks=range(6))
-left.set_xticklabels(["1-2", "3-6", "7-14", "15-30", "31-62", "63-127"], fontsize="small")
-values, errors = [p.value for p in settings.values()], [p.stderr for p in settings.values()]
-right.errorbar(values, range(5), xerr=errors, fmt="o", color=QUANTIZED, capsize=3)
-right.set(yticks=range(5), xlabel="perplexity ± standard error")
-right.set_yticklabels(settings, fontsize="small")
+import matplotlib.pyplot as plt
+
+from quantlab.plots import ERROR, FLOAT, QUANTIZED, plot_curves
+
+fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 2.8), layout="constrained")
+seen = [part.mean().item() for part in nll.split([2, 4, 8, 16, 32, 65], dim=1)]
+plot_curves({"": (["1-2", "3-6", "7-14", "15-30", "31-62", "63-127"], seen)},
+            xlabel="tokens seen before in the window", ylabel="mean nll, nats", ax=left)
+values, errors = zip(*settings.values(), strict=True)
+right.errorbar(values, [f"{name}: {value:.1f}" for name, value in zip(settings, values, strict=True)],
+               xerr=errors, fmt="o", color=QUANTIZED, capsize=3)
 right.invert_yaxis()
+right.set(xlabel="perplexity ± standard error")
 plt.show()
+assert seen[0] > seen[-1]  # the more it has seen, the better it guesses
 # %% [markdown]
 # The model has not changed by a single bit. Left: a token early in a window is hard to guess, because
-# little stands before it; short windows have many such tokens, and overlap spares them. Without begin
-# tokens the model cannot see where a story starts.
+# little stands before it. Short windows have many such tokens; overlap spares them, and reads the text
+# twice. Without begin tokens the model cannot see where a story starts; with one in front of every window
+# it believes that a story starts where none does.
 #
-# *Why do my perplexities disagree?* is asked in every forum. Because of another window, stride, begin
-# token, text or tokenizer. **Compare only what was measured with all five alike.**
+# *Why do my perplexities disagree?* Because of another window, stride, begin token, text or tokenizer.
+# **Compare only what was measured with all five alike.**
 #
-# The tokenizer is the worst of them. Take a text of 12 characters. One model reads it as 3 long tokens, the
-# other as 6 short ones; both give it the probability 1/4096. **Predict**: which perplexity is lower?
+# The tokenizer is the worst of them. One model reads 12 characters as 3 long tokens, another as 6 short
+# ones; both give the text the probability 1/4096. **Predict**: whose perplexity is lower?
 # %% tags=["nbval-ignore-output"]
 import math
 
 three, six = torch.full((3,), 1 / 16), torch.full((6,), 1 / 4)
-bits_per_character = [(-p.log2().sum() / 12).item() for p in (three, six)]
-assert bits_per_character == [1, 1]
-print("perplexities", [(-p.log()).mean().exp().item() for p in (three, six)])
-print("bits per character", bits_per_character)
-whole, letters = settings["window 512"], len(tokenizer.decode(tokens[1:], skip_special_tokens=True))
+for p in (three, six):
+    print(f"perplexity {(-p.log()).mean().exp():.0f}, bits per character {-p.log2().sum() / 12:.0f}")
+whole, letters = perplexity(model, tokens), len(tokenizer.decode(tokens[1:], skip_special_tokens=True))
 per_character = whole.nll * whole.tokens / math.log(2) / letters
 print(f"our model: perplexity {whole.value:.1f}, bits per character {per_character:.2f}")
 # %% [markdown]
-# 16 and 4, for two models that know exactly as much. Perplexity is *per token*, and the tokens differ.
-# **Bits per character** (每字符比特数) divides by something that does not: both have 1.
+# 16 and 4, for two models that know exactly as much: perplexity is *per token*, and the tokens differ.
+# **Bits per character** (每字符比特数) divides by something that does not.
 #
 # ## 4. The error bar
 # Another text of the same kind would have given another number. How far away? Take the k windows as
@@ -187,8 +185,8 @@ print(f"our model: perplexity {whole.value:.1f}, bits per character {per_charact
 # The standard error (标准误) of m is the standard deviation of the $r_i$ over $\sqrt k$.
 #
 # ### Exercise 6.2: the error bar (about 10 minutes)
-# The last step is yours: perplexity is exp(m). When m moves by a little, how far does exp(m) move? (That is
-# called the *delta method*.) Return the standard error of the perplexity.
+# Perplexity is exp(m). When m moves by a little, how far does exp(m) move? (This is the *delta method*.)
+# Return the standard error of the perplexity.
 # %% tags=["exercise"]
 def my_stderr(sums, counts):
     raise NotImplementedError  # both (windows,)
@@ -210,8 +208,32 @@ ratio = sum(standard_error(nll[half]) for half in halves) / 200 / standard_error
 assert 1.25 < ratio < 1.6
 f"{measured.value:.2f} ± {measured.stderr:.2f}; with half of the windows ± is {ratio:.2f} times as long"
 # %% [markdown]
-# √2 times, as for every mean: a bar half as long takes four times the text. (Neighbouring windows can lie
-# in one story; then they are not quite independent, and the true bar may be longer.)
+# √2 times, as for every mean: a bar half as long takes four times the text.
+#
+# But is the bar *right*? Two checks. The **bootstrap** (自助法): draw 32 of our 32 windows, with repetition,
+# 2000 times. How far do the perplexities scatter? And the hard one: read the next three stretches of the
+# text, as long as ours. **Predict**: do the four values lie within about a bar of each other?
+# %% tags=["nbval-ignore-output"]
+stretches = [nll_of(model, part) for part in stream[:16384].split(4096)]
+drawn = torch.randint(32, (2000, 32), generator=torch.Generator().manual_seed(0))
+bootstrap = nll.mean(1)[drawn].mean(1).exp()
+four = [(part.mean().exp().item(), part.mean().exp().item() * standard_error(part)) for part in stretches]
+assert abs(bootstrap.std() / measured.stderr - 1) < 0.2
+assert torch.tensor([value for value, _ in four]).std() > measured.stderr
+assert 1.5 < len(nll) / (tokens == bos).sum() < 2.5  # windows a story
+# %% tags=["nbval-ignore-output"]
+fig, ax = plt.subplots(figsize=(7, 2.6), layout="constrained")
+ax.hist(bootstrap.numpy(), bins=60, density=True, color=FLOAT, label="bootstrap of stretch 1")
+for i, (value, error) in enumerate(four):
+    ax.errorbar(value, -0.02 * (i + 1), xerr=error, fmt="o", color=QUANTIZED, capsize=3)
+    ax.annotate(f"stretch {i + 1}: {value:.1f} ± {error:.1f}", (value + error + 0.5, -0.02 * (i + 1) - 0.006))
+ax.set(xlabel="perplexity", yticks=[], ylim=(-0.1, None), xlim=(35, 75))
+ax.legend()
+plt.show()
+# %% [markdown]
+# The bootstrap agrees with the formula, to a few per cent. But both know only the 32 windows of stretch 1,
+# and treat them as independent. The stretches differ by more than their bars say: a story fills about two
+# windows, and some stories are strange. Take the error bar of one short text for a *lower* bound.
 #
 # ## 5. Read the same text
 # **Predict.** The model with 8 bits: is its perplexity above the float model's by more than the error bar?
@@ -279,11 +301,23 @@ print("\n".join(f"{name:30} {value:9.6f} ± {error:.6f}" for name, (value, error
 print(f"same top token: {d.top1:.1%}")
 # %% [markdown]
 # Reading the same text shortens the bar, and asking for KL shortens it again: now the damage of 8 bits
-# stands clear of it. How can the change of nll be so much blurrier than KL? Look at single tokens, at 4
-# bits, where there is more to see:
+# stands clear of it. Is the short bar to be trusted? The four stretches again, with 4 bits. **Predict**: do
+# they now agree?
 # %% tags=["nbval-ignore-output"]
-change = (nll_of(quantized[4], tokens) - nll).flatten()
-fig, ax = plt.subplots(figsize=(7, 2.6), layout="constrained")
+changes = [nll_of(quantized[4], part) - before
+           for part, before in zip(stream[:16384].split(4096), stretches, strict=True)]
+for part, change in zip(stretches, changes, strict=True):
+    print(f"nll {part.mean():.3f} ± {standard_error(part):.3f}",
+          f"  4 bits: {change.mean():+.3f} ± {standard_error(change):.3f}")
+apart, together = (torch.stack(x).mean((1, 2)).std().item() for x in (stretches, changes))
+assert together < apart / 4
+assert all(change.mean() > 2 * standard_error(change) for change in changes)
+# %% [markdown]
+# The texts differ, the *damage* hardly. Still, why is the change of nll so much blurrier than KL? Look at
+# single tokens:
+# %% tags=["nbval-ignore-output"]
+change = changes[0].flatten()
+_, ax = plt.subplots(figsize=(7, 2.4), layout="constrained")
 ax.hist(change.clamp(-2, 2).numpy(), bins=161, color=FLOAT)
 ax.axvline(0, color="black", linewidth=0.8)
 ax.axvline(change.mean(), color=ERROR, label=f"mean, {change.mean():.3f}")
@@ -310,10 +344,10 @@ for bits, new in quantized.items():
                                 report=reports[bits])
 results = []
 for bits, row in rows.items():
-    story = generate(quantized.get(bits, model), tokenizer, start, tokens=60)
     label = "float" if bits == 32 else f"{bits} bits"
-    results.append({"label": label, "bits": bits, "perplexity": row.perplexity,
-                    "stderr": row.perplexity_error, "kl": row.kl, "text": story})
+    story = generate(quantized.get(bits, model), tokenizer, start, tokens=60)
+    results.append({"label": label, "bits": bits, "perplexity": row.perplexity, "stderr": row.perplexity_error,
+                    "kl": row.kl, "top1": row.top1, "text": " ".join(story.split())})
 # %% [markdown]
 # **Predict first**, then drag from float to 2 bits:
 #
@@ -327,45 +361,29 @@ from quantlab.explorers import explore_bits
 explorer = explore_bits(results)
 explorer
 # %% [markdown]
-# **What you saw.** Perplexity lies flat for several bits and then shoots up; KL rises from the first bit
-# on. The stories leave the float model's somewhere on the way, and that alone says nothing: a story that
-# *differs* is not yet worse. They fall apart only at the end.
-#
-# <details><summary>Who told the stories of section 1?</summary>
-# A was the model with 4 bits, B the float model, C the one with 3 bits.</details>
-#
+# **What you saw.** Left, perplexity lies in the grey band for several bits and then shoots up; inside the band
+# two separate perplexities cannot tell the models apart. Right, KL rises from the first bit on, nearly in a
+# straight line, a factor near 4 a bit: as long as it is small, it behaves like a *squared* error. The
+# stories leave the float model's somewhere on the way, and that alone says nothing: a story that *differs*
+# is not yet worse. They fall apart only at the end. And who told those of section 1?
+# %% tags=["nbval-ignore-output"]
+band = [rows[32].perplexity + sign * rows[32].perplexity_error for sign in (-1, 1)]
+assert all(band[0] < rows[bits].perplexity < band[1] for bits in (8, 6, 5))
+assert 2.5 < rows[4].kl / rows[5].kl < 7
+storytellers, f"from 5 bits to 4 KL grows {rows[4].kl / rows[5].kl:.1f} times"
+# %% [markdown]
 # ## 7. The whole model
 # The first full rows of your ledger. `rtn` is round-to-nearest (就近舍入); every method of the later notebooks
 # must beat these. **bits/w** counts everything that is stored: scales, zero points, and the parts that stay
-# in 16 bits.
+# in 16 bits. The table has no column for text and window, so we never change them: the first 4096 tokens of
+# the test text, windows of 512, in *every* row of this workbook.
 # %% tags=["nbval-ignore-output"]
 shown = [rows[bits] for bits in (32, 8, 4, 3, 2)]
 for row in shown:
     ledger.append(row)
 assert 0 == rows[32].kl < rows[8].kl < 0.01 < rows[4].kl < rows[3].kl < rows[2].kl
 ledger.Table(shown)
-# %% tags=["nbval-ignore-output"]
-from quantlab.plots import plot_against_bits
-
-fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
-seen = [2, 3, 4, 5, 6, 8]
-plot_against_bits({"rtn, group 128": {b: (rows[b].perplexity, rows[b].perplexity_error) for b in seen}},
-                  ylabel="perplexity", ax=left)
-low, high = (rows[32].perplexity + sign * rows[32].perplexity_error for sign in (-1, 1))
-left.axhspan(low, high, color=FLOAT, alpha=0.5, zorder=0, label="float ± standard error")
-left.legend()
-plot_against_bits({"rtn, group 128": {b: (rows[b].kl, rows[b].kl_error) for b in seen}},
-                  ylabel="KL to the float model, nats", ax=right)
-plt.show()
-assert all(low < rows[b].perplexity < high for b in (8, 6, 5))
-assert 2.5 < rows[4].kl / rows[5].kl < 7
-f"from 5 bits to 4 KL grows {rows[4].kl / rows[5].kl:.1f} times"
 # %% [markdown]
-# Left: inside the grey band two separate perplexities cannot tell the models apart; the paired change of
-# section 5 can, from 4 bits down. Right: the error bars are there, but shorter than the points are wide. KL
-# is nearly a straight line, a factor near 4 a bit: as long as it is small, it behaves like a *squared*
-# error.
-#
 # ## 8. The control that must fail: a leak
 # Some methods read text while they quantize: **calibration** (校准). GPTQ (notebook 10) is one. If that text
 # is the test's, it is a *leak* (数据泄漏). We do it: GPTQ at 3 bits, on the first 1024 tokens of the test text,
@@ -382,48 +400,53 @@ def kl_on(new, text):
     return divergence(model, new, text, window=128)
 
 leaked, honest = gptq(read), gptq(calibration[:1024])
+# %% tags=["nbval-ignore-output"]
 found = {(name, kind): kl_on(m, text) for name, m in (("leaked", leaked), ("honest", honest))
          for kind, text in (("read", read), ("fresh", fresh))}
-# %% tags=["nbval-ignore-output"]
-fig, ax = plt.subplots(figsize=(7, 2.4), layout="constrained")
-labels = ["leaked, text it read", "leaked, fresh text", "honest, text the other read", "honest, fresh text"]
-ax.barh(labels, [d.kl for d in found.values()], xerr=[d.stderr for d in found.values()], capsize=3,
-        color=[ERROR, ERROR, QUANTIZED, QUANTIZED])
-ax.invert_yaxis()
-ax.set(xlabel="KL to the float model, nats")
-plt.show()
-gap = {m: found[m, "fresh"].kl / found[m, "read"].kl for m in ("leaked", "honest")}
-assert 0.8 < gap["honest"] < 1.25
-assert gap["leaked"] > gap["honest"]
+assert found["leaked", "read"].kl < 0.75 * found["honest", "read"].kl
 assert found["leaked", "fresh"].kl > 0.9 * found["honest", "fresh"].kl
-f"fresh text over read text: leaked {gap['leaked']:.2f}, honest {gap['honest']:.2f}"
+{f"{name} model, {kind} text": f"KL {d.kl:.3f} ± {d.stderr:.3f}" for (name, kind), d in found.items()}
 # %% [markdown]
 # The leaked model shines on the text that it has read, and on fresh text it is no better than the honest
-# one. So this is how to catch it: **measure again on text that nobody can have seen**. An honest model does
-# not care; a leaked one falls back. (And GPTQ never saw an answer: it looks only at what flows into each
-# layer. That is leak enough.)
+# one. (GPTQ never saw an answer: it looks only at what flows into each layer. That is leak enough.)
 #
-# **Predict**: with more calibration text, does the leak grow or shrink? Would perplexity have shown it?
+# ### Catch it
+# You are handed models, and suspect that one was calibrated on your test text. **Predict**: what must you
+# compare? Is a KL that is lower on the test text than on fresh text proof? Would perplexity do?
+# %%
+texts = {"test, first 1024": read, "test, fresh": fresh[:1024],
+         "calibration, first 1024": calibration[:1024], "calibration, later": calibration[8192:9216]}
+suspects = {"leaked": leaked, "honest": honest, "third": gptq(calibration[8192:9216]), "rounded": quantized[3]}
+kl = torch.tensor([[kl_on(m, text).kl for text in texts.values()] for m in suspects.values()])
+perplexities = torch.tensor([[perplexity(m, text, window=128).value for text in texts.values()]
+                             for m in suspects.values()])
 # %% tags=["nbval-ignore-output"]
-def fresh_over(new, count):
-    return kl_on(new, fresh).kl / kl_on(new, stream[:count]).kl
-
-gaps = {count: [fresh_over(gptq(text[:count]), count) for text in (stream, calibration)]
-        for count in (512, 1024, 4096)}
-assert gaps[512][0] > gaps[1024][0] > gaps[4096][0] > 1.02 * gaps[4096][1]
-{f"{n} tokens": f"fresh over read: leaked {a:.2f}, honest {b:.2f}" for n, (a, b) in gaps.items()}
-# %% tags=["nbval-ignore-output"]
-one, other = (perplexity(m, read, window=128) for m in (leaked, honest))
-assert one.value < other.value < one.value + one.stderr + other.stderr
-change = nll_of(leaked, read) - nll_of(honest, read)
-assert change.mean() < -2 * standard_error(change)
-print(f"perplexity: leaked {one.value:.1f} ± {one.stderr:.1f}, honest {other.value:.1f} ± {other.stderr:.1f}")
-print(f"paired change of nll: {change.mean():.3f} ± {standard_error(change):.3f} nats")
+fig, axes = plt.subplots(1, 2, figsize=(9.5, 3), layout="constrained", sharey=True)
+for ax, numbers, title in zip(axes, (perplexities, kl / kl[-1]), ("perplexity", "KL / KL of the rounded"), strict=True):
+    ax.imshow(numbers / numbers.amax(0), cmap="Blues_r", aspect="auto", vmin=0)
+    for (i, j), value in zip(torch.cartesian_prod(torch.arange(4), torch.arange(4)), numbers.flatten(), strict=True):
+        ax.text(j, i, f"{value:.2f}" if value < 3 else f"{value:.1f}", ha="center", va="center")
+    ax.set(xticks=range(4), yticks=range(4), yticklabels=suspects, title=title)
+    ax.set_xticklabels([name.replace(", ", "\n") for name in texts], fontsize="small")
+plt.show()
+relative = kl[:3] / kl[3]  # the rounded model has read nothing
+guilty = relative[[0, 1, 2], [0, 2, 3]]
+relative[[0, 1, 2], [0, 2, 3]] = 1
+assert guilty.max() < 0.75 * relative.min()
 # %% [markdown]
-# It shrinks: a few hundred tokens can be fitted closely, a few thousand less. But with 4096 tokens it is
-# still there. Perplexity is flattered too. Its two separate error bars overlap and would leave the question
-# open; the paired change does not.
+# On the right each model betrays its text: about half of what any other text gives it. The proof lies in a
+# *comparison of comparisons*: this text against others, divided by a model that has read nothing, because
+# texts differ in difficulty. On the left nobody sees it: the texts differ more than the models.
 #
+# ### Exercise 6.4: find the leak (about 20 minutes)
+# Return the index of the text on which `suspect` was calibrated, or None if it was none of them. `rounded`
+# has the same bits and was calibrated on nothing.
+# %% tags=["exercise"]
+def my_leak(model, suspect, rounded, texts):
+    raise NotImplementedError  # texts: a list of tokens
+# %%
+check("6.4", my_leak)
+# %% [markdown]
 # ## 9. Myth: "measure the model on what it writes"
 # It is tempting to let each model write a text, and to report the perplexity of each on *its own*.
 # **Predict**: what does a model think of its own words? Which wins: the float model, or the one with 3
@@ -441,29 +464,28 @@ print("\n".join(f"{name:8}{a:14.2f}{b:14.2f}{c:16.2f}" for name, (a, b, c) in ta
 assert table["3 bits"][2] < table["float"][1] < table["float"][0] < table["3 bits"][0]
 assert all(max(own_text) < common for common, *own_text in table.values())
 # %% [markdown]
-# All own-text numbers are far lower: what a model writes holds nothing that surprises it, and it writes
-# about what it was trained on, while our stories are richer in words than those. The own-text numbers
-# depend on the temperature more than on the model: let the 3-bit model always take the likeliest token and
-# the float model sample, and the damaged one wins. Only the first column compares the models. One fixed
-# text that none of them wrote, the same for all.
+# All own-text numbers are far lower: what a model writes holds nothing that surprises it. They depend on
+# the temperature more than on the model: if the 3-bit model always takes the likeliest token and the float
+# model samples, the damaged one wins. Only the first column compares: one fixed text that none of them
+# wrote.
 #
 # ## 10. Exercises
-# ### Exercise 6.4: the least bits (about 20 minutes)
-# Return the least number of bits (2 … 8, round-to-nearest, group 128) whose KL to the float model on
-# `tokens` is at most `target`. (Round-to-nearest takes nothing from the tokens that `quantize_lm` is given;
-# for a method that calibrates they must not be those you measure on.) The check asks for **0.2** and for
-# **0.01** nats, on 1024 tokens, and measures too, so it takes a moment.
+# ### Exercise 6.5: the least bits (about 20 minutes)
+# Return the least number of bits (2 to 8, round-to-nearest, group 128) whose KL to the float model on `tokens`
+# is at most `target`. (Round-to-nearest takes nothing from the tokens that `quantize_lm` is given.) The check
+# asks for **0.2** and for **0.01** nats, and measures too, so it takes a moment.
 # %% tags=["exercise"]
 def my_bits(model, tokens, target):
     raise NotImplementedError
 # %%
-check("6.4", my_bits)
+check("6.5", my_bits)
 # %% [markdown]
-# ### Exercise 6.5: open
-# Section 5 has the change of nll at 8 bits with its error bar, token by token. How many tokens of text
-# would *perplexity* need to see that harm, at twice the error bar? Compute it both ways: two perplexities
-# with a bar each, and the paired change. How many does KL need? Then take stories for samples, instead of
-# windows: are the bars longer?
+# ### Open
+# 1. How many tokens of text would *perplexity* need to see the harm of 8 bits at twice the error bar? Compute it
+#    for two perplexities with a bar each, for the paired change, and for KL.
+# 2. Take stories for samples, instead of windows: are the bars longer? Do the four stretches now agree?
+# 3. With 512 or 4096 tokens of calibration text, is the leak larger or smaller? Does the paired change of nll
+#    show it?
 #
 # ## 11. What breaks next
 # Down to 4 bits rounding to nearest looks cheap. Then:
@@ -474,15 +496,14 @@ assert found["honest", "fresh"].kl < 0.9 * nearest.kl
 print("\n".join(f"{b} bits: KL {rows[b].kl:.3f}, same top token {rows[b].top1:.0%}" for b in (4, 3, 2)))
 print(f"3 bits, fresh text: KL {nearest.kl:.3f}, by GPTQ {found['honest', 'fresh'].kl:.3f}")
 # %% [markdown]
-# Rounding treats each weight alone, and asks nothing about what the layer computes with it. The last line,
-# from the honest model of section 8, shows what there is to win at the same bits.
+# The last line, from the honest model of section 8, shows what there is to win at the same bits.
 #
 # ### Recap
 # - Perplexity is exp of the mean nll: 1 is certainty, V a blind guess. Mind the shift by one token.
 # - Text, tokenizer, window, stride and begin token must be alike, or nothing can be compared.
-# - A perplexity has an error bar over windows; half as long costs four times the text.
-# - KL to the float model, on the same text, has a far shorter bar, cannot cancel, and shows harm first.
-# - Test text is neither calibration text nor anything a model wrote. Fresh text exposes a leak.
+# - An error bar over windows is a lower bound; on the same text, differences have a far shorter one.
+# - KL to the float model cannot cancel, and shows harm first.
+# - A leak: KL lower on this text than on others, beside a model that has read nothing.
 #
 # Next: [07 Integer arithmetic for real](07_integer_arithmetic.ipynb) asks whether integers are also faster.
 # [10 GPTQ](10_gptq.ipynb) spends the same bits better.

@@ -212,6 +212,60 @@ def _test_least_bits(f):
     return f"KL {_kl(bits):.3g} at {bits} bits for the target {target}."
 
 
+def leak_solution(model, suspect, rounded, texts):
+    """KL of the suspect over KL of the model that read nothing: on the text it read, about half of elsewhere."""
+    ratios = [
+        divergence(model, suspect, text, window=128).kl / divergence(model, rounded, text, window=128).kl
+        for text in texts
+    ]
+    least = min(ratios)
+    others = sum(ratios) - least
+    return ratios.index(least) if least < 0.7 * others / (len(ratios) - 1) else None
+
+
+@cache
+def _suspects() -> tuple:
+    """(model, rounded, texts, {index of the text that a suspect has read, or None: the suspect})."""
+    model, tokenizer = load_lm()
+    stream = token_stream(tokenizer, load_text("eval"))
+    texts = [stream[start : start + 512] for start in (0, 2048, 4096)]
+    elsewhere = token_stream(tokenizer, load_text("calibration"))[:512]
+
+    def quantized(text, method):
+        return quantize_lm(model, text, method=method, bits=3, group_size=128, window=128, progress=False)[0]
+
+    suspects = {
+        read: quantized(text, "gptq") for read, text in ((2, texts[2]), (None, elsewhere), (0, texts[0]))
+    }
+    return model, quantized(elsewhere, "rtn"), texts, suspects
+
+
+def _test_leak(f):
+    model, rounded, texts, suspects = _suspects()
+    for read, suspect in suspects.items():
+        found = f(model, suspect, rounded, [text.clone() for text in texts])
+        expect(
+            found is None or (isinstance(found, int) and 0 <= found < len(texts)),
+            f"Return None or the index of a text, 0 to {len(texts) - 1}; got {_shown(found)}.",
+        )
+        if found == read:
+            continue
+        kl = ", ".join(f"{divergence(model, suspect, text, window=128).kl:.2f}" for text in texts)
+        expect(
+            read is not None,
+            f"A suspect that has read none of the texts (KL {kl}) was accused of text {found}. One of them is always "
+            "the lowest: how much lower must it be?",
+        )
+        expect(
+            found is not None,
+            f"A suspect that has read one of the texts was let go; its KL to the float model is {kl}.",
+        )
+        raise Wrong(
+            f"A suspect that has read another text was accused of text {found}; its KL to the float model is {kl}. "
+            "How easy a text is must not matter: compare with a model that read nothing."
+        )
+
+
 EXERCISES = {
     "6.1": Exercise(
         "perplexity",
@@ -244,6 +298,16 @@ EXERCISES = {
         kl_solution,
     ),
     "6.4": Exercise(
+        "find the leak",
+        _test_leak,
+        (
+            "divergence(model, suspect, text, window=128).kl for every text: which one stands out, and by how much?",
+            "Texts differ: divide each KL by that of the rounded model on the same text.",
+            "The text it read has about half of the ratio of the others; if the lowest is near the rest, return None.",
+        ),
+        leak_solution,
+    ),
+    "6.5": Exercise(
         "the least bits",
         _test_least_bits,
         (

@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 import ipywidgets as widgets
 import torch
+from matplotlib.ticker import LogLocator, NullFormatter
 from tqdm.auto import tqdm
 
 from quantlab.explorers.base import Explorer, figure, tie
-from quantlab.plots import ERROR, OTHER, QUANTIZED
+from quantlab.plots import ERROR, FLOAT, OTHER, QUANTIZED
 
 
 def explore_temperature(
@@ -55,35 +56,60 @@ def explore_temperature(
 def explore_bits(results: list[dict]) -> Explorer:
     """Drag the bits of a whole model: what it writes, its perplexity and its KL to the float model.
 
-    results: one dict for each setting with label, bits, perplexity, stderr, kl and text, the float model first.
+    results: one dict for each setting with label, bits, perplexity, stderr, kl and text, the float model first; with
+    top1 too, if it was measured.
     """
-    labels = [r["label"] for r in results]
+    labels, places = [r["label"] for r in results], _places([r["bits"] for r in results])
     controls = {"model": widgets.SelectionSlider(options=labels, value=labels[0], description="model")}
     fig, (left, right) = figure(columns=2, height=2.8)
-    places = range(len(results))
-    left.errorbar(
-        places,
-        [r["perplexity"] for r in results],
-        yerr=[r["stderr"] for r in results],
-        color=ERROR,
-        capsize=3,
-        marker="o",
-        markersize=4,
-    )
-    right.plot(places, [max(r["kl"], 1e-6) for r in results], "s-", color=QUANTIZED, markersize=4)
+    fig.subplots_adjust(left=0.08, right=0.99, top=0.96, bottom=0.18, wspace=0.24)
+    whole, values, stderrs = results[0], [r["perplexity"] for r in results], [r["stderr"] for r in results]
+    band = whole["perplexity"] - whole["stderr"], whole["perplexity"] + whole["stderr"]
+    left.axhspan(*band, color=FLOAT, alpha=0.4, linewidth=0, label=f"{labels[0]} ± standard error")
+    left.errorbar(places, values, yerr=stderrs, color=ERROR, capsize=3, marker="o", markersize=4)
+    left.legend(fontsize="small", loc="upper right")
+    kl = _draw_kl(right, places, [r["kl"] for r in results])
     for ax, name in ((left, "perplexity"), (right, "KL to the float model, nats")):
-        ax.set(yscale="log", ylabel=name, xticks=places)
-        ax.set_xticklabels(labels, fontsize="small", rotation=30)
+        ax.set(yscale="log", ylabel=name, xticks=places, xlabel="bits of each weight")
+        ax.set_xticklabels([label.removesuffix(" bits") for label in labels], fontsize="small")
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_formatter(NullFormatter())
     ring = {"color": OTHER, "markersize": 11, "fillstyle": "none", "markeredgewidth": 2.5}
-    (here,) = left.plot([0], [results[0]["perplexity"]], "o", **ring)
-    (there,) = right.plot([0], [max(results[0]["kl"], 1e-6)], "o", **ring)
-    fig.subplots_adjust(left=0.09, right=0.98, top=0.96, bottom=0.24, wspace=0.28)
+    (here,), (there,) = left.plot([], [], "o", **ring), right.plot([], [], "o", **ring)
 
     def update(model) -> str:
-        place = labels.index(model)
-        r = results[place]
-        here.set_data([place], [r["perplexity"]])
-        there.set_data([place], [max(r["kl"], 1e-6)])
-        return f"{model}: perplexity {r['perplexity']:.2f} ± {r['stderr']:.2f}, KL {r['kl']:.4f}\n{r['text']}"
+        i = labels.index(model)
+        r = results[i]
+        here.set_data([places[i]], [values[i]])
+        there.set_data([places[i]], [kl[i]])
+        agreed = f", same top token {r['top1']:.1%}" if "top1" in r else ""
+        alike = f"; {_shared_words(r['text'], whole['text'])} words as {labels[0]}" if i else ""
+        numbers = f"perplexity {r['perplexity']:.2f} ± {r['stderr']:.2f}, KL {r['kl']:.4f}"
+        return f"{model}: {numbers}{agreed}{alike}\n{r['text']}"
 
     return tie(controls, left, [here, there], update)
+
+
+def _draw_kl(ax, places: list[int], kl: list[float]) -> list[float]:
+    """KL on a logarithmic axis, a KL of 0 as a point of its own below all others; returns the heights."""
+    least = min([value for value in kl if value > 0], default=1.0) / 4
+    points = [(place, value) for place, value in zip(places, kl, strict=True) if value > 0]
+    ax.plot([x for x, _ in points], [y for _, y in points], "s-", color=QUANTIZED, markersize=4)
+    for place, value in zip(places, kl, strict=True):
+        if value <= 0:
+            ax.plot(place, least, "s", color=QUANTIZED, markersize=4)
+            ax.annotate("0", (place, least), (0, 7), textcoords="offset points", ha="center")
+    return [max(value, least) for value in kl]
+
+
+def _places(bits: list[int]) -> list[int]:
+    """Bits on a straight scale; a float model's stand two steps beyond the others."""
+    others = [b for b in bits if b <= 16]
+    return [b if b <= 16 else max(others, default=0) + 2 for b in bits]
+
+
+def _shared_words(text: str, other: str) -> int:
+    """How many words two texts begin with in common."""
+    pairs = list(zip(text.split(), other.split(), strict=False))
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))

@@ -1,0 +1,101 @@
+"""Make what notebook 13 loads:  python data/qat/make.py [w2 w3 w4 texts]     (README.md here says what came of it)
+
+A run that is cut off goes on where it stopped if it is started again with the same --work folder.
+"""
+
+import argparse
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+import torch
+
+from quantlab.finetune import finetune, sample_text_tokens
+from quantlab.lm import divergence, load_lm, load_text, token_stream
+from quantlab.qat import convert, prepare_qat
+from quantlab.storage import save_tensors
+
+HERE = Path(__file__).resolve().parent
+HELD_OUT = 4096  # the last tokens of the calibration text: not trained on, to choose settings by
+# How they were chosen: README.md. The more bits, the less there is to repair, and the smaller the steps that do it.
+RUNS = {
+    "w2": {"bits": 2, "steps": 300, "learning_rate": 1e-3},
+    "w3": {"bits": 3, "steps": 400, "learning_rate": 5e-4},
+    "w4": {"bits": 4, "steps": 400, "learning_rate": 1.5e-4},
+}
+GROUP, BATCH, WINDOW, SHORT = 128, 4, 128, 60
+
+
+def texts(model, tokenizer) -> dict[str, torch.Tensor]:
+    """The streams to train on, and the tokens held out of all of them."""
+    calibration = token_stream(tokenizer, load_text("calibration"))
+    stories, held_out = calibration[:-HELD_OUT], calibration[-HELD_OUT:]
+    own = sample_text_tokens(model, 128, 256, seed=0).flatten()
+    # three times the stories, which are scarce and nearer to what the model is measured on
+    return {"stories": stories, "own": own, "both": torch.cat([stories] * 3 + [own]), "held out": held_out}
+
+
+def train(model, text: dict, stream: str, *, bits, steps, learning_rate, distill=True, folder=None):
+    """(trained model, log): the loss of every step, and the KL on the held-out tokens."""
+    student, began = prepare_qat(model, bits=bits, group_size=GROUP), time.process_time()
+    history = finetune(
+        student,
+        text[stream],
+        steps=steps,
+        batch=BATCH,
+        window=WINDOW,
+        learning_rate=learning_rate,
+        teacher=model if distill else None,
+        held_out=text["held out"],
+        folder=folder,
+    )
+    # held out: KL(float || student), or the negative log-likelihood where there is no teacher
+    kl = divergence(model, convert(student)[0], text["held out"]).kl
+    log = {"bits": bits, "group_size": GROUP, "steps": steps, "batch": BATCH, "window": WINDOW}
+    log |= {"learning_rate": learning_rate, "text": stream, "teacher": distill, "seed": 0}
+    log |= {"kl_held_out": kl, "seconds": history.seconds, "cpu_seconds": time.process_time() - began}
+    log |= {"losses": [round(loss, 4) for loss in history.losses]}
+    log |= {"held_out": [round(loss, 4) for loss in history.held_out], "checked_at": history.checked_at}
+    return student, log | machine()
+
+
+def machine() -> dict:
+    return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
+        "torch": torch.__version__,
+    }
+
+
+def compare_texts(model, text: dict) -> dict:
+    """Four short trainings at 2 bits: which text, and with a teacher or without."""
+    found = {}
+    for stream, distill in (("stories", True), ("own", True), ("both", True), ("stories", False)):
+        _, log = train(model, text, stream, bits=2, steps=SHORT, learning_rate=1e-3, distill=distill)
+        name = stream if distill else f"{stream}, no teacher"
+        found[name] = log
+        print(name, f"KL on the held-out tokens {log['kl_held_out']:.3f}", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="*", default=[*RUNS, "texts"], help="w2, w3, w4, texts (default: all)")
+    parser.add_argument("--work", type=Path, help="a folder for checkpoints, to go on from")
+    arguments = parser.parse_args()
+    model, tokenizer = load_lm(HERE.parent / "model")
+    text = texts(model, tokenizer)
+    for what in arguments.what:
+        if what == "texts":
+            (HERE / "texts.json").write_text(json.dumps(compare_texts(model, text), indent=1) + "\n")
+            continue
+        folder = arguments.work and arguments.work / what
+        student, log = train(model, text, "both", **RUNS[what], folder=folder)
+        size = save_tensors(HERE / f"{what}.safetensors", convert(student)[1])
+        (HERE / f"{what}.json").write_text(json.dumps(log, indent=1) + "\n")
+        print(what, f"{size} bytes, KL on the held-out tokens {log['kl_held_out']:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
