@@ -372,6 +372,14 @@ def test_a_short_last_window_does_not_shrink_the_error_bar():
     assert math.isnan(lm.perplexity(model, tokens[:35], window=32).stderr)  # one whole window has no spread
 
 
+def test_overlapping_windows_have_an_error_bar():
+    """The first window predicts 31 tokens, each of the others 8; it is they that make the spread."""
+    model, tokens = random_model("llama"), random_tokens(1600)
+    apart, overlapping = (lm.perplexity(model, tokens, window=32, stride=stride) for stride in (32, 8))
+    assert overlapping.stderr == pytest.approx(apart.stderr, rel=0.35)
+    assert lm.divergence(model, model, tokens, window=32, stride=8).stderr == 0
+
+
 def test_training_mode_is_put_aside_and_put_back():
     config = GPT2Config(vocab_size=97, n_layer=2, n_embd=24, n_head=4, n_positions=64)  # has dropout
     model = AutoModelForCausalLM.from_config(config).train()

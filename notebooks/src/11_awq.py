@@ -322,9 +322,8 @@ for factor in factors:
         error = test.output_error(w, q.dequantize()) / test.output_error(w, nearest(w, 4))
         found.setdefault(title, []).append(error)
 # %% tags=["nbval-ignore-output"]
-plot_curves({title: (factors, errors) for title, errors in found.items()}, log="x",
-            xlabel="six inputs, × as large", ylabel="error ÷ round-to-nearest's",
-            ax=plt.subplots(figsize=(7, 3.2))[1])
+plot_curves({title: (factors, errors) for title, errors in found.items()}, xlabel="six inputs, × as large",
+            ylabel="error ÷ round-to-nearest's", log="x", ax=plt.subplots(figsize=(7, 3.2))[1])
 assert found["GPTQ, damping 0.01"][0] < 0.5 < 0.8 < found["AWQ"][0]
 assert found["AWQ"][-1] < 0.5 * found["GPTQ, damping 0.01"][-1]
 assert found["GPTQ, damping 0.0001"][-2] < found["AWQ"][-2] < found["GPTQ, damping 0.01"][-2]
