@@ -125,14 +125,20 @@ MODEL = """\
 import ipywidgets as widgets
 import pickle
 from IPython.display import display
+import torch
+from quantlab import Hessian
 from quantlab.explorers import *
 from quantlab.explorers.base import Canvas
+from quantlab.finetune import finetune
 from quantlab.lm import *
+from quantlab.mixed import sensitivity
+from quantlab.qat import prepare_qat
 
 model, tokenizer = load_lm()
 name = "model.layers.1.mlp.down_proj"
 weight = weight_of(linear_layers(model)[name])
-x = capture_inputs(model, token_stream(tokenizer, load_text("calibration"))[:2048], [name])[name]
+tokens = token_stream(tokenizer, load_text("calibration"))[:2048]
+x = capture_inputs(model, tokens, [name])[name]
 """
 # The rival of the explorers below. The explorer moves its artists, then a fresh copy of its figure is drawn in full, as
 # matplotlib does for every figure that a notebook shows. (A copy is made faster than a figure that is plotted anew.)
@@ -144,6 +150,13 @@ for artist in e.ax.figure.findobj():
 def draw(**values):
     display(pickle.loads(pickle.dumps(e.ax.figure)))
 """
+TRAINING = """
+new, walk = prepare_qat(model, bits=2, layers=[name]), []
+kept = lambda: walk.append(new.get_submodule(name).weight[:4].detach().clone())
+kept()
+history = finetune(new, tokens, steps=24, window=64, batch=2, on_step=lambda *_: kept(), progress=False)
+e = explore_training(torch.stack(walk), history.losses, bits=2)
+"""
 EXPLORERS = {
     "calibration": 'e = explore_calibration(x, weight=weight, bits=4)\ne.controls["clip"].index = 5',
     "groups": 'e = explore_groups(weight, x)\ne.controls["group"].index = 0',
@@ -152,6 +165,11 @@ EXPLORERS = {
     "threshold": 'e = explore_threshold(weight, x, channels=range(0, 240, 40))\ne.controls["threshold"].index = 0',
     "smoothing": 'e = explore_smoothing(weight, x, channels=range(0, 240, 40))\ne.controls["alpha"].index = 0',
     "float_format": 'e = explore_float_format(weight, inputs=x)\ne.controls["mantissa"].value = 0',
+    "columns": "e = explore_columns(weight[:, :48], Hessian(48).add(x[:, :48]))",
+    "scaling": "e = explore_scaling({name: (weight, Hessian(768).add(x))})",
+    "budget": 'e = explore_budget(sensitivity(model, tokens[:512], progress=False))\ne.controls["budget"].index = 5',
+    "training": TRAINING,
+    "step": 'e = explore_step(weight, x)\ne.controls["step"].index = 5',
 }
 SHOW = "display(widgets.VBox([*e.controls.values(), widgets.interactive_output(draw, e.controls)]))"
 NOTEBOOKS |= {
@@ -172,6 +190,11 @@ SLIDER = {
     "threshold": ("threshold", 10),
     "smoothing": ("alpha", 12),
     "float_format": ("mantissa bits", 8),
+    "columns": ("columns done", 12),
+    "scaling": ("alpha", 12),
+    "budget": ("budget", 12),
+    "training": ("training step", 12),
+    "step": ("step / mean |w|", 12),
 }
 
 # In the page: the time of each key press and mouse move, and of the first frame of each picture. An img that

@@ -94,7 +94,9 @@ def read_documents(paths) -> list[str]:
 
 
 def load_text(name: str) -> list[str]:
-    """The documents of "eval" or "calibration" (short stories written for this workbook), or of a text file.
+    """The documents of "eval", "calibration" (short stories), "style" (a ship's log), or of a text file.
+
+    The three were written for this workbook.
 
     Raises: FileNotFoundError if it is missing, ValueError if it holds no text.
     """
