@@ -172,6 +172,27 @@ def from_blocks(blocks: Tensor, granularity: Granularity, shape: torch.Size) -> 
     return blocks.reshape(*shape[:-1], -1)[..., : shape[-1]]
 
 
+def block_sizes(x: Tensor, granularity: Granularity) -> Tensor:
+    """How many elements each block has, (blocks, 1); a short last group counts only its own."""
+    return to_blocks(torch.ones(x.shape, dtype=torch.float64, device=x.device), granularity).sum(
+        1, keepdim=True
+    )
+
+
+def mean_magnitude(x: Tensor, granularity: Granularity) -> Tensor:
+    """mean |x| of each block, (blocks, 1), float64."""
+    return to_blocks(x.double().abs(), granularity).sum(1, keepdim=True) / block_sizes(x, granularity)
+
+
+def symmetric_qtensor(
+    x: Tensor, codes: Tensor, scale: Tensor, bits: int, granularity: Granularity
+) -> QTensor:
+    """Codes and scales of blocks as the QTensor of x: zero_point 0, and shapes as quantize_tensor has them."""
+    q = quantize_tensor(x.detach(), bits=bits, granularity=granularity)
+    qp = replace(q.qparams, scale=scale.reshape(q.qparams.scale.shape))
+    return replace(q, codes=from_blocks(codes, granularity, x.shape).to(torch.int8), qparams=qp)
+
+
 def _checked_axis(ndim: int, granularity: PerAxis) -> int:
     if not -ndim <= check_int(granularity.axis, "axis") < ndim:
         raise ValueError(f"PerAxis({granularity.axis}) names no dimension of a tensor with {ndim} dimensions")

@@ -1,19 +1,17 @@
-"""Training with quantization in the loop: fake-quantized layers, learned steps, three values and two.
+"""Training with quantization in the loop: fake-quantized layers, and models made of them.
 
 A layer keeps a float weight and computes with its quantized values; the gradient passes the rounding as if it were not
 there (straight-through estimator, STE) and moves the float weight. convert() keeps the quantized values alone.
 """
 
 import copy
-import math
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantlab.affine import check_int, check_real, choose_qparams, fake_quantize
+from quantlab.affine import check_int, choose_qparams, fake_quantize
 from quantlab.codebook import CodebookTensor
 from quantlab.granularity import (
     Granularity,
@@ -29,9 +27,32 @@ from quantlab.granularity import (
 from quantlab.linear import DynamicInt8Linear, Int8Linear, StaticInt8Linear
 from quantlab.lm import linear_layers, weight_of
 from quantlab.lm.layers import put_weight
+from quantlab.lsq import LSQ
+from quantlab.ternary import (
+    binary,
+    pack_ternary,
+    quantize_binary,
+    quantize_ternary,
+    ternary,
+    unpack_ternary,
+)
 
-TINY = torch.finfo(torch.float32).tiny  # the least scale, so that 1 / scale stays finite
-
+__all__ = [
+    "LSQ",
+    "BinaryRounding",
+    "FakeQuantLinear",
+    "MinMaxRounding",
+    "TernaryRounding",
+    "binary",
+    "convert",
+    "fake_quant_layers",
+    "pack_ternary",
+    "prepare_qat",
+    "quantize_binary",
+    "quantize_ternary",
+    "ternary",
+    "unpack_ternary",
+]
 
 # --- weights: how they are rounded ------------------------------------------------------------------------------
 
@@ -62,212 +83,6 @@ class MinMaxRounding(nn.Module):
         return quantize_tensor(weight, bits=self.bits, granularity=self.granularity, symmetric=self.symmetric)
 
 
-class LSQ(nn.Module):
-    """Learned step size: the scale of each block is a parameter with a gradient of its own (Esser et al. 2020).
-
-        v̂ = s * round(clamp(v / s, qmin, qmax))      qmin = -2**(bits-1), qmax = 2**(bits-1) - 1
-        ∂v̂/∂s = round(v / s) - v / s  inside, qmin or qmax where clamped                       eq. 3
-        ∂v̂/∂v = 1  inside, 0 where clamped                                                     eq. 5
-
-    The gradient of s is multiplied by g = 1 / sqrt(N qmax), N the weights that share it (sec. 2.2), and s starts at
-    2 mean|v| / sqrt(qmax) (sec. 2.1).
-
-    What is inside? mask="value", the paper: qmin < v / s < qmax. mask="code", torch's
-    _fake_quantize_learnable_per_tensor_affine: qmin <= round(v / s) <= qmax. They differ in the half step beyond each
-    end, and at the end itself. There the paper calls v clamped (∂v̂/∂s = qmax), torch calls it rounded (-0.5..0): two
-    gradients of opposite sign from one value.
-
-    x is the tensor to start from; per tensor, axis or group of it. A step that training drives below zero counts by
-    its magnitude. Raises: ValueError if bits is not 2..8, x is not finite, or mask is another word.
-
-    >>> lsq = LSQ(torch.tensor([-1.0, 0.25, 0.75, 4.0]), bits=2)
-    >>> lsq.step.item(), lsq(torch.tensor([-1.0, 0.25, 0.75, 4.0])).tolist()
-    (3.0, [-0.0, 0.0, 0.0, 3.0])
-    """
-
-    def __init__(self, x: Tensor, *, bits: int, granularity: Granularity | None = None, mask: str = "value"):
-        super().__init__()
-        check_real(x)
-        self.bits, self.granularity, self.mask = bits, granularity or PerTensor(), mask
-        self.qmin, self.qmax = code_range(bits, symmetric=True)
-        if mask not in ("value", "code"):
-            raise ValueError(f'mask must be "value" (the paper) or "code" (torch), got {mask!r}')
-        start = 2 * _mean_magnitude(x.detach(), self.granularity) / math.sqrt(self.qmax)
-        keep = torch.float64 if x.dtype == torch.float64 else torch.float32
-        self.step = nn.Parameter(start.clamp(min=TINY).to(keep))
-        sharing = _counts(x, self.granularity)
-        self.register_buffer("gradient_scale", (sharing * self.qmax).rsqrt().to(keep))
-
-    @property
-    def scale(self) -> Tensor:
-        """The steps in use, > 0, (blocks, 1)."""
-        return self.step.abs().clamp(min=TINY)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x on the learned grid, as floats; gradients for x and for the steps."""
-        blocks = self._blocks(x)
-        ends = (self.qmin, self.qmax, self.mask == "code")
-        rounded = _LearnedStep.apply(blocks, self.scale, self.gradient_scale, *ends)
-        return from_blocks(rounded, self.granularity, x.shape)
-
-    def quantized(self, x: Tensor) -> QTensor:
-        """The same values as codes and scales."""
-        scale = self.scale.detach().float()
-        codes = torch.round(self._blocks(x.detach()) * (1 / scale)).clamp(self.qmin, self.qmax)
-        return _symmetric_qtensor(x, codes, scale, self.bits, self.granularity)
-
-    def _blocks(self, x: Tensor) -> Tensor:
-        check_real(x)
-        blocks = to_blocks(x, self.granularity)
-        if len(blocks) != len(self.step):
-            raise ValueError(f"there are {len(self.step)} steps, and x has {len(blocks)} blocks")
-        return blocks
-
-
-class _LearnedStep(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, scale, gradient_scale, qmin, qmax, by_code):
-        ratio = x * (1 / scale).to(x.dtype)
-        codes = torch.round(ratio)
-        if by_code:
-            low, high = codes < qmin, codes > qmax
-        else:
-            low, high = ratio <= qmin, ratio >= qmax
-        inside = ~(low | high)
-        ctx.save_for_backward(
-            inside, torch.where(inside, codes - ratio, qmin * low + qmax * high), gradient_scale
-        )
-        return (scale * codes.clamp(qmin, qmax)).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        inside, of_scale, gradient_scale = ctx.saved_tensors
-        into_scale = (grad * of_scale).sum(1, keepdim=True) * gradient_scale
-        return grad * inside, into_scale, None, None, None, None
-
-
-def ternary(x: Tensor, granularity: Granularity | None = None) -> Tensor:
-    """x with three values in each block, -s, 0 and s, as floats (default: one s for the tensor).
-
-        s = mean |x|      x̂ = s * clamp(round(x / s), -1, 1)      BitNet b1.58, Ma et al. 2024, eq. 1-3
-
-    The gradient passes unchanged everywhere, as there: nothing is masked, and none flows through s.
-
-    Raises: ValueError if x is not floating point, is empty or holds NaN or infinity.
-
-    >>> ternary(torch.tensor([0.1, -0.9, 0.4, 1.0])).tolist()
-    [0.0, -0.6000000238418579, 0.6000000238418579, 0.6000000238418579]
-    """
-    granularity = granularity or PerTensor()
-    codes, scale = _ternary_codes(x.detach() if isinstance(x, Tensor) else x, granularity)
-    return _PassThrough.apply(x, from_blocks(scale * codes, granularity, x.shape).to(x.dtype))
-
-
-def quantize_ternary(x: Tensor, granularity: Granularity | None = None) -> QTensor:
-    """The values of ternary(x) as codes -1, 0, 1 and scales. nbytes counts 2 bits a code, as they are stored.
-
-    Five codes fit a byte (pack_ternary, 1.6 bits); the least possible is log2(3) = 1.585 bits if all are as frequent.
-
-    >>> quantize_ternary(torch.tensor([0.1, -0.9, 0.4, 1.0])).codes.tolist()
-    [0, -1, 1, 1]
-    """
-    granularity = granularity or PerTensor()
-    codes, scale = _ternary_codes(x.detach() if isinstance(x, Tensor) else x, granularity)
-    return _symmetric_qtensor(x, codes, scale, 2, granularity)
-
-
-def _ternary_codes(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
-    check_real(x)
-    scale = _mean_magnitude(x, granularity).clamp(min=TINY).float()
-    return torch.round(to_blocks(x, granularity).float() * (1 / scale)).clamp(-1, 1), scale
-
-
-def pack_ternary(codes: Tensor) -> Tensor:
-    """Codes -1, 0, 1 at five in a byte, 1.6 bits each: byte = Σ (code_i + 1) 3**i, uint8; the last is filled up.
-
-    >>> pack_ternary(torch.tensor([-1, 0, 1, 1, 0, 1])).tolist()      # 0 + 3 + 18 + 54 + 81, 2 + 3 + 9 + 27 + 81
-    [156, 122]
-    """
-    if not isinstance(codes, Tensor) or codes.is_floating_point() or codes.is_complex():
-        raise ValueError(f"codes must be integers, got {getattr(codes, 'dtype', type(codes).__name__)}")
-    digits = codes.reshape(-1).to(torch.int64)
-    if digits.numel() and digits.abs().max() > 1:
-        raise ValueError(f"ternary codes are -1, 0 and 1, got {digits.min().item()}..{digits.max().item()}")
-    digits = F.pad(digits, (0, -len(digits) % 5)).view(-1, 5) + 1
-    return (digits * 3 ** torch.arange(5, device=codes.device)).sum(1).to(torch.uint8)
-
-
-def unpack_ternary(packed: Tensor, *, count: int) -> Tensor:
-    """The first `count` codes of pack_ternary, int8, (count,).
-
-    >>> unpack_ternary(torch.tensor([156, 122], dtype=torch.uint8), count=6).tolist()
-    [-1, 0, 1, 1, 0, 1]
-    """
-    if not isinstance(packed, Tensor) or packed.dtype != torch.uint8:
-        raise ValueError(f"packed must be uint8, got {getattr(packed, 'dtype', type(packed).__name__)}")
-    if packed.numel() and packed.max() > 242:
-        raise ValueError(f"five ternary codes make 0..242, got {packed.max().item()}")
-    check_int(count, "count", 0, 5 * packed.numel())
-    digits = packed.reshape(-1, 1).to(torch.int64) // 3 ** torch.arange(5, device=packed.device) % 3
-    return (digits - 1).to(torch.int8).view(-1)[:count]
-
-
-def binary(x: Tensor, granularity: Granularity | None = None) -> Tensor:
-    """x with two values in each block, -s and s, as floats (default: one s for the tensor).
-
-        s = mean |x|      x̂ = s * sign(x), sign(0) = +1      XNOR-Net, Rastegari et al. 2016, eq. 6
-
-    This s has the least ‖x - x̂‖. The gradient passes unchanged everywhere: nothing is masked, none flows through s.
-
-    Raises: ValueError if x is not floating point, is empty or holds NaN or infinity.
-
-    >>> binary(torch.tensor([0.0, -0.5, 1.0])).tolist()
-    [0.5, -0.5, 0.5]
-    """
-    granularity = granularity or PerTensor()
-    check_real(x)
-    scale = _mean_magnitude(x.detach(), granularity).float()
-    value = torch.where(to_blocks(x.detach(), granularity) < 0, -scale, scale)
-    return _PassThrough.apply(x, from_blocks(value, granularity, x.shape).to(x.dtype))
-
-
-def quantize_binary(x: Tensor, granularity: Granularity | None = None) -> CodebookTensor:
-    """The values of binary(x) as one bit each and a scale a block.
-
-    Two values without a 0 between them are no affine grid with an integer zero_point, so this is a codebook of -1 and
-    1, in blocks of the flattened tensor. Raises: ValueError if a group does not divide the last dimension, or an axis
-    other than the first is kept.
-
-    >>> q = quantize_binary(torch.tensor([[0.0, -0.5, 1.0, 4.5]]), PerGroup(2))
-    >>> q.codes.tolist(), q.absmax.tolist()
-    ([[1, 0, 1, 1]], [0.25, 2.75])
-    """
-    granularity = granularity or PerTensor()
-    check_real(x)
-    size = to_blocks(x.detach(), granularity).shape[1]
-    if isinstance(granularity, PerGroup) and x.shape[-1] % size:
-        raise ValueError(
-            f"binary blocks run on over the rows: group_size must divide {x.shape[-1]}, got {granularity.group_size}"
-        )
-    if isinstance(granularity, PerAxis) and granularity.axis % x.ndim:
-        raise ValueError(f"binary blocks are rows: PerAxis(0), got {granularity}")
-    scale = _mean_magnitude(x.detach(), granularity).float().flatten()
-    levels = torch.tensor([-1.0, 1.0], device=x.device)
-    return CodebookTensor((x.detach() >= 0).to(torch.uint8), scale, levels, size, x.dtype)
-
-
-class _PassThrough(torch.autograd.Function):
-    """The given value; the gradient of x is that of the result."""
-
-    @staticmethod
-    def forward(ctx, x, value):
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, None
-
-
 class TernaryRounding(nn.Module):
     """ternary() as a rounding of weights."""
 
@@ -295,27 +110,6 @@ class BinaryRounding(nn.Module):
 
     def quantized(self, weight: Tensor) -> CodebookTensor:
         return quantize_binary(weight, self.granularity)
-
-
-def _counts(x: Tensor, granularity: Granularity) -> Tensor:
-    """How many elements each block has, (blocks, 1); a short last group counts only its own."""
-    return to_blocks(torch.ones(x.shape, dtype=torch.float64, device=x.device), granularity).sum(
-        1, keepdim=True
-    )
-
-
-def _mean_magnitude(x: Tensor, granularity: Granularity) -> Tensor:
-    """mean |x| of each block, (blocks, 1), float64."""
-    return to_blocks(x.double().abs(), granularity).sum(1, keepdim=True) / _counts(x, granularity)
-
-
-def _symmetric_qtensor(
-    x: Tensor, codes: Tensor, scale: Tensor, bits: int, granularity: Granularity
-) -> QTensor:
-    """Codes and scales of blocks as the QTensor of x: zero_point 0, and shapes as quantize_tensor has them."""
-    q = quantize_tensor(x.detach(), bits=bits, granularity=granularity)
-    qp = replace(q.qparams, scale=scale.reshape(q.qparams.scale.shape))
-    return replace(q, codes=from_blocks(codes, granularity, x.shape).to(torch.int8), qparams=qp)
 
 
 # --- activations: how they are rounded --------------------------------------------------------------------------
