@@ -1,4 +1,4 @@
-"""GPTQ: the library against the plain column-by-column algorithm of tests/slow.py, in one run.
+"""GPTQ: the library against the plain column-by-column algorithm of tests/slow.py (float32), in one run.
 
 Ratios of CPU seconds, the least of several rounds taken in turns. The bar: at most 0.5 at 1024 x 1024, group 128.
 """
@@ -38,6 +38,7 @@ def seconds(action, least: list) -> None:
 def compare(rows: int, columns: int, group_size: int | None, rounds: int = 3) -> tuple[float, float, float]:
     """Least CPU seconds of the plain algorithm, and of ours with and without the factorization."""
     weight, hessian = layer(rows, columns)
+    H = hessian.matrix
     plain, whole, shared = [1e9], [1e9], [1e9]
 
     def ours():
@@ -48,7 +49,7 @@ def compare(rows: int, columns: int, group_size: int | None, rounds: int = 3) ->
         ours()
 
     for _ in range(rounds):
-        seconds(lambda: plain_gptq(weight, hessian.matrix, bits=4, group_size=group_size), plain)
+        seconds(lambda: plain_gptq(weight, H, bits=4, group_size=group_size, dtype=torch.float32), plain)
         seconds(ours_alone, whole)
         seconds(ours, shared)  # as for the second and third layer that read the same input
     return plain[0], whole[0], shared[0]
