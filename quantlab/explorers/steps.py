@@ -35,8 +35,8 @@ def explore_step(weight: Tensor, inputs: Tensor, *, bits: str = "2", group_size:
     """The step of a layer's symmetric grid: what it does to weight and output, and where LSQ's gradient pulls it.
 
     Steps are counted in mean |w| of each group, which scales all groups alike. The arrows are the sign of LSQ's
-    gradient of the chosen error (the paper's mask) at that step: to the left, the step shall shrink. bits: a key of
-    GRIDS; "1.58" has the codes -1, 0, 1, "1" the signs.
+    gradient of the chosen error, the thick line (the paper's mask), at that step: to the left, the step shall
+    shrink. bits: a key of GRIDS; "1.58" has the codes -1, 0, 1, "1" the signs.
 
     Shapes: weight (out, in), inputs (tokens, in). Raises: ValueError if they do not belong together, or group_size
     does not divide in.
@@ -67,12 +67,15 @@ def explore_step(weight: Tensor, inputs: Tensor, *, bits: str = "2", group_size:
         stems.set_linewidths(1.2 if len(places) > 32 else 3)
         for kind, line in lines.items():
             line.set_data(_FACTORS, of.errors[kind])
+            line.set_linewidth(2.5 if kind == loss else 1)
             dots[kind].set_data([here], [of.errors[kind][step]])
         down = of.pulls[loss] > 0
         for arrow, chosen in zip(arrows, (down, ~down), strict=True):
             arrow.set_data(_FACTORS[chosen], np.full(chosen.sum(), 0.04))
         marks["start"].set_xdata([of.start] * 2)
         marks["still"].set_xdata([_FACTORS[_still(of.pulls[loss])]] * 2)
+        best = int(np.argmin(of.errors[loss]))
+        marks["best"].set_data([_FACTORS[best]], [of.errors[loss][best]])
         return _numbers(of, step, loss)
 
     moving = [stems, *lines.values(), *dots.values(), *arrows, *marks.values()]
@@ -179,7 +182,7 @@ def _draw_weights(ax, blocks: Tensor) -> LineCollection:
     places = (blocks / blocks.abs().mean(1, keepdim=True)).flatten().numpy()
     ax.hist(places, bins=np.linspace(-6, 6, 121), density=True, color=FLOAT)
     stems = ax.add_collection(LineCollection([], colors=QUANTIZED))
-    ax.set(xlim=(-6, 6), ylim=(0, 0.8), xlabel="weight / mean |w|", yticks=[])
+    ax.set(xlim=(-6, 6), ylim=(0, 0.6), xlabel="weight / mean |w|", yticks=[])
     ax.set_title("the weights, and the grid points that stand for them", fontsize="medium")
     return stems
 
@@ -192,11 +195,11 @@ def _draw_errors(ax) -> tuple:
     foot = {"linestyle": "", "markersize": 5, "transform": ax.get_xaxis_transform()}
     arrows = [ax.plot([], [], marker, color=c, **foot)[0] for marker, c in (("<", CLIPPED), (">", OTHER))]
     marks = {
-        "start": ax.axvline(
-            1, 0, 0.79, color="0.4", linewidth=1, linestyle=":", label="start (1 and 1.58: mean |w|)"
-        ),
+        "start": ax.axvline(1, 0, 0.79, color="0.4", linewidth=1, linestyle=":", label="first step"),
         "still": ax.axvline(1, 0, 0.79, color=OTHER, linewidth=1, linestyle="--", label="LSQ's pull is 0"),
     }
+    ring = {"color": "black", "markersize": 11, "fillstyle": "none", "label": "least"}
+    marks["best"] = ax.plot([], [], "o", **ring)[0]
     ax.set(xscale="log", yscale="log", xlim=(0.018, 6.7), ylim=(3e-6, 100), xlabel="step / mean |w|")
     ax.set_title("errors; arrows: where LSQ pulls the step", fontsize="medium")
     ax.legend(loc="upper left", fontsize="small", ncols=2)
