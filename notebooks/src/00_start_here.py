@@ -347,11 +347,11 @@ print(f"the cast model says the token that it has just read: {repeats:.0%}")
 # |---|---|
 # | [09 Outliers](09_outliers.ipynb) ✓ | LLM.int8() and SmoothQuant |
 # | [10 GPTQ](10_gptq.ipynb) ✓ | other weights make up for an error |
-# | 11 AWQ | protect the channels that matter |
-# | 12 Sensitivity and mixed precision | which layer gets how many bits |
-# | 13 Quantization-aware training | train through the rounding |
-# | 14 Learned steps, three values, two values | down to one bit |
-# | 15 QLoRA | fine-tune on frozen 4-bit weights |
+# | [11 AWQ](11_awq.ipynb) ✓ | protect the channels that matter |
+# | [12 Sensitivity and mixed precision](12_mixed_precision.ipynb) ✓ | which layer gets how many bits |
+# | [13 Quantization-aware training](13_quantization_aware_training.ipynb) ✓ | train through the rounding |
+# | [14 Learned steps, three values, two values](14_learned_steps.ipynb) ✓ | down to one bit |
+# | [15 QLoRA](15_qlora.ipynb) ✓ | fine-tune on frozen 4-bit weights |
 # | 16 KV cache | quantize the memory of the text |
 # | 17 From notebook to deployment | files and engines, compared |
 # | 18 Bug hunt | published code that looks right |
