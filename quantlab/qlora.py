@@ -7,6 +7,8 @@ import argparse
 import copy
 import json
 import logging
+import shlex
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -315,7 +317,7 @@ def main(argv=None) -> dict:
     parser.add_argument("--out", required=True, help="folder for rank_*.safetensors and log.json")
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
     parser.add_argument("--steps", type=int, default=RECIPE["steps"])
-    args = parser.parse_args(argv)
+    args, threads = parser.parse_args(argv), torch.get_num_threads()
     out, recipe = Path(args.out), RECIPE | {"steps": args.steps}
     out.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_lm()
@@ -327,8 +329,8 @@ def main(argv=None) -> dict:
     jobs["all weights"] = copy.deepcopy(model), train, {"learning_rate": FULL_RATE}
     jobs["shuffled tokens, rank 8"] = add_lora(base), shuffled, {}
     log = {
-        "command": f"python -m quantlab.qlora --out {args.out}",
-        "on": f"torch {torch.__version__}, {torch.get_num_threads()} thread",
+        "command": shlex.join(["python", "-m", "quantlab.qlora", *(sys.argv[1:] if argv is None else argv)]),
+        "on": f"torch {torch.__version__}, {threads} thread{'s' * (threads > 1)}",
         "recipe": recipe | {"full_rate": FULL_RATE},
     }
     log["runs"] = {

@@ -424,6 +424,8 @@ def test_the_committed_run_is_reproduced_from_its_adapters():
     model, tokenizer = load_lm(str(DATA / "model"))
     log = json.loads((DATA / "qlora/log.json").read_text(encoding="utf-8"))
     assert log["recipe"] == qlora.RECIPE | {"full_rate": qlora.FULL_RATE}
+    assert log["command"] == "python -m quantlab.qlora --out data/qlora"
+    assert re.fullmatch(r"torch [\w.+]+, \d+ threads?", log["on"])
     _, held = qlora.style_tokens(tokenizer)
     with_lora = add_lora(nf4_model(model), rank=2)
     load_adapters(DATA / "qlora/rank_2.safetensors", with_lora)
@@ -440,6 +442,12 @@ def test_the_run_writes_adapters_and_its_log(monkeypatch, tmp_path):
     monkeypatch.setattr(qlora, "load_text", lambda name: load_text(name)[:8])
     log = qlora.main(["--out", str(tmp_path / "out"), "--ranks", "1", "--steps", "2"])
     assert json.loads((tmp_path / "out/log.json").read_text()) == json.loads(json.dumps(log))
+    assert log["command"] == f"python -m quantlab.qlora --out {tmp_path}/out --ranks 1 --steps 2"
+    assert re.fullmatch(r"torch [\w.+]+, \d+ threads?", log["on"])
+    committed = json.loads((DATA / "qlora/log.json").read_text(encoding="utf-8"))
+    assert committed.keys() == log.keys()
+    assert committed["runs"].keys() > log["runs"].keys()
+    assert all(committed["runs"][name].keys() == run.keys() for name, run in log["runs"].items())
     names = ["float", "rank 0", "rank 1", "float base, rank 8", "all weights", "shuffled tokens, rank 8"]
     assert list(log["runs"]) == names
     assert log["runs"]["float"]["stories"]["kl"] == 0

@@ -167,7 +167,7 @@ EXERCISES = {
         "gradients of an adapter",
         _test_gradients,
         (
-            "For y = x Mᵀ the gradient of M is (gradient of y)ᵀ x.",
+            "The adapter is two layers of the kind y = x Mᵀ in a row, and a scale: go back through one at a time.",
             "B reads x @ A.T and upstream comes back to it; A reads x, and upstream @ B comes back to it.",
             "dA = scale * (upstream @ B).T @ x; dB has upstream.T on the left and what B read on the right.",
         ),
