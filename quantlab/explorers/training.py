@@ -123,7 +123,7 @@ def _draw_paths(ax, places: np.ndarray, points: np.ndarray, last: int) -> tuple:
         xlim=(-0.02 * last, 1.02 * last), ylim=(min(places.min(), low) - 0.2, max(places.max(), high) + 0.9)
     )
     ax.set(ylabel="weight, in steps of its grid", yticks=range(low, high + 1))
-    ax.set_title("16 weights of the row (solid: grid points, dotted: thresholds)", fontsize="medium")
+    ax.set_title("16 restless weights of the row (solid: grid points, dotted: thresholds)", fontsize="medium")
     ax.legend(loc="upper center", ncols=2, fontsize="small", frameon=False)
     return before, past, stay, moved, front
 
