@@ -14,10 +14,10 @@ def output_error_solution(weight, weight_hat, x):
 
 def _test_output_error(f):
     weight, x = _layer()
-    other, empty = weight + 0.01, weight.clone()
+    other, same = weight + 0.01, weight.clone()
     expect(
-        abs(float(f(weight, empty, x))) < 1e-12,
-        f"Equal weights have no error; you gave {float(f(weight, empty, x)):.3g}.",
+        abs(float(f(weight, same, x))) < 1e-12,
+        f"Equal weights have no error; you gave {float(f(weight, same, x)):.3g}.",
     )
     mine, right = float(f(weight, other, x)), output_error_solution(weight, other, x)
     of_weight = ((weight - other).square().sum() / weight.square().sum()).item()

@@ -4,7 +4,8 @@ import torch
 
 from quantlab.checks import Exercise, expect
 from quantlab.granularity import PerAxis, quantize_tensor
-from quantlab.qat import LSQ, pack_ternary, ternary
+from quantlab.lsq import LSQ
+from quantlab.ternary import pack_ternary, ternary
 
 
 def lsq_solution(v, step, qmin, qmax):
