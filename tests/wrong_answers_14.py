@@ -10,7 +10,8 @@ from quantlab.exercises.n14 import (
     unpack_solution,
 )
 from quantlab.granularity import PerAxis
-from quantlab.qat import LSQ, ternary
+from quantlab.lsq import LSQ
+from quantlab.ternary import ternary
 
 
 def _lsq(change):

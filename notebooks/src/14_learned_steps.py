@@ -63,8 +63,8 @@ print("v / s ", [round(r, 2) for r in (v / s).tolist()])
 print("codes ", codes.int().tolist())
 print("values", to_grid(v, s, qmin, qmax).tolist())
 # %% [markdown]
-# The value is $\hat v = s \cdot \mathrm{clamp}(\mathrm{round}(v/s), q_{min}, q_{max})$. What is its derivative
-# by $s$? Three cases:
+# The value is $\hat v = s \cdot \mathrm{clamp}(\mathrm{round}(v/s), q_{min}, q_{max})$. What is its
+# derivative by $s$? Three cases:
 #
 # - **clipped high**: $\hat v = s\,q_{max}$;
 # - **clipped low**: $\hat v = s\,q_{min}$;
@@ -72,8 +72,8 @@ print("values", to_grid(v, s, qmin, qmax).tolist())
 #   the rounding the gradient goes straight, as in notebook 13: the derivative of round(u) counts as that of u.
 #
 # **Predict** the six derivatives, on paper. The next cell uses no formula. It takes *finite differences*
-# (差分) of a smooth surrogate, in which what rounding added, and what was clipped, stay as they are while
-# the step moves a little.
+# (差分) of a smooth surrogate, in which what rounding added, and what was clipped, stay as they are while the
+# step moves a little.
 # %%
 ratio = v / s
 inside = (ratio > qmin) & (ratio < qmax)
@@ -96,8 +96,8 @@ from quantlab.checks import check, hint, solution
 
 check("14.1", my_lsq)
 # %% [markdown]
-# The library's `LSQ` (`quantlab/lsq.py`) holds the step as a parameter, and autograd gives it the sum of these
-# derivatives, times a factor `gradient_scale`, to which we come in section 4.
+# The library's `LSQ` (`quantlab/lsq.py`) holds the step as a parameter, and autograd gives it the sum of
+# these derivatives, times a factor `gradient_scale`, to which we come in section 4.
 # %%
 from quantlab.exercises.n14 import lsq_solution, scale_solution, ternary_solution, unpack_solution
 from quantlab.lsq import LSQ
@@ -185,7 +185,7 @@ sgd = torch.optim.SGD
 walks = {"with g": walk(sgd, 1.0, g), "without": walk(sgd, 1.0, 1.0), "without, slow": walk(sgd, g, 1.0)}
 plot_curves({title: (range(60), error) for title, (error, step) in walks.items()},
             xlabel="gradient steps", ylabel="output error", log="y")
-first, (good, wild, slow) = walks["with g"][0, 0], (error[-1] for error, step in walks.values())
+first, (good, wild, slow) = walks["with g"][0, 0], (error[-10:].mean() for error, step in walks.values())
 assert not bundled or good < 0.5 * first < slow < first < wild
 assert not bundled or walks["without"][1].min() < 0
 {title: f"step from {step.min():.2f} to {step.max():.2f}" for title, (error, step) in walks.items()}
@@ -204,7 +204,7 @@ assert not bundled or with_g[0, -1] < 0.6 * with_g[0, 0]
 f"the steps differ by {apart:.0e} of the first one; error {with_g[0, 0]:.3f} → {with_g[0, -1]:.3f}"
 # %% [markdown]
 # The same path: Adam divides each gradient by its own running size, and any factor with it. The factor is
-# for SGD, with which the paper trained.
+# for SGD, as in the paper.
 #
 # ## 5. Drag it
 # Left, the weights in units of mean|w|, and the grid points in use. Right, errors at all steps, and where

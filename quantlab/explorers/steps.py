@@ -11,8 +11,9 @@ from torch import Tensor
 from quantlab.affine import check_real
 from quantlab.explorers.base import Explorer, figure, tie
 from quantlab.granularity import PerGroup, code_range, from_blocks, to_blocks
+from quantlab.lsq import LSQ
 from quantlab.plots import CLIPPED, ERROR, FLOAT, OTHER, QUANTIZED
-from quantlab.qat import LSQ, quantize_binary, quantize_ternary
+from quantlab.ternary import quantize_binary, quantize_ternary
 
 GRIDS = {"8": 8, "6": 6, "5": 5, "4": 4, "3": 3, "2": 2, "1.58": "ternary", "1": "binary"}
 _FACTORS = np.geomspace(0.02, 6, 49)  # steps looked at, in units of mean |w|
@@ -160,9 +161,9 @@ def _numbers(of: _Curves, step: int, loss: str) -> str:
     still, best = _still(pulls), int(np.argmin(errors))
     return (
         f"step {_FACTORS[step]:.2g} × mean |w|: weight error {of.errors['weight'][step]:.2e}, output error "
-        f"{of.errors['output'][step]:.2e}   clipped {of.clipped[step]:.1%}, rounded to 0 {of.zeros[step]:.1%}   "
-        f"{of.bits:.2f} true bits\nLSQ's gradient of the {loss} error pulls the step "
-        f"{'down' if pulls[step] > 0 else 'up'}, until {_FACTORS[still]:.2g} (error {errors[still]:.2e}); "
+        f"{of.errors['output'][step]:.2e}   clipped {of.clipped[step]:.1%}, rounded to 0 {of.zeros[step]:.1%}\n"
+        f"{of.bits:.2f} true bits; LSQ's gradient of the {loss} error pulls the step "
+        f"{'down' if pulls[step] > 0 else 'up'}, until {_FACTORS[still]:.2g} (error {errors[still]:.2e})\n"
         f"least error {errors[best]:.2e} at {_FACTORS[best]:.2g}, at the start ({of.start:.2g}) "
         f"{np.interp(of.start, _FACTORS, errors):.2e}"
     )
