@@ -120,7 +120,18 @@ def test_the_reference_copy_has_the_rows_that_the_notebooks_write():
         ("planted w8a8", 8, "static"),
         ("planted smooth", 8, "tensor"),
     } <= rows
-    swept = {(m, b, "128") for m in ("rtn", "rtn clip", "gptq", "gptq act-order", "awq") for b in (8, 4, 3, 2)}
+    assert {
+        ("planted awq", 4, "128"),
+        ("mixed rtn", 3, "128"),
+        ("qat", 2, "128"),
+        ("lsq", 2, "128"),
+        ("ternary", 2, "128"),
+        ("binary", 1, "128"),
+        ("qlora", 4, "64"),
+    } <= rows
+    swept = {
+        (m, b, "128") for m in ("rtn", "rtn clip", "gptq", "gptq act-order", "awq") for b in (8, 4, 3, 2)
+    }
     assert swept <= rows  # python -m quantlab.sweep --out data/ledger.csv
 
 

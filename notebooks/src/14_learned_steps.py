@@ -386,8 +386,9 @@ runs = {("lsq finer", 3): "qat14/lsq3_finer", ("lsq finer", 2): "qat14/lsq2_fine
 rows = {"float": next(row for row in known if row.method == "float")}
 for (method, bits), run in runs.items():
     new, packed = trained(run)
-    row = ledger.measure(base, new, text, method=method, bits=bits, group="128", qtensors=packed)
-    rows[method, bits] = replace(row, seconds=log(run)["cpu_seconds"])
+    row, made = ledger.measure(base, new, text, method=method, bits=bits, group="128", qtensors=packed), log(run)
+    read = made["steps"] * made["batch"] * made["window"]
+    rows[method, bits] = replace(row, seconds=made["cpu_seconds"], calibration_tokens=read)
     ledger.append(rows[method, bits])
 assert rows["lsq finer", 2].perplexity < rows["float"].perplexity
 ledger.Table(list(rows.values()))
