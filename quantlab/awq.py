@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantlab.affine import check_int, check_real
 from quantlab.gptq import Hessian, check_weight
-from quantlab.granularity import PerAxis, PerGroup, QTensor, quantize_tensor
+from quantlab.granularity import QTensor, quantize_tensor, rows_or_groups
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +82,7 @@ def keep_columns(
     columns = [check_int(c, "a column", 0, weight.shape[1] - 1) for c in columns]
     if len(set(columns)) < len(columns):
         raise ValueError("a column to keep comes twice")
-    granularity = PerAxis(0) if group_size is None else PerGroup(group_size)
+    granularity = rows_or_groups(group_size)
     q = quantize_tensor(weight, bits=bits, granularity=granularity, symmetric=symmetric)
     kept = torch.tensor(columns, dtype=torch.int64, device=weight.device)
     return MixedQTensor(q, kept, weight.detach()[:, kept])
@@ -177,7 +177,7 @@ def scale_and_round(
     weight: Tensor, input_scale: Tensor, *, bits: int, group_size: int | None, symmetric: bool = False
 ) -> ScaledQTensor:
     """Q(W · diag(s)) with s: rounding to nearest, after each input channel j was multiplied by s_j."""
-    granularity = PerAxis(0) if group_size is None else PerGroup(group_size)
+    granularity = rows_or_groups(group_size)
     scaled = (weight.detach().float() * input_scale).to(weight.dtype)
     return ScaledQTensor(
         quantize_tensor(scaled, bits=bits, granularity=granularity, symmetric=symmetric), input_scale

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quantlab.affine import QParams, check_int, check_real, choose_qparams
-from quantlab.granularity import PerAxis, PerGroup, QTensor, code_range
+from quantlab.granularity import QTensor, code_range, rows_or_groups
 
 BLOCK = 128  # columns that are finished before the rest hears of their error; any size gives the same result
 
@@ -128,7 +128,7 @@ def _factorize(H: Tensor, act_order: bool, damping: float) -> Factor:
         warnings.warn(
             f"the Hessian is not positive definite with damping {damping:g}; trying {used:g} "
             "(more calibration tokens than in_features avoid this)",
-            stacklevel=5,
+            stacklevel=4,
         )
     raise ValueError("the Hessian is not positive definite even with damping 1000; are its inputs finite?")
 
@@ -161,7 +161,7 @@ def gptq_quantize(
     [[0.4000000059604645, 0.4000000059604645], [1.0, 0.0]]
     """
     check_weight(weight, hessian)
-    granularity = PerAxis(0) if group_size is None else PerGroup(group_size)
+    granularity = rows_or_groups(group_size)
     factor = hessian.factor(act_order=act_order, damping=damping)
     columns = weight.detach().T if factor.order is None else weight.detach().T[factor.order]
     columns = columns.to(torch.float64 if weight.dtype == torch.float64 else torch.float32).contiguous()

@@ -35,6 +35,11 @@ class PerGroup:
 Granularity = PerTensor | PerAxis | PerGroup
 
 
+def rows_or_groups(group_size: int | None) -> Granularity:
+    """The granularity of a weight (out, in): one scale a row (None), or one for each group of so many inputs."""
+    return PerAxis(0) if group_size is None else PerGroup(group_size)
+
+
 @dataclass(frozen=True, eq=False)
 class QTensor:
     """A quantized tensor: integer codes, and the affine map of each block.

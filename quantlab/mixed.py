@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from quantlab.affine import check_int
 from quantlab.gptq import Hessian, gptq_quantize
-from quantlab.granularity import PerAxis, PerGroup, QTensor, quantize_tensor
+from quantlab.granularity import QTensor, quantize_tensor, rows_or_groups
 from quantlab.lm import blocks_of, capture_inputs, linear_layers, weight_of
 from quantlab.lm.layers import put_weight
 from quantlab.lm.measuring import checked_windows
@@ -130,7 +130,7 @@ def _quantized(model, tokens, method, bits, group_size, window) -> dict[str, dic
     """Every linear layer's weight at each of these bits: {layer: {bits: QTensor}}."""
     if method not in ("rtn", "gptq"):
         raise ValueError(f"method must be rtn or gptq, got {method!r}")
-    granularity = PerAxis(0) if group_size is None else PerGroup(group_size)
+    granularity = rows_or_groups(group_size)
     layers, choices = linear_layers(model), {}
     for name, layer in layers.items():
         weight = weight_of(layer).clone()

@@ -16,12 +16,12 @@ from quantlab.codebook import CodebookTensor
 from quantlab.granularity import (
     Granularity,
     PerAxis,
-    PerGroup,
     PerTensor,
     QTensor,
     code_range,
     from_blocks,
     quantize_tensor,
+    rows_or_groups,
     to_blocks,
 )
 from quantlab.linear import DynamicInt8Linear, Int8Linear, StaticInt8Linear
@@ -266,7 +266,7 @@ def prepare_qat(
         layer = FakeQuantLinear.from_linear(
             modules[name], **settings, activations=seen, activation_bits=activation_bits
         )
-        _put_module(new, name, layer.train(modules[name].training))
+        new.set_submodule(name, layer.train(modules[name].training))
     return new
 
 
@@ -288,15 +288,10 @@ def convert(model) -> tuple[nn.Module, dict[str, QTensor | CodebookTensor | Int8
     new, qtensors = copy.deepcopy(model).eval().requires_grad_(False), {}
     for name, layer in fake_quant_layers(new).items():
         plain, qtensors[name] = layer.converted()
-        _put_module(new, name, plain.eval())
+        new.set_submodule(name, plain.eval())
     if not qtensors:
         raise ValueError(f"{type(model).__name__} has no fake-quantized layer; did prepare_qat make it?")
     return new, qtensors
-
-
-def _put_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def _check_linear(layer: nn.Module) -> None:
@@ -306,13 +301,11 @@ def _check_linear(layer: nn.Module) -> None:
 
 
 def _granularity(group_size: int | str | None) -> Granularity:
-    if group_size is None:
-        return PerAxis(0)
     if isinstance(group_size, str):
         if group_size != "tensor":
             raise ValueError(f'group_size must be a number, None (a row) or "tensor", got {group_size!r}')
         return PerTensor()
-    return PerGroup(group_size)
+    return rows_or_groups(group_size)
 
 
 def _rounding(weight: Tensor, bits, group_size, symmetric, method) -> nn.Module:

@@ -165,9 +165,8 @@ def nf4_model(model, *, block_size: int = 64, double_quant: bool = True):
     if not layers:
         raise ValueError(f"{type(model).__name__} has no float linear layers in its blocks")
     for name, layer in layers.items():
-        parent, _, child = name.rpartition(".")
         packed = NF4Linear.from_linear(layer, block_size=block_size, double_quant=double_quant)
-        setattr(new.get_submodule(parent), child, packed)
+        new.set_submodule(name, packed)
     return new
 
 

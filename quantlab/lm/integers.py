@@ -32,8 +32,7 @@ def replace_block(
     for name, layer in layers.items():
         began, linear = time.perf_counter(), _as_linear(layer)
         new = _integer_layer(linear, observers.get(name), settings)
-        parent, _, child = name.rpartition(".")
-        setattr(block.get_submodule(parent), child, new)
+        block.set_submodule(name, new)
         errors[name] = torch.zeros(2, dtype=torch.float64)
         hooks[new] = _compare(linear, errors[name])
         report.qtensors[prefix + name] = new

@@ -12,7 +12,7 @@ from quantlab.awq import ScaledQTensor, scale_and_round, search_scales
 from quantlab.clipping import quantize_clipped
 from quantlab.codebook import CodebookTensor, nf4_levels, quantize_codebook
 from quantlab.gptq import Hessian, gptq_quantize
-from quantlab.granularity import PerAxis, PerGroup, QTensor, quantize_tensor, split_rows
+from quantlab.granularity import QTensor, quantize_tensor, rows_or_groups, split_rows
 from quantlab.lm.blocks import Stop, block_inputs, first, hooked, linears, run
 from quantlab.lm.checkpoint import open_checkpoint
 from quantlab.lm.integers import replace_block
@@ -159,7 +159,7 @@ def quantize_weights(model, quantizer: Callable[[Tensor], QTensor]) -> tuple[nn.
 
 
 def _rtn(weights: list[Tensor], hessian: Hessian, *, group_size, clip_search, **settings) -> list[QTensor]:
-    granularity = PerAxis(0) if group_size is None else PerGroup(group_size)
+    granularity = rows_or_groups(group_size)
     quantizer = quantize_clipped if clip_search else quantize_tensor
     return [quantizer(w, granularity=granularity, **settings) for w in weights]
 
