@@ -1,6 +1,5 @@
 """A small training loop: a model learns a text or another model's predictions; a run can be stopped and resumed."""
 
-import hashlib
 import json
 import math
 import os
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from quantlab.affine import check_int
+from quantlab.lm.checkpoint import hash_tensors
 from quantlab.lm.measuring import checked_windows, divergence, evaluating, perplexity
 
 
@@ -387,14 +387,8 @@ def _fingerprint(model, tokens: Tensor, held_out: Tensor | None, teacher) -> str
     frozen |= {n: b for n, b in model.named_buffers() if b.dtype in (torch.uint8, torch.int8)}
     parts = {"tokens": tokens, "held_out": held_out} | {f"model.{n}": t for n, t in frozen.items()}
     parts |= {} if teacher is None else {f"teacher.{n}": p for n, p in teacher.named_parameters()}
-    digest = hashlib.sha256(repr([(n, tuple(p.shape)) for n, p in _trainable(model).items()]).encode())
-    for name, tensor in parts.items():
-        digest.update(
-            f"{name} {None if tensor is None else (tuple(tensor.shape), str(tensor.dtype))}".encode()
-        )
-        if tensor is not None and tensor.numel():
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    shapes = [(n, tuple(p.shape)) for n, p in _trainable(model).items()]
+    return hash_tensors(parts, about=repr(shapes))
 
 
 # --- small things -----------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from tqdm.auto import tqdm
 from quantlab.affine import check_int
 from quantlab.gptq import Hessian, gptq_quantize
 from quantlab.granularity import QTensor, quantize_tensor, rows_or_groups
-from quantlab.lm import blocks_of, capture_inputs, linear_layers, weight_of
+from quantlab.lm import blocks_of, linear_layers, weight_of
+from quantlab.lm.blocks import advance, block_inputs, hooked, input_hessians
 from quantlab.lm.layers import put_weight
 from quantlab.lm.measuring import checked_windows
 from quantlab.metrics import kl_per_position
@@ -65,7 +66,8 @@ def sensitivity(
     Use calibration text: to choose bits on the text that is measured later would flatter the choice.
 
     For a layer of block i only blocks i and later run again. Held beyond the model: a copy of it, the codes of every
-    choice (a byte a weight for each bit width), and of one batch of windows the output of every block and the logits.
+    choice (a byte a weight for each bit width), and of one batch of windows the output of every block and the logits; for
+    gptq first a Hessian of every input, and what one block reads.
 
     Shapes: tokens (n,), cut into windows; a tail that fills none is left out, unless it is all there is.
     Raises: ValueError for an unknown method, no or repeated bits, bits or group_size that quantize_tensor refuses, or
@@ -131,17 +133,36 @@ def _quantized(model, tokens, method, bits, group_size, window) -> dict[str, dic
     if method not in ("rtn", "gptq"):
         raise ValueError(f"method must be rtn or gptq, got {method!r}")
     granularity = rows_or_groups(group_size)
-    layers, choices = linear_layers(model), {}
-    for name, layer in layers.items():
-        weight = weight_of(layer).clone()
-        if method == "rtn":
-            choices[name] = {
-                b: quantize_tensor(weight, bits=b, granularity=granularity, symmetric=False) for b in bits
+    if method == "gptq":
+        hessians = _hessians(model, tokens, window)
+        return {
+            name: {
+                b: gptq_quantize(weight_of(layer), hessians[name], bits=b, group_size=group_size)
+                for b in bits
             }
-            continue
-        hessian = Hessian(weight.shape[1]).add(capture_inputs(model, tokens, [name], window=window)[name])
-        choices[name] = {b: gptq_quantize(weight, hessian, bits=b, group_size=group_size) for b in bits}
-    return choices
+            for name, layer in linear_layers(model).items()
+        }
+    granularity = rows_or_groups(group_size)
+    return {
+        name: {
+            b: quantize_tensor(weight_of(layer), bits=b, granularity=granularity, symmetric=False)
+            for b in bits
+        }
+        for name, layer in linear_layers(model).items()
+    }
+
+
+def _hessians(model, tokens: Tensor, window: int) -> dict[str, Hessian]:
+    """Of what each linear layer reads, by layer name; q, k and v have one, and the text is read once for all."""
+    prefix, blocks = blocks_of(model)
+    found = {}
+    with torch.no_grad():
+        hidden, arguments = block_inputs(model, tokens, window)
+        for i, block in enumerate(blocks):
+            for layers, hessian in input_hessians(block, hidden, arguments[i]):
+                found |= {f"{prefix}.{i}.{name}": hessian for name in layers}
+            advance(block, hidden, arguments[i])
+    return found
 
 
 def _float_pass(model, blocks: nn.ModuleList, ids: Tensor) -> tuple[Tensor, list]:
@@ -151,12 +172,8 @@ def _float_pass(model, blocks: nn.ModuleList, ids: Tensor) -> tuple[Tensor, list
     def keep(i):
         return lambda _module, _inputs, output: outputs.__setitem__(i, output)
 
-    handles = [block.register_forward_hook(keep(i)) for i, block in enumerate(blocks)]
-    try:
+    with hooked({block: keep(i) for i, block in enumerate(blocks)}, after=True):
         return model(ids, use_cache=False).logits[:, :-1].float(), outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

@@ -61,9 +61,7 @@ def plot_against_bits(
 ) -> Axes:
     """One line a method: {method: {bits: (value, standard error)}}, on a logarithmic scale with error bars."""
     ax = ax if ax is not None else plt.gca()
-    for (method, points), color, marker in zip(
-        rows.items(), (ERROR, QUANTIZED, OTHER, CLIPPED), "osD^", strict=False
-    ):
+    for (method, points), (color, marker) in zip(rows.items(), cycle(_LINES), strict=False):
         bits = sorted(points)
         values, errors = zip(*(points[b] for b in bits), strict=True)
         ax.errorbar(bits, values, yerr=errors, marker=marker, color=color, capsize=3, label=method)
@@ -80,9 +78,7 @@ def plot_against_bits(
 def plot_layer_errors(reports: dict, *, ax: Axes | None = None) -> Axes:
     """The output error of every layer, in the order of the model: {method: QuantizeReport}."""
     ax = ax if ax is not None else plt.gca()
-    for (method, report), color, marker in zip(
-        reports.items(), (ERROR, QUANTIZED, OTHER, CLIPPED), "osD^", strict=False
-    ):
+    for (method, report), (color, marker) in zip(reports.items(), cycle(_LINES), strict=False):
         ax.plot([row.output_error for row in report.layers], marker, color=color, markersize=4, label=method)
     ax.set(xlabel="layer, in the order of the model", ylabel="relative output error", yscale="log")
     ax.legend(loc="best")

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from quantlab import ledger
 from quantlab.ledger import Row
 from quantlab.lm import OPTIONS, linear_layers, load_lm, load_text, quantize_lm, token_stream
+from quantlab.lm.checkpoint import fingerprint, hash_tensors
 
 # What the notebooks' ledger calls these ways; any other setting is added to the name of the method.
 _SHORT = {"clip_search": "clip", "act_order": "act-order", "double_quant": "double"}
@@ -92,7 +93,8 @@ def sweep(
     """
     settings = [_settings(job) for job in jobs]
     calibration, tokens, weights = _inputs(model, calibration, tokens)
-    shared = [weights, _hash(calibration), _hash(tokens), window, _sources()]
+    texts = hash_tensors({"calibration": calibration, "tokens": tokens})
+    shared = [weights, texts, window, _sources()]
     keys = [hashlib.sha256(json.dumps([shared, s], sort_keys=True).encode()).hexdigest() for s in settings]
     folder = Path(folder)
     rows = {key: row for key in set(keys) if (row := _read(folder / f"{key}.json")) is not None}
@@ -172,14 +174,14 @@ def _inputs(name: str, calibration, tokens) -> tuple[Tensor, Tensor, str]:
         calibration = token_stream(tokenizer, load_text("calibration"))[:16384]
     if tokens is None:
         tokens = token_stream(tokenizer, load_text("eval"))[:4096]
-    return calibration, tokens, _weights_hash(model)
+    return calibration, tokens, fingerprint(model)
 
 
 @lru_cache(maxsize=1)
 def _loaded(name: str, weights: str):
     """The model, once for each process; the weights it must have are part of the question."""
     model, _ = load_lm(name)
-    if _weights_hash(model) != weights:
+    if fingerprint(model) != weights:
         raise ValueError(
             f"{name!r} is another model on this worker; give a name or folder that all of them share"
         )
@@ -209,19 +211,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _hash(x: Tensor) -> str:
-    return hashlib.sha256(x.detach().cpu().contiguous().numpy()).hexdigest()
-
-
-def _weights_hash(model) -> str:
-    """Of every parameter and buffer by name, and of the configuration but where it was found."""
-    config = {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}
-    whole = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, value in model.state_dict().items():
-        whole.update(f"{name} {tuple(value.shape)} {value.dtype} {_hash(value)}".encode())
-    return whole.hexdigest()
 
 
 @lru_cache(maxsize=1)

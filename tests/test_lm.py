@@ -13,7 +13,7 @@ from quantlab import Hessian, PerAxis, PerGroup, gptq_quantize, lm, quantize_ten
 from quantlab.awq import search_scales
 from quantlab.codebook import nf4_levels, quantize_codebook
 from quantlab.linear import Int8Linear, StaticInt8Linear
-from quantlab.lm import blocks, measuring, walk
+from quantlab.lm import blocks, measuring
 from quantlab.observers import MinMax, Percentile
 from quantlab.outliers import plant_outliers
 from quantlab.training import train_tokenizer
@@ -116,7 +116,8 @@ def test_shared_inputs_are_found():
     hidden, arguments = blocks.block_inputs(model, random_tokens(128), 64)
     with torch.no_grad():
         groups = [
-            sorted(layers) for layers, _ in walk._hessians(lm.blocks_of(model)[1][0], hidden, arguments[0])
+            sorted(layers)
+            for layers, _ in blocks.input_hessians(lm.blocks_of(model)[1][0], hidden, arguments[0])
         ]
     assert sorted(groups) == [
         ["mlp.down_proj"],

@@ -123,6 +123,16 @@ def test_the_fingerprint_sees_every_weight():
     assert checkpoint.fingerprint(model) != before
 
 
+def test_the_fingerprint_sees_what_the_weights_do_not_say():
+    """The same weights with another configuration compute something else; where they were found does not matter."""
+    model = random_model("llama")
+    before = checkpoint.fingerprint(model)
+    model.config._name_or_path = "elsewhere"
+    assert checkpoint.fingerprint(model) == before
+    model.config.rms_norm_eps *= 10
+    assert checkpoint.fingerprint(model) != before
+
+
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
 def test_in_place_gives_the_same_without_a_second_model(family):
     model, tokens = random_model(family), random_tokens()

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from quantlab.gptq import Hessian
 from quantlab.lm.layers import blocks_of
 
 
@@ -77,3 +78,42 @@ def run(block, hidden: list[Tensor], arguments: dict) -> Iterator[Tensor]:
     """What the block gives out for each batch, one at a time."""
     for h in hidden:
         yield first(block(h, **arguments))
+
+
+def advance(block, hidden: list[Tensor], arguments: dict) -> None:
+    """hidden becomes what the block gives out, one batch after the other: two lists of them are never held."""
+    for k, h in enumerate(hidden):
+        hidden[k] = first(block(h, **arguments))
+
+
+def input_hessians(
+    block, hidden: list[Tensor], arguments: dict
+) -> list[tuple[dict[str, nn.Module], Hessian]]:
+    """One (layers, Hessian) for each distinct input in the block: layers handed the same tensor share it."""
+    layers = linears(block)
+    seen: dict[int, tuple[Tensor, list[str]]] = {}  # the tensor is kept, so that its id stays its own
+
+    def look(name):
+        return lambda _module, inputs: seen.setdefault(id(inputs[0]), (inputs[0], []))[1].append(name)
+
+    with hooked({m: look(name) for name, m in layers.items()}):
+        list(run(block, hidden[:1], arguments))
+    groups = [(names, Hessian(x.shape[-1])) for x, names in seen.values()]
+    seen.clear()
+
+    def add(hessian, last):
+        def hook(_module, inputs):
+            hessian.add(inputs[0])
+            if last:
+                raise Stop  # nobody needs what the last layer makes of it
+
+        return hook
+
+    ordered = {layers[names[0]]: add(hessian, names is groups[-1][0]) for names, hessian in groups}
+    with hooked(ordered):
+        for h in hidden:
+            try:
+                block(h, **arguments)
+            except Stop:
+                pass
+    return [({name: layers[name] for name in names}, hessian) for names, hessian in groups]

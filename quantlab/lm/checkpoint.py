@@ -64,7 +64,9 @@ def open_checkpoint(folder, model, tokens: Tensor, what: dict) -> Checkpoint:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # As JSON gives it back: a tuple becomes a list
-    wanted = json.loads(json.dumps(what | {"model": fingerprint(model), "tokens": _hash([tokens])}))
+    wanted = json.loads(
+        json.dumps(what | {"model": fingerprint(model), "tokens": hash_tensors({"tokens": tokens})})
+    )
     path = folder / WALK
     if path.exists():
         there = json.loads(path.read_text(encoding="utf-8"))
@@ -79,15 +81,18 @@ def open_checkpoint(folder, model, tokens: Tensor, what: dict) -> Checkpoint:
 
 
 def fingerprint(model) -> str:
-    """A hash of all weights: two models with the same one compute the same."""
-    return _hash(model.state_dict().values())
+    """A hash of all weights by name, and of the configuration but where it was found: equal ones compute the same."""
+    config = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
+    return hash_tensors(model.state_dict(), about=json.dumps(config, sort_keys=True, default=str))
 
 
-def _hash(tensors) -> str:
-    digest = hashlib.sha256()
-    for x in tensors:
-        digest.update(f"{x.dtype}{tuple(x.shape)}".encode())
-        digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+def hash_tensors(tensors: Mapping[str, Tensor | None], *, about: str = "") -> str:
+    """A hash of named tensors, their shapes and dtypes, and of a text about them; None: there is no such tensor."""
+    digest = hashlib.sha256(about.encode())
+    for name, x in tensors.items():
+        digest.update(f"{name} {None if x is None else (tuple(x.shape), str(x.dtype))}".encode())
+        if x is not None:
+            digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

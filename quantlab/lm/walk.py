@@ -13,7 +13,7 @@ from quantlab.clipping import quantize_clipped
 from quantlab.codebook import CodebookTensor, nf4_levels, quantize_codebook
 from quantlab.gptq import Hessian, gptq_quantize
 from quantlab.granularity import QTensor, quantize_tensor, rows_or_groups, split_rows
-from quantlab.lm.blocks import Stop, block_inputs, first, hooked, linears, run
+from quantlab.lm.blocks import advance, block_inputs, input_hessians, linears
 from quantlab.lm.checkpoint import open_checkpoint
 from quantlab.lm.integers import replace_block
 from quantlab.lm.layers import activation_scales, blocks_of, linear_layers, put_weight, weight_of
@@ -124,8 +124,7 @@ def _quantize_block(
         for row in done:
             put_weight(layers[row.name.removeprefix(prefix)], checkpoint[row.name].dequantize())
     report.layers += done
-    for k, h in enumerate(hidden):  # one by one: two lists of them are never held
-        hidden[k] = first(block(h, **arguments))
+    advance(block, hidden, arguments)
 
 
 def _settings(method: str, options: dict) -> dict:
@@ -190,59 +189,28 @@ def _round_block(
     prefix: str, block, hidden: list[Tensor], arguments: dict, report: QuantizeReport
 ) -> tuple[dict, list[LayerReport]]:
     """Round the weights of one block in place (it belongs to the new model): the codes, and a row for each layer."""
-    qtensors, rows, groups = {}, [], _hessians(block, hidden, arguments)
+    qtensors, rows, groups = {}, [], input_hessians(block, hidden, arguments)
     while groups:
         layers, hessian = groups.pop(0)  # and forgotten when done: a Hessian is larger than the weights
-        for bits, some in _by_bits(prefix, layers, report.settings).items():
+        named = {prefix + name: layer for name, layer in layers.items()}
+        for bits, some in _by_bits(named, report.settings.get("bits")).items():
             settings = report.settings | ({"bits": bits} if bits else {})
-            for name, q, row in _quantize_shared(some, hessian, ROUNDERS[report.method], settings):
-                qtensors[prefix + name] = q
-                rows.append(row._replace(name=prefix + name))
+            for q, row in _quantize_shared(some, hessian, ROUNDERS[report.method], settings):
+                qtensors[row.name] = q
+                rows.append(row)
     return qtensors, rows
 
 
-def _by_bits(prefix: str, layers: dict, settings: dict) -> dict[int | None, dict]:
+def _by_bits(layers: dict, bits) -> dict[int | None, dict]:
     """The layers by the bits that each gets; one group if all get the same."""
-    bits, groups = settings.get("bits"), {}
+    groups = {}
     for name, layer in layers.items():
-        own = bits[prefix + name] if isinstance(bits, Mapping) else bits
-        groups.setdefault(own, {})[name] = layer
+        groups.setdefault(bits[name] if isinstance(bits, Mapping) else bits, {})[name] = layer
     return groups
 
 
-def _hessians(block, hidden: list[Tensor], arguments: dict) -> list[tuple[dict[str, nn.Module], Hessian]]:
-    """One (layers, Hessian) for each distinct input in the block: layers handed the same tensor share it."""
-    layers = linears(block)
-    seen: dict[int, tuple[Tensor, list[str]]] = {}  # the tensor is kept, so that its id stays its own
-
-    def look(name):
-        return lambda _module, inputs: seen.setdefault(id(inputs[0]), (inputs[0], []))[1].append(name)
-
-    with hooked({m: look(name) for name, m in layers.items()}):
-        list(run(block, hidden[:1], arguments))
-    groups = [(names, Hessian(x.shape[-1])) for x, names in seen.values()]
-    seen.clear()
-
-    def add(hessian, last):
-        def hook(_module, inputs):
-            hessian.add(inputs[0])
-            if last:
-                raise Stop  # nobody needs what the last layer makes of it
-
-        return hook
-
-    ordered = {layers[names[0]]: add(hessian, names is groups[-1][0]) for names, hessian in groups}
-    with hooked(ordered):
-        for h in hidden:
-            try:
-                block(h, **arguments)
-            except Stop:
-                pass
-    return [({name: layers[name] for name in names}, hessian) for names, hessian in groups]
-
-
 def _quantize_shared(layers: dict, hessian: Hessian, rounder: Callable, settings: dict):
-    """Quantize layers of one Hessian in place (they belong to the new model): (name, codes, report row) of each."""
+    """Quantize layers of one Hessian in place (they belong to the new model): (codes, report row) of each."""
     began, weights = time.perf_counter(), [weight_of(layer).clone() for layer in layers.values()]
     rounded = rounder(weights, hessian, **settings)
     seconds = (time.perf_counter() - began) / len(layers)
@@ -252,4 +220,4 @@ def _quantize_shared(layers: dict, hessian: Hessian, rounder: Callable, settings
         lost, whole = ((w.float() ** 2).sum(dtype=torch.float64) for w in (weight - new, weight))
         error = (lost / whole.clamp(min=1e-38)).item()
         output_error = hessian.output_error(weight, new)
-        yield name, q, LayerReport(name, output_error, error, q.bits_per_element, seconds)
+        yield q, LayerReport(name, output_error, error, q.bits_per_element, seconds)
