@@ -66,8 +66,8 @@ def sensitivity(
     Use calibration text: to choose bits on the text that is measured later would flatter the choice.
 
     For a layer of block i only blocks i and later run again. Held beyond the model: a copy of it, the codes of every
-    choice (a byte a weight for each bit width), and of one batch of windows the output of every block and the logits; for
-    gptq first a Hessian of every input, and what one block reads.
+    choice (a byte a weight for each bit width), and of one batch of windows the output of every block and the logits;
+    for gptq first a Hessian of every input, and what one block reads.
 
     Shapes: tokens (n,), cut into windows; a tail that fills none is left out, unless it is all there is.
     Raises: ValueError for an unknown method, no or repeated bits, bits or group_size that quantize_tensor refuses, or
