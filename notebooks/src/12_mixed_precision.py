@@ -231,8 +231,8 @@ assert 1 - 1e-9 < min(losses) <= max(losses) < 1.2
 f"{len(front)} budgets: greedy is worse in {sum(loss > 1 + 1e-9 for loss in losses)}, {max(losses):.3f} times at most"
 # %% [markdown]
 # Greedy is worse for some of the budgets, and then by little: among so many layers there is nearly always a
-# small one that fills the gap. The example of section 2 was built to fool it. But the exact answer takes
-# milliseconds, so there is no reason to wonder.
+# small one that fills the gap. The example of section 2 was built to fool it. But `frontier` has just given
+# the exact answer for every budget at once, so there is no reason to settle for less.
 #
 # ## 6. Drag it
 # Left, who gets which bits; right, all budgets. **Predict first:**

@@ -428,7 +428,7 @@ assert kl["gptq"][3] < 1.3 * kl["LSQ finer, trained"][3]
 # Below ½ round-to-nearest and GPTQ need 3 bits, learned steps 2. Read the picture from the left: untrained,
 # everything at 2 bits and below has lost more than one nat per token. Trained, *two* values lose less than
 # GPTQ with four; three values lose about as much as four on a min-max grid, and clearly less than two; four
-# values on learned steps lose least. From 3 bits up, GPTQ, which took seconds, is close to what was
+# values on learned steps lose least. From 3 bits up, GPTQ, which trains nothing, is close to what was
 # trained.
 #
 # These are trainings of a minute or two. BitNet's models see as much text as float models do.
