@@ -20,12 +20,8 @@ BAR = 0.5
 def layer(rows: int, columns: int, tokens: int = 4096):
     """A weight and the Hessian of correlated inputs."""
     random = torch.Generator().manual_seed(0)
-    mix = (
-        torch.randn(columns, columns, generator=random) / columns**0.5 * torch.arange(1, columns + 1) ** -0.5
-    )
-    x = torch.randn(tokens, columns, generator=random) @ mix + 0.05 * torch.randn(
-        tokens, columns, generator=random
-    )
+    mix = torch.randn(columns, columns, generator=random) / columns**0.5 * torch.arange(1, columns + 1) ** -0.5
+    x = torch.randn(tokens, columns, generator=random) @ mix + 0.05 * torch.randn(tokens, columns, generator=random)
     return torch.randn(rows, columns, generator=random) * 0.05, Hessian(columns).add(x)
 
 

@@ -57,9 +57,7 @@ def main() -> int:
             made = layers(size, x, bits)
             seconds = best({name: (lambda layer=layer, x=x: layer(x)) for name, layer in made.items()})
             speeds = {name: seconds["float32"] / s for name, s in seconds.items() if name != "float32"}
-            print(
-                f"K = N = {size:4}, M = {tokens:3}: " + ", ".join(f"{n} {s:.2f}x" for n, s in speeds.items())
-            )
+            print(f"K = N = {size:4}, M = {tokens:3}: " + ", ".join(f"{n} {s:.2f}x" for n, s in speeds.items()))
             if (size, tokens) == (2048, 1):
                 fast, bytes_ = speeds["dynamic, per tensor"], made["dynamic, per tensor"].nbytes
     share = bytes_ / (2048 * 2048 * 4)
@@ -67,9 +65,7 @@ def main() -> int:
         ("speed at M = 1, K = N = 2048", fast, ">= 2", fast >= 2),
         ("bytes of the weights", share, "<= 0.26", share <= 0.26),
     ):
-        print(
-            f"dynamic int8, per tensor, {what}: {value:.2f} of float32's (bar {bar}){'' if ok else '  MISSED'}"
-        )
+        print(f"dynamic int8, per tensor, {what}: {value:.2f} of float32's (bar {bar}){'' if ok else '  MISSED'}")
         kept &= ok
     return int(not kept)
 

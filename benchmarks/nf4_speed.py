@@ -79,14 +79,10 @@ def main() -> int:
     missed = ratio < DEQUANTIZE_BAR
     print(f"dequantize: {ratio:.2f} of a copy's speed; bar {DEQUANTIZE_BAR}: {'MISSED' if missed else 'met'}")
     if not bnb:
-        print(
-            "quantize: bitsandbytes is not installed (the extra `peers` has it), so there is no bar to measure"
-        )
+        print("quantize: bitsandbytes is not installed (the extra `peers` has it), so there is no bar to measure")
         return int(missed)
     ratio = times["quantize, bitsandbytes"] / times["quantize, ours"]
-    print(
-        f"quantize: {ratio:.1f} x bitsandbytes; bar {QUANTIZE_BAR}: {'met' if ratio >= QUANTIZE_BAR else 'MISSED'}"
-    )
+    print(f"quantize: {ratio:.1f} x bitsandbytes; bar {QUANTIZE_BAR}: {'met' if ratio >= QUANTIZE_BAR else 'MISSED'}")
     return int(missed or ratio < QUANTIZE_BAR)
 
 

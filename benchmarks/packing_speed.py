@@ -24,9 +24,7 @@ def seconds(action, least: dict, name) -> None:
 def measure(rounds: int = 5) -> dict:
     """Least CPU seconds of {"copy", ("pack", bits), ("unpack", bits)} for COUNT codes."""
     random, least = torch.Generator().manual_seed(0), {}
-    codes = {
-        bits: torch.randint(2**bits, (COUNT,), dtype=torch.uint8, generator=random) for bits in range(1, 9)
-    }
+    codes = {bits: torch.randint(2**bits, (COUNT,), dtype=torch.uint8, generator=random) for bits in range(1, 9)}
     packed = {bits: pack(codes[bits], bits=bits) for bits in codes}
     assert all(torch.equal(unpack(packed[bits], bits=bits, count=COUNT), codes[bits]) for bits in codes)
     for _ in range(rounds):
@@ -45,9 +43,7 @@ def main() -> int:
     print(f"{'bits':>4}{'pack':>12}{'of a copy':>11}{'unpack':>15}{'of a copy':>11}")
     for bits in range(1, 9):
         there, back = speed["pack", bits], speed["unpack", bits]
-        print(
-            f"{bits:4}{there:7.2f} GB/s{there / speed['copy']:11.3f}{back:10.2f} GB/s{back / speed['copy']:11.3f}"
-        )
+        print(f"{bits:4}{there:7.2f} GB/s{there / speed['copy']:11.3f}{back:10.2f} GB/s{back / speed['copy']:11.3f}")
     missed = min(speed["pack", 4], speed["unpack", 4]) < BAR
     print(f"bar: at least {BAR} GB/s for 4 bits, both ways: {'MISSED' if missed else 'met'}")
     return int(missed)

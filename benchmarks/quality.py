@@ -26,15 +26,10 @@ class Bench:
         key = (method, *sorted(options.items()))
         if key not in self.known:
             new, _ = lm.quantize_lm(self.model, self.calibration, method=method, **options)
-            self.known[key] = (
-                lm.perplexity(new, self.text).value,
-                lm.divergence(self.model, new, self.text).kl,
-            )
+            self.known[key] = (lm.perplexity(new, self.text).value, lm.divergence(self.model, new, self.text).kl)
         return self.known[key]
 
-    def compare(
-        self, what: str, first: tuple, second: tuple, bar: float, *, gap: float | None = None
-    ) -> None:
+    def compare(self, what: str, first: tuple, second: tuple, bar: float, *, gap: float | None = None) -> None:
         """One line: KL of the second over KL of the first, at most bar; and the perplexity gap closed, at least gap."""
         (p0, kl0), (p1, kl1) = (self.lost(method, **options) for method, options in (first, second))
         closed, ratio = (p0 - p1) / (p0 - self.whole), kl1 / kl0
@@ -60,9 +55,7 @@ def bundled() -> bool:
     bench.compare("4 bits, 64, symmetric int4 -> nf4", ("rtn", symmetric), ("nf4", {"group_size": 64}), 1.0)
     clipped = ("rtn", {"bits": 3, "clip_search": True})
     bench.compare("3 bits, 128, rtn -> rtn with clip search", ("rtn", {"bits": 3}), clipped, 1.0)
-    planted = Bench(
-        "planted", plant_outliers(model, channels=range(0, 240, 40), factor=100.0), calibration, text
-    )
+    planted = Bench("planted", plant_outliers(model, channels=range(0, 240, 40), factor=100.0), calibration, text)
     planted.compare("4 bits, 128, rtn -> awq", ("rtn", {"bits": 4}), ("awq", {"bits": 4}), 1.0)
     if SHARED.is_dir():
         stories = lm.read_documents([SHARED / "corpora/tinystories_valid.txt"])[:300]

@@ -106,17 +106,13 @@ clip = widgets.FloatSlider(0.4, min=0.05, max=1.0, step=0.01, description="clip"
 """
 NOTEBOOKS = {
     "affine": {
-        "interact": [
-            DATA + AFFINE,
-            "widgets.interact(draw, bits=bits, low=low, high=high, symmetric=False);",
-        ],
+        "interact": [DATA + AFFINE, "widgets.interact(draw, bits=bits, low=low, high=high, symmetric=False);"],
         "quantlab": [DATA + 'e = explore_affine(weight)\ne.controls["low"].value = -0.8', "e"],
     },
     "clipping": {
         "interact": [DATA + CLIPPING, "widgets.interact(draw, bits=bits, clip=clip);"],
         "quantlab": [
-            DATA + 'e = explore_clipping(weight)\ne.controls["clip"].step = 0.01\n'
-            'e.controls["clip"].value = 0.4',
+            DATA + 'e = explore_clipping(weight)\ne.controls["clip"].step = 0.01\ne.controls["clip"].value = 0.4',
             "e",
         ],
     },
@@ -173,10 +169,7 @@ EXPLORERS = {
 }
 SHOW = "display(widgets.VBox([*e.controls.values(), widgets.interactive_output(draw, e.controls)]))"
 NOTEBOOKS |= {
-    key: {
-        "interact": ["%matplotlib inline\n" + MODEL + make + IN_FULL, SHOW],
-        "quantlab": [MODEL + make, "e"],
-    }
+    key: {"interact": ["%matplotlib inline\n" + MODEL + make + IN_FULL, SHOW], "quantlab": [MODEL + make, "e"]}
     for key, make in EXPLORERS.items()
 }
 # The slider that is moved, by its label, and how often: each step gives another picture.
@@ -317,11 +310,7 @@ def write_notebook(path: Path, cells: list[str]) -> None:
 def measure_both(explorer: str, reps: int) -> tuple[Measured, Measured]:
     """Measure with interact and with quantlab, in turns."""
     found = {"interact": [], "quantlab": []}
-    with (
-        tempfile.TemporaryDirectory() as root,
-        labs.chromium() as browser,
-        labs.jupyterlab(Path(root)) as lab,
-    ):
+    with tempfile.TemporaryDirectory() as root, labs.chromium() as browser, labs.jupyterlab(Path(root)) as lab:
         for name in list(found) * reps:
             write_notebook(Path(root) / f"{name}.ipynb", NOTEBOOKS[explorer][name])
             with labs.notebook(browser, lab, f"{name}.ipynb") as notebook:

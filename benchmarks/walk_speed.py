@@ -66,9 +66,7 @@ def least(model, tokens, rounders: dict, rounds: int = 3) -> dict[str, list[floa
 def with_blocks(model, times: int):
     """The model with each of its first blocks repeated: as wide, and `times` as deep."""
     new = copy.deepcopy(model)
-    new.model.layers = torch.nn.ModuleList(
-        copy.deepcopy(b) for _ in range(times) for b in model.model.layers[:2]
-    )
+    new.model.layers = torch.nn.ModuleList(copy.deepcopy(b) for _ in range(times) for b in model.model.layers[:2])
     for i, block in enumerate(new.model.layers):
         block.self_attn.layer_idx = i
     new.config.num_hidden_layers = len(new.model.layers)

@@ -17,9 +17,7 @@ class QParams:
     qmax: int  # largest code, inclusive
 
 
-def choose_qparams(
-    min_val: Tensor, max_val: Tensor, *, qmin: int, qmax: int, symmetric: bool = False
-) -> QParams:
+def choose_qparams(min_val: Tensor, max_val: Tensor, *, qmin: int, qmax: int, symmetric: bool = False) -> QParams:
     """The affine map that lays the codes qmin..qmax over the real range [min_val, max_val].
 
         real ≈ scale * (code - zero_point)          Jacob et al. 2018, eq. 1
@@ -78,9 +76,7 @@ def dequantize(codes: Tensor, qp: QParams) -> Tensor:
     [-0.5, 0.0, 0.5, 1.0]
     """
     if codes.is_floating_point() or codes.is_complex():
-        raise ValueError(
-            f"codes must be integers, got {codes.dtype}; did you pass x instead of quantize(x, qp)?"
-        )
+        raise ValueError(f"codes must be integers, got {codes.dtype}; did you pass x instead of quantize(x, qp)?")
     return qp.scale.float() * (codes.to(torch.int32) - qp.zero_point)
 
 
@@ -126,9 +122,7 @@ def check_real(x: Tensor, name: str = "x") -> None:
     if x.numel() == 0:
         raise ValueError(f"{name} is empty, shape {tuple(x.shape)}")
     if not torch.isfinite(x).all():
-        raise ValueError(
-            f"{name} must be finite, got {int((~torch.isfinite(x)).sum())} NaN or infinite values"
-        )
+        raise ValueError(f"{name} must be finite, got {int((~torch.isfinite(x)).sum())} NaN or infinite values")
 
 
 def _check_bounds(min_val: Tensor, max_val: Tensor, qmin: int, qmax: int) -> None:
@@ -139,9 +133,7 @@ def _check_bounds(min_val: Tensor, max_val: Tensor, qmin: int, qmax: int) -> Non
     if min_val.shape != max_val.shape or min_val.numel() == 0:
         raise ValueError(f"need bounds of one shape, got {tuple(min_val.shape)} and {tuple(max_val.shape)}")
     if not (torch.isfinite(min_val.float()).all() and torch.isfinite(max_val.float()).all()):
-        raise ValueError(
-            "min_val and max_val must be finite float32 numbers; has the observer seen any data?"
-        )
+        raise ValueError("min_val and max_val must be finite float32 numbers; has the observer seen any data?")
     if (min_val > max_val).any():
         raise ValueError("need min_val <= max_val; are the two swapped?")
 

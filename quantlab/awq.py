@@ -99,13 +99,7 @@ class Search:
 
 
 def awq_search(
-    weight: Tensor,
-    x: Tensor,
-    *,
-    bits: int,
-    group_size: int | None = 128,
-    symmetric: bool = False,
-    steps: int = 20,
+    weight: Tensor, x: Tensor, *, bits: int, group_size: int | None = 128, symmetric: bool = False, steps: int = 20
 ) -> tuple[ScaledQTensor, Search]:
     """The weight rounded after the scaling that gives the least output error on x, and what the search saw.
 
@@ -120,12 +114,8 @@ def awq_search(
     if x.ndim == 0 or weight.ndim != 2 or x.shape[-1] != weight.shape[-1]:
         raise ValueError(f"need inputs of {weight.shape[-1]} features, got shape {tuple(x.shape)}")
     hessian = Hessian(x.shape[-1]).add(x)
-    search = search_scales(
-        [weight], hessian, bits=bits, group_size=group_size, symmetric=symmetric, steps=steps
-    )
-    return scale_and_round(
-        weight, search.input_scale, bits=bits, group_size=group_size, symmetric=symmetric
-    ), search
+    search = search_scales([weight], hessian, bits=bits, group_size=group_size, symmetric=symmetric, steps=steps)
+    return scale_and_round(weight, search.input_scale, bits=bits, group_size=group_size, symmetric=symmetric), search
 
 
 def search_scales(
@@ -145,12 +135,8 @@ def search_scales(
     errors = []
     for alpha in alphas:
         s = scales_of(strength, alpha)
-        rounded = [
-            scale_and_round(w, s, bits=bits, group_size=group_size, symmetric=symmetric) for w in weights
-        ]
-        lost = sum(
-            hessian.energy(w.float() - q.dequantize().float()) for w, q in zip(weights, rounded, strict=True)
-        )
+        rounded = [scale_and_round(w, s, bits=bits, group_size=group_size, symmetric=symmetric) for w in weights]
+        lost = sum(hessian.energy(w.float() - q.dequantize().float()) for w, q in zip(weights, rounded, strict=True))
         errors.append((lost / energy.clamp(min=torch.finfo(torch.float64).tiny)).item())
     best = min(range(len(alphas)), key=errors.__getitem__)
     return Search(alphas, errors, alphas[best], scales_of(strength, alphas[best]))
@@ -179,6 +165,4 @@ def scale_and_round(
     """Q(W · diag(s)) with s: rounding to nearest, after each input channel j was multiplied by s_j."""
     granularity = rows_or_groups(group_size)
     scaled = (weight.detach().float() * input_scale).to(weight.dtype)
-    return ScaledQTensor(
-        quantize_tensor(scaled, bits=bits, granularity=granularity, symmetric=symmetric), input_scale
-    )
+    return ScaledQTensor(quantize_tensor(scaled, bits=bits, granularity=granularity, symmetric=symmetric), input_scale)

@@ -6,14 +6,7 @@ import torch
 from torch import Tensor
 
 from quantlab.affine import QParams, check_int, check_real, choose_qparams, dequantize, quantize
-from quantlab.granularity import (
-    Granularity,
-    QTensor,
-    code_range,
-    from_blocks,
-    shape_qparams,
-    to_blocks,
-)
+from quantlab.granularity import Granularity, QTensor, code_range, from_blocks, shape_qparams, to_blocks
 
 
 def quantize_clipped(
@@ -43,9 +36,7 @@ def quantize_clipped(
         qp = choose_qparams(ratio * low, ratio * high, qmin=qmin, qmax=qmax, symmetric=symmetric)
         error = (dequantize(quantize(blocks, qp), qp).double() - blocks).square().sum(1, keepdim=True)
         best, least = (qp, error) if best is None else _better(best, least, qp, error)
-    codes = from_blocks(quantize(blocks, best), granularity, x.shape).to(
-        torch.int8 if signed else torch.uint8
-    )
+    codes = from_blocks(quantize(blocks, best), granularity, x.shape).to(torch.int8 if signed else torch.uint8)
     return QTensor(codes, shape_qparams(best, granularity, x.shape), bits, granularity, symmetric, x.dtype)
 
 

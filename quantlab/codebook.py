@@ -82,9 +82,7 @@ def kmeans_levels(x: Tensor, count: int = 16, *, max_steps: int = 300) -> Tensor
     distinct = ordered.unique_consecutive()
     if len(distinct) < count:
         raise ValueError(f"{count} levels need as many distinct values, got {len(distinct)}")
-    sums = torch.cat(
-        [ordered.new_zeros(1), ordered.cumsum(0)]
-    )  # sums[b] - sums[a] is the sum of ordered[a:b]
+    sums = torch.cat([ordered.new_zeros(1), ordered.cumsum(0)])  # sums[b] - sums[a] is the sum of ordered[a:b]
     at = (2 * torch.arange(count, device=x.device) + 1) * len(distinct) // (2 * count)
     levels, ends = distinct[at], None
     for _ in range(max_steps):
@@ -205,9 +203,7 @@ class CodebookTensor:
         return 8 * self.nbytes / self.codes.numel()
 
 
-def quantize_codebook(
-    x: Tensor, levels: Tensor, *, block_size: int = 64, double_quant: bool = False
-) -> CodebookTensor:
+def quantize_codebook(x: Tensor, levels: Tensor, *, block_size: int = 64, double_quant: bool = False) -> CodebookTensor:
     """x in blocks of block_size, each divided by its largest magnitude and rounded to the nearest level.
 
         code = index of the level nearest to x * (1 / absmax), ties to the lower      absmax = max |x| of the block
@@ -341,9 +337,7 @@ def _checked_levels(levels: Tensor) -> Tensor:
     levels = levels.detach().float()
     check_real(levels, "levels as float32")
     if (levels.diff() <= 0).any():
-        raise ValueError(
-            "levels must ascend, each above the one before (as float32); sort them, drop doubles"
-        )
+        raise ValueError("levels must ascend, each above the one before (as float32); sort them, drop doubles")
     return levels
 
 

@@ -26,9 +26,7 @@ class History:
 
     losses: list[float] = field(default_factory=list)  # one for each step done
     held_out: list[float] = field(default_factory=list)  # the same loss on the held-out tokens
-    checked_at: list[int] = field(
-        default_factory=list
-    )  # after how many steps each was measured; the first is 0
+    checked_at: list[int] = field(default_factory=list)  # after how many steps each was measured; the first is 0
     seconds: float = 0.0  # of all runs that led here
 
     @property
@@ -272,9 +270,7 @@ class _Run:
         for name, parameter in self.trainable.items():
             parts |= {f"adam.{key}.{name}": t for key, t in self.optimizer.state[parameter].items()}
         name = f"step_{self.history.steps}.safetensors"
-        save_file(
-            {key: t.detach().cpu().contiguous().clone() for key, t in parts.items()}, folder / f"{name}.part"
-        )
+        save_file({key: t.detach().cpu().contiguous().clone() for key, t in parts.items()}, folder / f"{name}.part")
         _rename(folder / f"{name}.part", folder / name)
         kept = {"settings": self.settings, "fingerprint": fingerprint, "history": asdict(self.history)}
         _write_json(folder / "progress.json", kept)

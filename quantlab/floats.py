@@ -136,9 +136,7 @@ def decode(codes: Tensor, fmt: FloatFormat) -> Tensor:
     [1.0, 0.5, -6.0]
     """
     if codes.is_floating_point() or codes.is_complex():
-        raise ValueError(
-            f"codes must be integers, got {codes.dtype}; did you pass x instead of encode(x, fmt)?"
-        )
+        raise ValueError(f"codes must be integers, got {codes.dtype}; did you pass x instead of encode(x, fmt)?")
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 2**fmt.bits):
         raise ValueError(f"codes of {fmt.name} lie in 0..{2**fmt.bits - 1}, got {codes.min()}..{codes.max()}")
     codes, top = codes.long(), 2**fmt.exponent_bits - 1

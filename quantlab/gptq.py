@@ -75,9 +75,7 @@ class Hessian:
         for w in (weight, weight_hat):
             check_weight(w, self)
         if weight.shape != weight_hat.shape:
-            raise ValueError(
-                f"need two weights of one shape, got {tuple(weight.shape)}, {tuple(weight_hat.shape)}"
-            )
+            raise ValueError(f"need two weights of one shape, got {tuple(weight.shape)}, {tuple(weight_hat.shape)}")
 
         lost, whole = self.energy(weight - weight_hat), self.energy(weight)
         return (lost / whole.clamp(min=torch.finfo(torch.float64).tiny)).item()
@@ -254,9 +252,7 @@ class _Grid:
 
     def fit(self, group: Tensor) -> None:
         """Take the grid from the minimum and maximum of these columns, one scale a row of W."""
-        qp = choose_qparams(
-            group.amin(0), group.amax(0), qmin=self.qmin, qmax=self.qmax, symmetric=self.symmetric
-        )
+        qp = choose_qparams(group.amin(0), group.amax(0), qmin=self.qmin, qmax=self.qmax, symmetric=self.symmetric)
         self.scales.append(qp.scale)
         self.zero_points.append(qp.zero_point)
         self.scale, self.inverse = qp.scale.to(group.dtype), (1.0 / qp.scale).to(group.dtype)
@@ -283,9 +279,7 @@ def _quantize_columns(W: Tensor, R: Tensor, grid: _Grid) -> Tensor:
     size = BLOCK if grid.per_row else grid.group_size * max(1, BLOCK // grid.group_size)
     for a in range(0, len(W), size):
         b = min(a + size, len(W))
-        U = torch.linalg.solve_triangular(
-            R[a:b, a:b], torch.eye(b - a, dtype=R.dtype, device=R.device), upper=True
-        )
+        U = torch.linalg.solve_triangular(R[a:b, a:b], torch.eye(b - a, dtype=R.dtype, device=R.device), upper=True)
         U = U.T.to(W.dtype).contiguous()  # row i: what columns 0..i give to column i
         block = W[a:b].clone()
         if a:

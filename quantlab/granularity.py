@@ -67,9 +67,7 @@ class QTensor:
             return self.qparams
         index = self.group_index
         if index is None:
-            index = (
-                torch.arange(self.codes.shape[-1], device=self.codes.device) // self.granularity.group_size
-            )
+            index = torch.arange(self.codes.shape[-1], device=self.codes.device) // self.granularity.group_size
         qp = self.qparams
         return replace(qp, scale=qp.scale[..., index], zero_point=qp.zero_point[..., index])
 
@@ -122,9 +120,7 @@ def quantize_tensor(
 def split_rows(q: QTensor, rows: list[int]) -> list[QTensor]:
     """A quantized matrix with a scale for each row or group, cut into matrices of so many rows."""
     qp, parts = q.qparams, []
-    for codes, scale, zero in zip(
-        q.codes.split(rows), qp.scale.split(rows), qp.zero_point.split(rows), strict=True
-    ):
+    for codes, scale, zero in zip(q.codes.split(rows), qp.scale.split(rows), qp.zero_point.split(rows), strict=True):
         parts.append(replace(q, codes=codes, qparams=replace(qp, scale=scale, zero_point=zero)))
     return parts
 
@@ -138,9 +134,7 @@ def code_range(bits: int, *, signed: bool = True, symmetric: bool = False) -> tu
     least = 2 if symmetric else 1
     bits = check_int(bits, "bits")
     if not least <= bits <= 8:
-        raise ValueError(
-            f"bits must be {least}..8 for a {'symmetric' if symmetric else 'asymmetric'} grid, got {bits}"
-        )
+        raise ValueError(f"bits must be {least}..8 for a {'symmetric' if symmetric else 'asymmetric'} grid, got {bits}")
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 
@@ -156,9 +150,7 @@ def to_blocks(x: Tensor, granularity: Granularity) -> Tensor:
         axis = _checked_axis(x.ndim, granularity)
         return x.movedim(axis, 0).flatten(1) if x.ndim > 1 else x[:, None]
     if not isinstance(granularity, PerGroup):
-        raise ValueError(
-            f"granularity must be PerTensor(), PerAxis(axis) or PerGroup(size), got {granularity!r}"
-        )
+        raise ValueError(f"granularity must be PerTensor(), PerAxis(axis) or PerGroup(size), got {granularity!r}")
     if x.ndim == 0:
         raise ValueError("PerGroup needs at least one dimension, got a scalar")
     size = min(granularity.group_size, x.shape[-1])
@@ -179,9 +171,7 @@ def from_blocks(blocks: Tensor, granularity: Granularity, shape: torch.Size) -> 
 
 def block_sizes(x: Tensor, granularity: Granularity) -> Tensor:
     """How many elements each block has, (blocks, 1); a short last group counts only its own."""
-    return to_blocks(torch.ones(x.shape, dtype=torch.float64, device=x.device), granularity).sum(
-        1, keepdim=True
-    )
+    return to_blocks(torch.ones(x.shape, dtype=torch.float64, device=x.device), granularity).sum(1, keepdim=True)
 
 
 def mean_magnitude(x: Tensor, granularity: Granularity) -> Tensor:
@@ -189,9 +179,7 @@ def mean_magnitude(x: Tensor, granularity: Granularity) -> Tensor:
     return to_blocks(x.double().abs(), granularity).sum(1, keepdim=True) / block_sizes(x, granularity)
 
 
-def symmetric_qtensor(
-    x: Tensor, codes: Tensor, scale: Tensor, bits: int, granularity: Granularity
-) -> QTensor:
+def symmetric_qtensor(x: Tensor, codes: Tensor, scale: Tensor, bits: int, granularity: Granularity) -> QTensor:
     """Codes and scales of blocks as the QTensor of x: zero_point 0, and shapes as quantize_tensor has them."""
     q = quantize_tensor(x.detach(), bits=bits, granularity=granularity)
     qp = replace(q.qparams, scale=scale.reshape(q.qparams.scale.shape))

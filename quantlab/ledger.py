@@ -129,9 +129,7 @@ def compare(row: Row, other: Row) -> dict[str, float]:
     """
     if other.kl == 0:
         raise ValueError(f"{other.method} is the float model: its KL of 0 leaves no ratio")
-    ratios = {
-        name: getattr(row, name) / getattr(other, name) for name in ("kl", "perplexity", "bytes", "prefill")
-    }
+    ratios = {name: getattr(row, name) / getattr(other, name) for name in ("kl", "perplexity", "bytes", "prefill")}
     spread = (row.kl_error**2 + other.kl_error**2) ** 0.5
     return ratios | {"kl_sigmas": (row.kl - other.kl) / spread if spread else float("nan")}
 
@@ -157,19 +155,7 @@ class Table:
     rows: list
 
     def __repr__(self) -> str:
-        head = (
-            "method",
-            "bits",
-            "group",
-            "perplexity ±",
-            "KL ±",
-            "top-1",
-            "bits/w",
-            "kB",
-            "prefill",
-            "decode",
-            "s",
-        )
+        head = ("method", "bits", "group", "perplexity ±", "KL ±", "top-1", "bits/w", "kB", "prefill", "decode", "s")
         widths = (max([12, *(len(r.method) for r in self.rows)]), 4, 6, 13, 16, 6, 6, 6, 7, 6, 5)
         lines = [
             (r.method, f"{r.bits}", r.group, f"{r.perplexity:.2f} {r.perplexity_error:.2f}",
@@ -177,7 +163,5 @@ class Table:
              f"{r.prefill:.2f}x", f"{r.decode:.2f}x", f"{r.seconds:.1f}")
             for r in self.rows
         ]  # fmt: skip
-        lines = [
-            "  ".join(f"{text:>{w}}" for text, w in zip(row, widths, strict=True)) for row in (head, *lines)
-        ]
+        lines = ["  ".join(f"{text:>{w}}" for text, w in zip(row, widths, strict=True)) for row in (head, *lines)]
         return "\n".join(lines)

@@ -88,12 +88,7 @@ class WeightOnlyLinear(_KeepsScales):
 
     @classmethod
     def from_linear(
-        cls,
-        linear: nn.Linear,
-        *,
-        bits: int = 4,
-        granularity: Granularity | None = None,
-        symmetric: bool = False,
+        cls, linear: nn.Linear, *, bits: int = 4, granularity: Granularity | None = None, symmetric: bool = False
     ) -> "WeightOnlyLinear":
         """A new layer with linear's weight rounded to nearest (default: groups of 128); linear is not changed."""
         weight = quantize_tensor(
@@ -135,11 +130,7 @@ class Int8Linear(_KeepsScales):
         self.register_buffer("weight_scale", scale)
         bias = _bias(linear)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self._prepacked = (
-            None,
-            None,
-            None,
-        )  # the weight in the kernel's own order, and of which codes it was made
+        self._prepacked = (None, None, None)  # the weight in the kernel's own order, and of which codes it was made
 
     @staticmethod
     def quantized_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,9 +176,7 @@ class Int8Linear(_KeepsScales):
 
     def _layer(self, x: Tensor, way) -> Tensor:
         if x.shape[-1:] != (self.in_features,) or x.numel() == 0 or not x.is_floating_point():
-            raise ValueError(
-                f"x must be floats of {self.in_features} features, got {x.dtype} {tuple(x.shape)}"
-            )
+            raise ValueError(f"x must be floats of {self.in_features} features, got {x.dtype} {tuple(x.shape)}")
         y = way(x.reshape(-1, self.in_features).float())
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
@@ -214,9 +203,7 @@ class Int8Linear(_KeepsScales):
         return self._with_bias(y * qp.scale)
 
     def _kernel_weight(self) -> Tensor:
-        version = (
-            None if self.codes.is_inference() else self.codes._version
-        )  # load_state_dict writes into codes
+        version = None if self.codes.is_inference() else self.codes._version  # load_state_dict writes into codes
         packed, codes, then = self._prepacked
         if codes is not self.codes or then != version:
             packed = torch.ops.onednn.qlinear_prepack(self.codes, None)
@@ -248,17 +235,13 @@ class DynamicInt8Linear(Int8Linear):
         self.per = per
 
     @classmethod
-    def from_linear(
-        cls, linear: nn.Linear, *, per: str = "tensor", activation_bits: int = 8
-    ) -> "DynamicInt8Linear":
+    def from_linear(cls, linear: nn.Linear, *, per: str = "tensor", activation_bits: int = 8) -> "DynamicInt8Linear":
         """A new layer with linear's weight in int8; linear itself is not changed."""
         return cls(linear, per=per, activation_bits=activation_bits)
 
     def input_qparams(self, x: Tensor) -> QParams:
         low, high = torch.aminmax(x) if self.per == "tensor" else torch.aminmax(x, dim=1, keepdim=True)
-        return choose_qparams(
-            low, high, qmin=0, qmax=2**self.activation_bits - 1, symmetric=self.per == "token"
-        )
+        return choose_qparams(low, high, qmin=0, qmax=2**self.activation_bits - 1, symmetric=self.per == "token")
 
     def _one_map(self, x: Tensor) -> tuple[float, int] | None:
         if self.per == "token" and len(x) > 1:

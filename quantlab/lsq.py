@@ -93,9 +93,7 @@ class _LearnedStep(torch.autograd.Function):
         else:
             low, high = ratio <= qmin, ratio >= qmax
         inside = ~(low | high)
-        ctx.save_for_backward(
-            inside, torch.where(inside, codes - ratio, qmin * low + qmax * high), gradient_scale
-        )
+        ctx.save_for_backward(inside, torch.where(inside, codes - ratio, qmin * low + qmax * high), gradient_scale)
         return (scale * codes.clamp(qmin, qmax)).to(x.dtype)
 
     @staticmethod

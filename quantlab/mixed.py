@@ -26,9 +26,7 @@ _LOGITS = 2**23  # numbers: how many windows run at once is chosen so that their
 class Sensitivity:
     """What each bit width costs where one layer alone is quantized, and the bytes of that layer: {layer: {bits: x}}."""
 
-    costs: dict[
-        str, dict[int, float]
-    ]  # KL(float model || float model with this one layer quantized), nats per token
+    costs: dict[str, dict[int, float]]  # KL(float model || float model with this one layer quantized), nats per token
     errors: dict[str, dict[int, float]]  # standard error over the windows; nan where there is only one
     sizes: dict[str, dict[int, int]]  # bytes of the layer: packed codes, scales, zero points
     weights: dict[str, int]  # how many the layer has
@@ -84,11 +82,7 @@ def sensitivity(
     with (
         torch.no_grad(),
         tqdm(
-            total=len(batches) * len(layers),
-            desc="sensitivity",
-            unit="layer",
-            disable=not progress,
-            leave=False,
+            total=len(batches) * len(layers), desc="sensitivity", unit="layer", disable=not progress, leave=False
         ) as bar,
     ):
         for ids in batches:
@@ -136,18 +130,12 @@ def _quantized(model, tokens, method, bits, group_size, window) -> dict[str, dic
     if method == "gptq":
         hessians = _hessians(model, tokens, window)
         return {
-            name: {
-                b: gptq_quantize(weight_of(layer), hessians[name], bits=b, group_size=group_size)
-                for b in bits
-            }
+            name: {b: gptq_quantize(weight_of(layer), hessians[name], bits=b, group_size=group_size) for b in bits}
             for name, layer in linear_layers(model).items()
         }
     granularity = rows_or_groups(group_size)
     return {
-        name: {
-            b: quantize_tensor(weight_of(layer), bits=b, granularity=granularity, symmetric=False)
-            for b in bits
-        }
+        name: {b: quantize_tensor(weight_of(layer), bits=b, granularity=granularity, symmetric=False) for b in bits}
         for name, layer in linear_layers(model).items()
     }
 

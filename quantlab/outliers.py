@@ -51,9 +51,7 @@ def smooth(model, activation_scales: dict[str, Tensor], *, alpha: float = 0.5):
     for norm, layers in norm_readers(new):
         name = names[layers[0]]
         if name not in activation_scales:
-            raise ValueError(
-                f"no activation scales for {name!r}; quantlab.lm.activation_scales gives them all"
-            )
+            raise ValueError(f"no activation scales for {name!r}; quantlab.lm.activation_scales gives them all")
         _move(norm, layers, 1 / smoothing_scales(activation_scales[name], layers, alpha))
     return _same_outputs(model, new)
 

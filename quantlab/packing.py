@@ -45,9 +45,7 @@ def unpack(packed: Tensor, *, bits: int, count: int) -> Tensor:
         raise ValueError(f"packed must be uint8, got {_kind(packed)}")
     most = packed.numel() * 8 // bits
     if isinstance(count, bool) or count not in range(most + 1):
-        raise ValueError(
-            f"{packed.numel()} bytes hold at most {most} codes of {bits} bits, asked for {count}"
-        )
+        raise ValueError(f"{packed.numel()} bytes hold at most {most} codes of {bits} bits, asked for {count}")
     flat, codes = packed.reshape(-1), torch.empty(int(count), dtype=torch.uint8, device=packed.device)
     for start in range(0, len(codes), _CHUNK):
         part = codes[start : start + _CHUNK]

@@ -56,9 +56,7 @@ def plot_number_line(x: Tensor, x_hat: Tensor, *, ax: Axes | None = None) -> Axe
     return ax
 
 
-def plot_against_bits(
-    rows: dict[str, dict[int, tuple[float, float]]], *, ylabel: str, ax: Axes | None = None
-) -> Axes:
+def plot_against_bits(rows: dict[str, dict[int, tuple[float, float]]], *, ylabel: str, ax: Axes | None = None) -> Axes:
     """One line a method: {method: {bits: (value, standard error)}}, on a logarithmic scale with error bars."""
     ax = ax if ax is not None else plt.gca()
     for (method, points), (color, marker) in zip(rows.items(), cycle(_LINES), strict=False):
@@ -85,9 +83,7 @@ def plot_layer_errors(reports: dict, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def plot_curves(
-    curves: dict[str, tuple], *, xlabel: str, ylabel: str, log: str = "", ax: Axes | None = None
-) -> Axes:
+def plot_curves(curves: dict[str, tuple], *, xlabel: str, ylabel: str, log: str = "", ax: Axes | None = None) -> Axes:
     """One line for each name: {name: (x, y)}. log names the logarithmic axes: "", "x", "y" or "xy"."""
     ax = ax if ax is not None else plt.gca()
     for (name, (x, y)), (color, marker) in zip(curves.items(), cycle(_LINES), strict=False):

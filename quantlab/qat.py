@@ -28,14 +28,7 @@ from quantlab.linear import DynamicInt8Linear, Int8Linear, StaticInt8Linear
 from quantlab.lm import linear_layers, weight_of
 from quantlab.lm.layers import put_weight
 from quantlab.lsq import LSQ
-from quantlab.ternary import (
-    binary,
-    pack_ternary,
-    quantize_binary,
-    quantize_ternary,
-    ternary,
-    unpack_ternary,
-)
+from quantlab.ternary import binary, pack_ternary, quantize_binary, quantize_ternary, ternary, unpack_ternary
 
 __all__ = [
     "LSQ",
@@ -213,9 +206,7 @@ class FakeQuantLinear(nn.Module):
 
     def _integer_layer(self) -> Int8Linear:
         of = self.rounding
-        if not (
-            isinstance(of, MinMaxRounding) and of.bits == 8 and of.symmetric and of.granularity == PerAxis(0)
-        ):
+        if not (isinstance(of, MinMaxRounding) and of.bits == 8 and of.symmetric and of.granularity == PerAxis(0)):
             raise ValueError(
                 "a layer with rounded activations converts to an integer layer, whose weights have 8 bits, symmetric, "
                 'one scale a row: prepare_qat(bits=8, group_size=None, symmetric=True, method="minmax")'
@@ -315,9 +306,7 @@ def _rounding(weight: Tensor, bits, group_size, symmetric, method) -> nn.Module:
         return method(weight)
     granularity = _granularity(group_size)
     if method == "minmax":
-        return MinMaxRounding(
-            bits=4 if bits is None else bits, granularity=granularity, symmetric=bool(symmetric)
-        )
+        return MinMaxRounding(bits=4 if bits is None else bits, granularity=granularity, symmetric=bool(symmetric))
     if method not in ("lsq", "ternary", "binary"):
         raise ValueError(f"method must be minmax, lsq, ternary, binary or a function, got {method!r}")
     if symmetric is False:
@@ -325,9 +314,7 @@ def _rounding(weight: Tensor, bits, group_size, symmetric, method) -> nn.Module:
     if method == "lsq":
         return LSQ(weight, bits=4 if bits is None else bits, granularity=granularity)
     if bits is not None:
-        raise ValueError(
-            f"{method} takes no bits: it has {3 if method == 'ternary' else 2} values, got {bits}"
-        )
+        raise ValueError(f"{method} takes no bits: it has {3 if method == 'ternary' else 2} values, got {bits}")
     return TernaryRounding(granularity) if method == "ternary" else BinaryRounding(weight, granularity)
 
 

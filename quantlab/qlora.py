@@ -40,9 +40,7 @@ def _quiet(name: str) -> Iterator[None]:
         logger.setLevel(level)
 
 
-with _quiet(
-    "bitsandbytes"
-):  # peft loads it where it is installed, and it misses a kernel that is not used here
+with _quiet("bitsandbytes"):  # peft loads it where it is installed, and it misses a kernel that is not used here
     import peft
     from peft.tuners.lora.layer import Linear as LoraLinear
 
@@ -72,9 +70,7 @@ class NF4Linear(nn.Module):
     @classmethod
     def from_linear(cls, layer: nn.Module, *, block_size: int = 64, double_quant: bool = True) -> "NF4Linear":
         """The layer (nn.Linear, or GPT-2's Conv1D) with its weight rounded to the nearest NF4 values."""
-        q = quantize_codebook(
-            weight_of(layer).clone(), nf4_levels(), block_size=block_size, double_quant=double_quant
-        )
+        q = quantize_codebook(weight_of(layer).clone(), nf4_levels(), block_size=block_size, double_quant=double_quant)
         return cls(q, layer.bias)
 
     @property
@@ -113,9 +109,7 @@ class NF4Linear(nn.Module):
         return linear
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, block_size={self.block_size}"
-        )
+        return f"in_features={self.in_features}, out_features={self.out_features}, block_size={self.block_size}"
 
 
 class _Decoding(torch.autograd.Function):
@@ -187,12 +181,8 @@ def add_lora(model, *, rank: int = 8, alpha: float | None = None, seed: int = 0)
     new = copy.deepcopy(model)
     names = {n for n, m in new.named_modules() if isinstance(m, NF4Linear)} | set(linear_layers(new))
     if not names or isinstance(model, peft.PeftModel):
-        raise ValueError(
-            f"{type(model).__name__} has no linear layers to put adapters beside, or has adapters already"
-        )
-    config = peft.LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=sorted({n.rpartition(".")[2] for n in names})
-    )
+        raise ValueError(f"{type(model).__name__} has no linear layers to put adapters beside, or has adapters already")
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=sorted({n.rpartition(".")[2] for n in names}))
     config._register_custom_module({NF4Linear: NF4Lora})
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Unsupported layer type .*NF4Linear")  # it is, see NF4Lora
@@ -332,10 +322,7 @@ def main(argv=None) -> dict:
         "on": f"torch {torch.__version__}, {threads} thread{'s' * (threads > 1)}",
         "recipe": recipe | {"full_rate": FULL_RATE},
     }
-    log["runs"] = {
-        "float": measure(model, model, held, stories),
-        "rank 0": measure(base, model, held, stories),
-    }
+    log["runs"] = {"float": measure(model, model, held, stories), "rank 0": measure(base, model, held, stories)}
     for name, (learner, tokens, options) in jobs.items():
         history = finetune(learner, tokens, **recipe | options, held_out=held)
         log["runs"][name] = measure(learner, model, held, stories) | {"history": asdict(history)}

@@ -19,9 +19,7 @@ from quantlab.granularity import PerAxis, PerGroup, PerTensor, QTensor
 from quantlab.packing import pack, unpack
 
 FORMAT = {"format": "quantlab", "version": "1"}
-DTYPES = {
-    str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-}
+DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 CODES = {"int8": torch.int8, "uint8": torch.uint8}
 
 
@@ -68,9 +66,7 @@ def load_tensors(path) -> dict[str, Storable]:
     if {key: metadata.get(key) for key in FORMAT} != FORMAT:
         raise ValueError(f"{path} is a safetensors file, but not one that save_tensors wrote")
     try:
-        return {
-            name: _put_together(name, parts, one) for name, one in json.loads(metadata["tensors"]).items()
-        }
+        return {name: _put_together(name, parts, one) for name, one in json.loads(metadata["tensors"]).items()}
     except (LookupError, TypeError, AttributeError, RuntimeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{path} does not fit together: {type(error).__name__}: {error}") from error
 
@@ -195,9 +191,7 @@ def _codebook_together(parts: dict, settings: dict) -> CodebookTensor:
     q = CodebookTensor(codes, absmax, levels, settings["block_size"], DTYPES[settings["dtype"]])
     blocks = -(-shape.numel() // q.block_size)
     if int(codes.max()) >= len(levels) or q.block_absmax().shape != (blocks,):
-        raise ValueError(
-            f"{len(levels)} levels and {len(q.block_absmax())} absmax do not fit {blocks} blocks of codes"
-        )
+        raise ValueError(f"{len(levels)} levels and {len(q.block_absmax())} absmax do not fit {blocks} blocks of codes")
     return q
 
 
@@ -217,9 +211,7 @@ def _floats_together(parts: dict, settings: dict) -> BlockFloatTensor:
     codes = unpack(parts[".codes"], bits=fmt.bits, count=shape.numel()).reshape(shape)
     size, dtype = settings["block_size"], DTYPES[settings["dtype"]]
     if parts[".scales"].shape != (*shape[:-1], -(-shape[-1] // size)):
-        raise ValueError(
-            f"scales {tuple(parts['.scales'].shape)} do not fit codes {tuple(shape)} in blocks of {size}"
-        )
+        raise ValueError(f"scales {tuple(parts['.scales'].shape)} do not fit codes {tuple(shape)} in blocks of {size}")
     return BlockFloatTensor(codes, parts[".scales"], fmt, size, parts.get(".tensor_scale"), dtype)
 
 

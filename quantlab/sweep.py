@@ -53,9 +53,7 @@ def grid(**lists: Sequence) -> list[dict]:
     taken = {"method"}.union(*(_options(method).keys() for method in lists.get("method", [])))
     unknown = sorted(lists.keys() - taken)
     if "method" not in lists or unknown:
-        raise ValueError(
-            f"no method here takes {', '.join(unknown)}" if unknown else "method=[...] is missing"
-        )
+        raise ValueError(f"no method here takes {', '.join(unknown)}" if unknown else "method=[...] is missing")
     jobs = []
     for values in itertools.product(*lists.values()):
         job = dict(zip(lists, values, strict=True))
@@ -182,9 +180,7 @@ def _loaded(name: str, weights: str):
     """The model, once for each process; the weights it must have are part of the question."""
     model, _ = load_lm(name)
     if fingerprint(model) != weights:
-        raise ValueError(
-            f"{name!r} is another model on this worker; give a name or folder that all of them share"
-        )
+        raise ValueError(f"{name!r} is another model on this worker; give a name or folder that all of them share")
     return model
 
 
@@ -196,9 +192,7 @@ def _measure(
     method, bits, group = label(job, model)
     with _one_thread():
         new, report = quantize_lm(model, calibration, window=window, progress=False, **job)
-        row = ledger.measure(
-            model, new, tokens, method=method, bits=bits, group=group, report=report, window=window
-        )
+        row = ledger.measure(model, new, tokens, method=method, bits=bits, group=group, report=report, window=window)
     return key, row
 
 

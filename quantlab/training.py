@@ -45,15 +45,7 @@ def train_tokenizer(documents, vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def new_model(
-    tokenizer,
-    *,
-    hidden: int,
-    intermediate: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
-    context: int,
-    seed: int,
+    tokenizer, *, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, context: int, seed: int
 ) -> LlamaForCausalLM:
     """A Llama with random weights and tied embeddings. Residual outputs start smaller, as in GPT-2."""
     torch.manual_seed(seed)
@@ -209,15 +201,11 @@ def train(model, tokenizer, documents, args: argparse.Namespace) -> list:
     model.to(args.device).train()
     add_dropout(model, args.dropout)
     optimizers = make_optimizers(model, args.weight_decay)
-    start, log = (
-        load_checkpoint(folder, model, optimizers) if (folder / "progress.json").exists() else (0, [])
-    )
+    start, log = load_checkpoint(folder, model, optimizers) if (folder / "progress.json").exists() else (0, [])
     held, documents = documents[len(documents) - args.hold_out :], documents[: len(documents) - args.hold_out]
     stream = token_stream(tokenizer, documents)
     torch.manual_seed(args.seed + start)
-    bar = tqdm(
-        range(start, args.steps), initial=start, total=args.steps, desc=f"{len(stream):,} tokens an epoch"
-    )
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=f"{len(stream):,} tokens an epoch")
     losses, loss_of = [], torch.compile(next_token_loss) if args.compile else next_token_loss
     for step in bar:
         ids = batch_at(stream, step, batch=args.batch, context=context, seed=args.seed).to(args.device)
@@ -240,19 +228,13 @@ RATES = {"rate": 4e-3, "weight_decay": 0.1, "dropout": 0.0}
 
 def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m quantlab.training", description=__doc__)
-    parser.add_argument(
-        "--train", nargs="+", required=True, help="text files, <|endoftext|> between documents"
-    )
-    parser.add_argument(
-        "--out", required=True, help="folder for the model; OUT.checkpoint holds the way there"
-    )
+    parser.add_argument("--train", nargs="+", required=True, help="text files, <|endoftext|> between documents")
+    parser.add_argument("--out", required=True, help="folder for the model; OUT.checkpoint holds the way there")
     parser.add_argument("--start-from", help="folder of a model to go on from, instead of random weights")
     parser.add_argument("--test", help="text file whose first 300 documents are measured once, at the end")
     for name, value in (SIZES | LENGTHS | RATES).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"({value})")
-    parser.add_argument(
-        "--compile", action="store_true", help="torch.compile the loss: slow at first, then faster"
-    )
+    parser.add_argument("--compile", action="store_true", help="torch.compile the loss: slow at first, then faster")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
 
@@ -281,9 +263,7 @@ def main(argv=None) -> dict:
     }
     if args.test:
         test = read_documents([args.test])[:300]
-        report["test_bits_per_character"] = bits_per_character(
-            model.float(), tokenizer, test, context=args.context
-        )
+        report["test_bits_per_character"] = bits_per_character(model.float(), tokenizer, test, context=args.context)
     (out / "training.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
 

@@ -82,9 +82,7 @@ def test_gradient_equals_torch(zero_point):
 
 def test_zero_is_exact_even_for_a_range_without_zero():
     qp = choose_qparams(torch.tensor(10.0), torch.tensor(11.0), qmin=0, qmax=255)
-    assert fake_quantize(torch.tensor([0.0, 10.5]), qp).tolist() == pytest.approx(
-        [0.0, 10.5], abs=11 / 255 / 2
-    )
+    assert fake_quantize(torch.tensor([0.0, 10.5]), qp).tolist() == pytest.approx([0.0, 10.5], abs=11 / 255 / 2)
     assert fake_quantize(torch.zeros(1), qp).item() == 0.0
     qp = choose_qparams(torch.tensor(-11.0), torch.tensor(-10.0), qmin=0, qmax=255)
     assert qp.zero_point.item() == 255
@@ -93,17 +91,7 @@ def test_zero_is_exact_even_for_a_range_without_zero():
 
 @pytest.mark.parametrize(
     ("low", "high"),
-    [
-        (0, 0),
-        (5, 5),
-        (-5, -5),
-        (0, 1e-40),
-        (-1e-45, 0),
-        (-3e38, 3e38),
-        (0, 3.4e38),
-        (-3.4e38, 3.4e38),
-        (1e-38, 1e-38),
-    ],
+    [(0, 0), (5, 5), (-5, -5), (0, 1e-40), (-1e-45, 0), (-3e38, 3e38), (0, 3.4e38), (-3.4e38, 3.4e38), (1e-38, 1e-38)],
 )
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("codes", [(0, 1), (-8, 7), (0, 255)])

@@ -181,8 +181,7 @@ def test_keeping_columns_leaves_the_weight_and_its_dtype():
 
 
 @pytest.mark.parametrize(
-    ("columns", "message"),
-    [([32], r"0\.\.31, got 32"), ([-1], "got -1"), ([3, 3], "twice"), ([1.5], "column")],
+    ("columns", "message"), [([32], r"0\.\.31, got 32"), ([-1], "got -1"), ([3, 3], "twice"), ([1.5], "column")]
 )
 def test_columns_that_cannot_be_kept_are_refused(columns, message):
     with pytest.raises(ValueError, match=message):

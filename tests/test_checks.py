@@ -11,9 +11,7 @@ from quantlab import checks
 CHAPTERS = [m.name for m in pkgutil.iter_modules(quantlab.exercises.__path__)]
 NAMES = [name for c in CHAPTERS for name in importlib.import_module(f"quantlab.exercises.{c}").EXERCISES]
 WRONG = {
-    name: wrong
-    for c in CHAPTERS
-    for name, wrong in importlib.import_module(f"wrong_answers_{c[1:]}").WRONG.items()
+    name: wrong for c in CHAPTERS for name, wrong in importlib.import_module(f"wrong_answers_{c[1:]}").WRONG.items()
 }
 
 

@@ -96,9 +96,7 @@ def test_tables_ascend_and_hold_zero_and_one(levels):
 # --- quantizing -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "levels", [nf4_levels(), fp4_levels(), INT4, dynamic_levels(), torch.tensor([-1.0, 1.0])]
-)
+@pytest.mark.parametrize("levels", [nf4_levels(), fp4_levels(), INT4, dynamic_levels(), torch.tensor([-1.0, 1.0])])
 @pytest.mark.parametrize("block_size", [1, 7, 32, 64, 1000])
 def test_codes_and_absmax_are_those_of_the_loop(levels, block_size):
     x = tensor(13, 23)
@@ -147,26 +145,19 @@ def test_the_fast_path_is_the_plain_one(levels, seed):
     middles = (levels[:-1] + levels[1:]) / 2
     edges = torch.cat([middles, levels, torch.linspace(-1, 1, 65)])
     x = torch.cat(
-        [
-            edges,
-            *(torch.nextafter(edges, torch.tensor(to)) for to in (2.0, -2.0)),
-            tensor(500, seed=seed, scale=0.4),
-        ]
+        [edges, *(torch.nextafter(edges, torch.tensor(to)) for to in (2.0, -2.0)), tensor(500, seed=seed, scale=0.4)]
     )
     x = x.clamp(-1, 1)
     assert torch.equal(codebook._fast_nearest(levels)(x), nearest_level(x, levels))
 
 
 @pytest.mark.parametrize(
-    "levels",
-    [nf4_levels(), fp4_levels(), INT4, torch.tensor([-3.0, 0.5, 0.9, 7.0]), torch.tensor([0.1, 1e30])],
+    "levels", [nf4_levels(), fp4_levels(), INT4, torch.tensor([-3.0, 0.5, 0.9, 7.0]), torch.tensor([0.1, 1e30])]
 )
 def test_the_fast_path_on_every_sixteen_bit_number_and_its_neighbours(levels):
     x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
     x = x[x.abs() <= 1]
-    x = torch.cat([x, torch.nextafter(x, torch.tensor(2.0)), torch.nextafter(x, torch.tensor(-2.0))]).clamp(
-        -1, 1
-    )
+    x = torch.cat([x, torch.nextafter(x, torch.tensor(2.0)), torch.nextafter(x, torch.tensor(-2.0))]).clamp(-1, 1)
     assert torch.equal(codebook._fast_nearest(levels)(x), nearest_level(x, levels))
 
 
@@ -211,9 +202,7 @@ def test_zeros_stay_exact(double_quant):
     back = quantize_codebook(x, nf4_levels(), double_quant=double_quant).dequantize()
     assert (back[x == 0] == 0).all()
     zero = torch.zeros(3, 5)
-    assert torch.equal(
-        quantize_codebook(zero, INT4, block_size=4, double_quant=double_quant).dequantize(), zero
-    )
+    assert torch.equal(quantize_codebook(zero, INT4, block_size=4, double_quant=double_quant).dequantize(), zero)
     no_zero = torch.tensor([-1.0, -0.3, 0.3, 1.0])
     assert torch.equal(quantize_codebook(zero, no_zero, block_size=4).dequantize(), zero)
 
@@ -234,9 +223,7 @@ def test_the_smallest_and_largest_numbers_stay_finite():
             assert (back - x).abs().max() <= max(1.2e-38, 0.01 * extreme)
     x = torch.full((200,), 65504.0, dtype=torch.float16)
     x[::3] = 1.0
-    assert torch.isfinite(
-        quantize_codebook(x, nf4_levels(), block_size=8, double_quant=True).dequantize()
-    ).all()
+    assert torch.isfinite(quantize_codebook(x, nf4_levels(), block_size=8, double_quant=True).dequantize()).all()
     assert quantize_codebook(x, torch.tensor([-2.0, 0.1, 1.7])).dequantize().max() == 65504
 
 
@@ -337,9 +324,7 @@ def test_double_quantization_by_hand():
 
 def test_double_quantization_costs_little():
     x = tensor(2**16)
-    plain, double = (
-        sqnr_db(x, quantize_codebook(x, nf4_levels(), double_quant=d).dequantize()) for d in (False, True)
-    )
+    plain, double = (sqnr_db(x, quantize_codebook(x, nf4_levels(), double_quant=d).dequantize()) for d in (False, True))
     assert plain - 0.05 < double < plain + 0.05
 
 
@@ -382,16 +367,12 @@ def test_kmeans_levels_are_means_of_their_values_and_no_worse_than_the_start():
     x = tensor(20_000, scale=1.0)
     levels = kmeans_levels(x, 16, max_steps=5000)
     codes = nearest_level(x, levels).long()
-    means = torch.zeros(16, dtype=torch.float64).index_add(0, codes, x.double()) / codes.bincount(
-        minlength=16
-    )
+    means = torch.zeros(16, dtype=torch.float64).index_add(0, codes, x.double()) / codes.bincount(minlength=16)
     assert (means - levels).abs().max() < 1e-4  # it stood still
     error = (levels[codes] - x).square().mean()
     first = kmeans_levels(x, 16, max_steps=1)
     assert error < (first[nearest_level(x, first).long()] - x).square().mean()
-    assert (
-        abs(10 * torch.log10(x.square().mean() / error) - 20.22) < 0.1
-    )  # Max 1960: 16 levels, normal values
+    assert abs(10 * torch.log10(x.square().mean() / error) - 20.22) < 0.1  # Max 1960: 16 levels, normal values
 
 
 @settings(max_examples=40, deadline=None)
@@ -478,14 +459,7 @@ def bnb():
 
 OURS = {"nf4": nf4_levels(), "fp4": fp4_levels(smallest=1 / 192)}
 # Rows no shorter than a block: its CPU kernel for AVX-512 misreads the absmax of blocks that span rows.
-CASES = [
-    (32, (64, 512)),
-    (64, (64, 512)),
-    (128, (17, 512)),
-    (256, (3, 1024)),
-    (1024, (3, 1024)),
-    (64, (5, 130)),
-]
+CASES = [(32, (64, 512)), (64, (64, 512)), (128, (17, 512)), (256, (3, 1024)), (1024, (3, 1024)), (64, (5, 130))]
 
 
 def bnb_codes(packed, count):

@@ -41,11 +41,7 @@ from quantlab.qat import LSQ, binary, ternary
 
 def values(count=20_000):
     random = torch.Generator().manual_seed(0)
-    return (
-        torch.randn(count, generator=random)
-        / torch.rand(count, generator=random).clamp(min=0.05).sqrt()
-        * 0.02
-    )
+    return torch.randn(count, generator=random) / torch.rand(count, generator=random).clamp(min=0.05).sqrt() * 0.02
 
 
 def layer():
@@ -64,14 +60,7 @@ def layer_and_inputs():
 
 def results():
     return [
-        {
-            "label": f"{b} bits",
-            "bits": b,
-            "perplexity": 5 + 20 / b,
-            "stderr": 0.3,
-            "kl": 2.0**-b,
-            "text": f"story {b}",
-        }
+        {"label": f"{b} bits", "bits": b, "perplexity": 5 + 20 / b, "stderr": 0.3, "kl": 2.0**-b, "text": f"story {b}"}
         for b in (8, 4, 2)
     ]
 
@@ -87,16 +76,10 @@ def speeds():
 
     def parts(way, M, K, N):
         fixed, weight, slow = ways[way]
-        return {
-            "fixed": fixed * 1e-6,
-            "moving": K * N * weight * 1e-11,
-            "computing": M * K * N * slow * 1e-11,
-        }
+        return {"fixed": fixed * 1e-6, "moving": K * N * weight * 1e-11, "computing": M * K * N * slow * 1e-11}
 
     shapes = [(M, K, N) for M in (1, 16, 256) for K in (256, 2048) for N in (256, 768, 2048)]
-    seconds = {
-        (way, *shape): 1.1 * max(parts(way, *shape).values()) + 1e-6 for way in ways for shape in shapes
-    }
+    seconds = {(way, *shape): 1.1 * max(parts(way, *shape).values()) + 1e-6 for way in ways for shape in shapes}
     nbytes = {(way, K, N): K * N * min(ways[way][1], 4) for way in ways for _, K, N in shapes}
     return seconds, nbytes, parts
 
@@ -314,10 +297,7 @@ def test_groups_numbers_are_the_librarys():
     of_output = ((x @ (weight - back).T).square().sum() / (x @ weight.T).square().sum()).item()
     assert f"{q.bits_per_element:.3f} true bits per weight" in explorer.numbers()
     assert f"{q.nbytes:,} bytes" in explorer.numbers()
-    assert (
-        f"weight error {((weight - back).square().sum() / weight.square().sum()).item():.2e}"
-        in explorer.numbers()
-    )
+    assert f"weight error {((weight - back).square().sum() / weight.square().sum()).item():.2e}" in explorer.numbers()
     assert f"output error {of_output:.2e}" in explorer.numbers()
 
 
@@ -433,10 +413,7 @@ def test_codebook_numbers_are_the_librarys():
     weight, x = layer_and_inputs()
     explorer = ex.explore_codebook(weight, x, block_size=32)
     q = quantize_codebook(weight, nf4_levels(), block_size=32)
-    assert (
-        f"{sqnr_db(weight, q.dequantize()):.2f} dB at {q.bits_per_element:.3f} true bits"
-        in explorer.numbers()
-    )
+    assert f"{sqnr_db(weight, q.dequantize()):.2f} dB at {q.bits_per_element:.3f} true bits" in explorer.numbers()
     error = ((weight - q.dequantize()) @ x.T).square().sum() / (weight @ x.T).square().sum()
     assert f"output error {error:.2e}" in explorer.numbers()
     explorer.controls["table"].value = "INT4 asymmetric"
@@ -641,9 +618,7 @@ def a_layer_shifted(*, scale=1.0, shift=0.0, loud=1):
     return weight, x, live
 
 
-@pytest.mark.parametrize(
-    "place", [{}, {"scale": 4.0}, {"scale": 0.125, "shift": 0.3}, {"shift": -0.5, "loud": 16}]
-)
+@pytest.mark.parametrize("place", [{}, {"scale": 4.0}, {"scale": 0.125, "shift": 0.3}, {"shift": -0.5, "loud": 16}])
 def test_shift_errors_are_those_of_the_layers(place):
     weight, x, live = a_layer_shifted(**place)
     explorer = ex.explore_shift(x, weight)
@@ -659,16 +634,11 @@ def test_shift_errors_are_those_of_the_layers(place):
     y = linear(live)
     wanted = [((int8.exact(live) - y).square().sum() / y.square().sum()).item() for int8 in layers]
     said = explorer.numbers().split("OUTPUT: ")[1]
-    assert [float(number) for number in re.findall(r"\d\.\d\de[-+]\d\d", said)] == pytest.approx(
-        wanted, rel=0.01
-    )
+    assert [float(number) for number in re.findall(r"\d\.\d\de[-+]\d\d", said)] == pytest.approx(wanted, rel=0.01)
     points = explorer.ax.figure.axes[1].lines[3:]
     assert [point.get_ydata()[0] for point in points] == pytest.approx(wanted, rel=1e-3)
     scales = list(explorer.ax.figure.axes[1].lines[0].get_xdata())
-    here = [
-        line.get_ydata()[scales.index(place.get("scale", 1.0))]
-        for line in explorer.ax.figure.axes[1].lines[:3]
-    ]
+    here = [line.get_ydata()[scales.index(place.get("scale", 1.0))] for line in explorer.ax.figure.axes[1].lines[:3]]
     assert here == pytest.approx(wanted, rel=1e-3)
     qp = layers[0].input_qparams(live)
     beyond = (live / qp.scale + qp.zero_point).sub(127.5).abs() > 128
@@ -677,9 +647,7 @@ def test_shift_errors_are_those_of_the_layers(place):
 
 def test_a_static_grid_suffers_both_ways_and_a_dynamic_one_follows():
     weight, x, _ = a_layer_shifted()
-    static, tensor, token = (
-        line.get_ydata() for line in ex.explore_shift(x, weight).ax.figure.axes[1].lines[:3]
-    )
+    static, tensor, token = (line.get_ydata() for line in ex.explore_shift(x, weight).ax.figure.axes[1].lines[:3])
     assert static.argmin() == 8  # where scale is 1
     assert static[0] > 20 * static[8] < static[-1] / 100
     for dynamic in (tensor, token):
@@ -688,9 +656,7 @@ def test_a_static_grid_suffers_both_ways_and_a_dynamic_one_follows():
 
 def test_shift_observer_bits_and_first_position():
     weight, x, _ = a_layer_shifted()
-    explorer = ex.explore_shift(
-        x, weight, observer=Percentile(percentile=90), bits=4, scale=1.9, shift=0.52, loud=5
-    )
+    explorer = ex.explore_shift(x, weight, observer=Percentile(percentile=90), bits=4, scale=1.9, shift=0.52, loud=5)
     assert [control.value for control in explorer.controls.values()] == [2.0, 0.5, 4]
     qp = choose_qparams(*Percentile(percentile=90).update(x).min_max(), qmin=0, qmax=15)
     assert f"scale {qp.scale.item():.3g}" in explorer.numbers()
@@ -726,9 +692,7 @@ def test_compare_tables_is_quantizing_and_measuring_by_hand():
     by_hand = {
         "NF4": quantize_codebook(x, nf4_levels(), block_size=64),
         "INT4 symmetric": quantize_tensor(x, bits=4, granularity=PerGroup(64), symmetric=True, signed=False),
-        "INT4 asymmetric": quantize_tensor(
-            x, bits=4, granularity=PerGroup(72), symmetric=False, signed=False
-        ),
+        "INT4 asymmetric": quantize_tensor(x, bits=4, granularity=PerGroup(72), symmetric=False, signed=False),
     }
     assert by_hand.keys() <= found.keys()
     for name, q in by_hand.items():
@@ -773,9 +737,7 @@ def test_columns_show_one_row_on_its_grid(column, row):
 def test_training_shows_the_weights_on_their_grid(step, row):
     weights, losses = walk()
     explorer = ex.explore_training(weights, losses, bits=2, group_size=48, step=step, row=row)
-    now, first = (
-        quantize_tensor(weights[k], bits=2, granularity=PerGroup(48), symmetric=False) for k in (step, 0)
-    )
+    now, first = (quantize_tensor(weights[k], bits=2, granularity=PerGroup(48), symmetric=False) for k in (step, 0))
     multiples = [q.codes - q.element_qparams().zero_point for q in (now, first)]
     place = weights[step] / now.element_qparams().scale
     elsewhere = multiples[0] != multiples[1]
@@ -783,9 +745,7 @@ def test_training_shows_the_weights_on_their_grid(step, row):
     assert f"{elsewhere[row].double().mean():.0%} of row {row}" in explorer.numbers()
     assert f"distance from the grid: {(place - multiples[0]).abs().mean():.3f} steps" in explorer.numbers()
     assert f"loss {losses[min(step, 11)]:.3f} (at first 3.000)" in explorer.numbers()
-    assert (
-        "2.71 true bits" in explorer.numbers()
-    )  # 2 + (32 + 2) / 48; zero points packed over all 13 snapshots
+    assert "2.71 true bits" in explorer.numbers()  # 2 + (32 + 2) / 48; zero points packed over all 13 snapshots
     stay, moved, _ = explorer.ax.lines
     for dots, which in ((stay, ~elsewhere), (moved, elsewhere)):
         of_row = place[row][which[row]]

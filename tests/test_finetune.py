@@ -9,14 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from quantlab.finetune import (
-    History,
-    batch_at,
-    finetune,
-    loss_on,
-    rate_at,
-    sample_text_tokens,
-)
+from quantlab.finetune import History, batch_at, finetune, loss_on, rate_at, sample_text_tokens
 from quantlab.lm import divergence, perplexity
 
 VOCAB, LENGTH = 50, 32
@@ -48,9 +41,7 @@ QUICK = {"steps": 12, "batch": 4, "window": 16, "learning_rate": 0.01, "progress
 
 
 def same(a, b):
-    return all(
-        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
-    )
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 # --- what a step does -------------------------------------------------------------------------------------------
@@ -293,14 +284,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         return model
 
     finetune(frozen(), text(), **options)
-    for change in (
-        {"learning_rate": 0.02},
-        {"steps": 13},
-        {"seed": 1},
-        {"batch": 5},
-        {"window": 8},
-        {"warmup": 5},
-    ):
+    for change in ({"learning_rate": 0.02}, {"steps": 13}, {"seed": 1}, {"batch": 5}, {"window": 8}, {"warmup": 5}):
         name, value = next(iter(change.items()))
         with pytest.raises(ValueError, match=f"holds a run with {name}=.*this one has {value}"):
             finetune(frozen(), text(), **options | change)
@@ -331,9 +315,7 @@ def test_buffers_are_kept_too(tmp_path):
         layer = new.model.layers[0].mlp
         layer.register_buffer("largest", torch.zeros(()))
         layer.register_forward_pre_hook(
-            lambda m, x: (
-                m.training and m.largest.copy_(torch.maximum(m.largest, x[0].detach().max())) and None
-            )
+            lambda m, x: m.training and m.largest.copy_(torch.maximum(m.largest, x[0].detach().max())) and None
         )
         return new
 

@@ -28,12 +28,7 @@ from quantlab.floats import (
 )
 from quantlab.packing import unpack
 
-CASTS = {
-    FP16: torch.float16,
-    BF16: torch.bfloat16,
-    FP8_E4M3: torch.float8_e4m3fn,
-    FP8_E5M2: torch.float8_e5m2,
-}
+CASTS = {FP16: torch.float16, BF16: torch.bfloat16, FP8_E4M3: torch.float8_e4m3fn, FP8_E5M2: torch.float8_e5m2}
 SMALL = [FP8_E4M3, FP8_E5M2, FP6_E3M2, FP6_E2M3, FP4_E2M1]
 ODD = [
     FloatFormat("E1M3", 1, 3, 0, "none"),
@@ -336,11 +331,7 @@ def test_mx_is_the_loop(fmt, columns, block_size):
 
 def test_mx_just_below_and_at_a_power_of_two():
     """log2 of the float32 below 8 rounds to 3: the exponent has to come from the bits."""
-    for largest, exponent in (
-        (8.0, 1),
-        (float(np.nextafter(np.float32(8), np.float32(0))), 0),
-        (1e-45, -127),
-    ):
+    for largest, exponent in ((8.0, 1), (float(np.nextafter(np.float32(8), np.float32(0))), 0), (1e-45, -127)):
         assert mx_quantize(torch.tensor([largest, 0.0]), FP4_E2M1).scales.item() == exponent + 127
 
 
@@ -402,16 +393,9 @@ def test_bits_and_bytes_are_counted():
     assert short.nbytes == 33 + 4
 
 
-@pytest.mark.parametrize(
-    "quantizer", [lambda x: mx_quantize(x, FP4_E2M1), nvfp4_quantize], ids=["mx", "nvfp4"]
-)
+@pytest.mark.parametrize("quantizer", [lambda x: mx_quantize(x, FP4_E2M1), nvfp4_quantize], ids=["mx", "nvfp4"])
 def test_blocks_edges(quantizer):
-    for x in (
-        torch.zeros(2, 40),
-        torch.tensor([5.0]),
-        torch.full((3, 17), -1e-3),
-        torch.tensor([1e-37, 0.0]),
-    ):
+    for x in (torch.zeros(2, 40), torch.tensor([5.0]), torch.full((3, 17), -1e-3), torch.tensor([1e-37, 0.0])):
         before = x.clone()
         q = quantizer(x)
         assert torch.equal(x, before)
@@ -432,10 +416,7 @@ def test_blocks_edges(quantizer):
 def test_nvfp4_scales_finer_than_mx():
     """On even data the finer scale is worth a decibel or more, for a quarter of a bit."""
     x = torch.randn(200, 320, generator=torch.Generator().manual_seed(0))
-    error = {
-        q.block_size: (q.dequantize() - x).square().mean()
-        for q in (mx_quantize(x, FP4_E2M1), nvfp4_quantize(x))
-    }
+    error = {q.block_size: (q.dequantize() - x).square().mean() for q in (mx_quantize(x, FP4_E2M1), nvfp4_quantize(x))}
     assert error[16] < 0.8 * error[32]
 
 

@@ -55,9 +55,7 @@ def test_two_rows_of_three_by_hand():
     has first row (√½, -√½, 0): an error e of column 1 moves column 2 by + e, and column 3 not at all."""
     x = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.5**0.5]]) * 3**0.5
     hessian = Hessian(3).add(x)
-    torch.testing.assert_close(
-        hessian.matrix, torch.tensor([[4.0, 2, 0], [2, 2, 0], [0, 0, 1]], dtype=torch.float64)
-    )
+    torch.testing.assert_close(hessian.matrix, torch.tensor([[4.0, 2, 0], [2, 2, 0], [0, 0, 1]], dtype=torch.float64))
     weight = torch.tensor([[0.4, 0.4, 3.0], [1.3, 1.4, 3.0]])
     q = gptq_quantize(weight, hessian, bits=2, damping=0.0)  # grid 0, 1, 2, 3 for both rows
     nearest = quantize_tensor(weight, bits=2, granularity=PerAxis(0), symmetric=False)
@@ -75,9 +73,7 @@ def test_output_error_below_round_to_nearest(seed, group_size, symmetric):
     hessian = Hessian(200).add(x)
     granularity = PerAxis(0) if group_size is None else PerGroup(group_size)
     for bits in (2, 3, 4):
-        nearest = quantize_tensor(
-            weight, bits=bits, granularity=granularity, symmetric=symmetric
-        ).dequantize()
+        nearest = quantize_tensor(weight, bits=bits, granularity=granularity, symmetric=symmetric).dequantize()
         for act_order in (False, True):
             q = gptq_quantize(
                 weight, hessian, bits=bits, group_size=group_size, symmetric=symmetric, act_order=act_order
@@ -90,9 +86,7 @@ def test_output_error_below_round_to_nearest(seed, group_size, symmetric):
 def test_uncorrelated_inputs_leave_round_to_nearest():
     weight, _ = layer()
     q = gptq_quantize(weight, Hessian(200).add(torch.eye(200)), bits=4)
-    assert torch.equal(
-        q.codes, quantize_tensor(weight, bits=4, granularity=PerAxis(0), symmetric=False).codes
-    )
+    assert torch.equal(q.codes, quantize_tensor(weight, bits=4, granularity=PerAxis(0), symmetric=False).codes)
 
 
 def test_output_error_is_that_of_the_layer():
@@ -197,9 +191,7 @@ def test_steps_end_where_gptq_ends():
     states = gptq_steps(weight, hessian, bits=4)
     assert states.shape == (201, 48, 200)
     assert torch.equal(states[0], weight.double())
-    torch.testing.assert_close(
-        states[-1].float(), gptq_quantize(weight.double(), hessian, bits=4).dequantize().float()
-    )
+    torch.testing.assert_close(states[-1].float(), gptq_quantize(weight.double(), hessian, bits=4).dequantize().float())
     assert torch.equal(states[9][:, :9], states[-1][:, :9])  # a column that is done stays
 
 

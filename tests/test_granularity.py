@@ -105,9 +105,7 @@ def test_dtype_comes_back_and_input_is_unchanged(dtype):
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize(
-    "x", [torch.zeros(3, 4), torch.ones(3, 4), torch.full((3, 4), 1e-42), torch.tensor([[2.0]])]
-)
+@pytest.mark.parametrize("x", [torch.zeros(3, 4), torch.ones(3, 4), torch.full((3, 4), 1e-42), torch.tensor([[2.0]])])
 def test_degenerate_blocks(x):
     for granularity in (PerTensor(), PerAxis(0), PerGroup(3)):
         back = quantize_tensor(x, bits=4, granularity=granularity, symmetric=False).dequantize()
@@ -149,16 +147,11 @@ def test_sqnr_of_a_bit():
     x = tensor(1_000_000)
 
     def db(bits):
-        return sqnr_db(
-            x, quantize_tensor(x.clamp(-3, 3), bits=bits, granularity=PerTensor()).dequantize().clamp(-9, 9)
-        )
+        return sqnr_db(x, quantize_tensor(x.clamp(-3, 3), bits=bits, granularity=PerTensor()).dequantize().clamp(-9, 9))
 
     assert db(3) - db(2) > 4
     uniform = torch.rand(1_000_000, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    gain = [
-        sqnr_db(uniform, quantize_tensor(uniform, bits=b, granularity=PerTensor()).dequantize())
-        for b in (7, 8)
-    ]
+    gain = [sqnr_db(uniform, quantize_tensor(uniform, bits=b, granularity=PerTensor()).dequantize()) for b in (7, 8)]
     assert gain[1] - gain[0] == pytest.approx(6.02, abs=0.1)
 
 
@@ -211,8 +204,6 @@ def test_scales_in_16_bits_dequantize_to_the_dtype_of_the_original():
     x = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
     q = quantize_tensor(x, bits=4, granularity=PerGroup(8))
     for dtype in (torch.float16, torch.bfloat16):
-        small = dataclasses.replace(
-            q, qparams=dataclasses.replace(q.qparams, scale=q.qparams.scale.to(dtype))
-        )
+        small = dataclasses.replace(q, qparams=dataclasses.replace(q.qparams, scale=q.qparams.scale.to(dtype)))
         assert small.dequantize().dtype == torch.float32
         torch.testing.assert_close(small.dequantize(), q.dequantize(), rtol=0.01, atol=0)

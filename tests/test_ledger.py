@@ -59,10 +59,7 @@ def test_a_table_shows_every_row(measured):
 
 
 def points(*pairs):
-    return [
-        ledger.Row(f"{i}", 4, "-", 1, 0, kl, 0.1, 1, bits, 100, 2, 1, 0, 0)
-        for i, (bits, kl) in enumerate(pairs)
-    ]
+    return [ledger.Row(f"{i}", 4, "-", 1, 0, kl, 0.1, 1, bits, 100, 2, 1, 0, 0) for i, (bits, kl) in enumerate(pairs)]
 
 
 def test_compare_gives_ratios_and_how_sure_they_are():
@@ -106,20 +103,14 @@ def test_the_reference_copy_still_holds():
     for key, (tokens, options) in measured.items():
         new, report = lm.quantize_lm(model, calibration[:tokens], method=key[0], progress=False, **options)
         kl = lm.divergence(model, new, text).kl
-        assert kl == pytest.approx(rows[key].kl, rel=0.03), (
-            key
-        )  # float32 sums differ from one processor to the next
+        assert kl == pytest.approx(rows[key].kl, rel=0.03), key  # float32 sums differ from one processor to the next
         assert report.nbytes == rows[key].bytes, key
 
 
 def test_the_reference_copy_has_the_rows_that_the_notebooks_write():
     rows = {(r.method, r.bits, r.group) for r in ledger.read(lm.DATA / "ledger.csv")}
     assert {("float", 32, "-"), ("clipped", 3, "tensor"), ("rtn", 4, "32"), ("nvfp4", 4, "16")} <= rows
-    assert {
-        ("w8a8_static", 8, "static"),
-        ("planted w8a8", 8, "static"),
-        ("planted smooth", 8, "tensor"),
-    } <= rows
+    assert {("w8a8_static", 8, "static"), ("planted w8a8", 8, "static"), ("planted smooth", 8, "tensor")} <= rows
     assert {
         ("planted awq", 4, "128"),
         ("mixed rtn", 3, "128"),
@@ -129,9 +120,7 @@ def test_the_reference_copy_has_the_rows_that_the_notebooks_write():
         ("binary", 1, "128"),
         ("qlora", 4, "64"),
     } <= rows
-    swept = {
-        (m, b, "128") for m in ("rtn", "rtn clip", "gptq", "gptq act-order", "awq") for b in (8, 4, 3, 2)
-    }
+    swept = {(m, b, "128") for m in ("rtn", "rtn clip", "gptq", "gptq act-order", "awq") for b in (8, 4, 3, 2)}
     assert swept <= rows  # python -m quantlab.sweep --out data/ledger.csv
 
 
@@ -144,10 +133,6 @@ for i in range(20):
     append(Row(sys.argv[1], i, "-", 1, 0, 0, 0, 1, 16, 1, 1, 1, 0, 0), sys.argv[2])
 """
     path, root = tmp_path / "ledger.csv", Path(__file__).resolve().parent.parent
-    writers = [
-        subprocess.Popen([sys.executable, "-c", program, name, str(path)], cwd=root) for name in ("a", "b")
-    ]
+    writers = [subprocess.Popen([sys.executable, "-c", program, name, str(path)], cwd=root) for name in ("a", "b")]
     assert [writer.wait() for writer in writers] == [0, 0]
-    assert sorted((row.method, row.bits) for row in ledger.read(path)) == [
-        (m, i) for m in "ab" for i in range(20)
-    ]
+    assert sorted((row.method, row.bits) for row in ledger.read(path)) == [(m, i) for m in "ab" for i in range(20)]

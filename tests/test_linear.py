@@ -14,16 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from quantlab import (
-    Hessian,
-    PerAxis,
-    PerGroup,
-    PerTensor,
-    choose_qparams,
-    gptq_quantize,
-    quantize,
-    quantize_tensor,
-)
+from quantlab import Hessian, PerAxis, PerGroup, PerTensor, choose_qparams, gptq_quantize, quantize, quantize_tensor
 from quantlab.linear import (
     DynamicInt8Linear,
     StaticInt8Linear,
@@ -137,12 +128,7 @@ def test_the_kernel_is_used_and_is_exact_at_the_largest_sums_it_is_given():
 
 
 @settings(max_examples=200, deadline=None)
-@given(
-    st.floats(-(2**99), 2**99, width=32),
-    st.floats(-(2**99), 2**99, width=32),
-    st.integers(2, 8),
-    st.booleans(),
-)
+@given(st.floats(-(2**99), 2**99, width=32), st.floats(-(2**99), 2**99, width=32), st.integers(2, 8), st.booleans())
 def test_numbers_are_those_of_choose_qparams(a, b, bits, symmetric):
     low, high = min(a, b), max(a, b)
     qp = choose_qparams(torch.tensor(low), torch.tensor(high), qmin=0, qmax=2**bits - 1, symmetric=symmetric)
@@ -170,10 +156,7 @@ print(json.dumps(found))
         [sys.executable, "-c", program], env=environment, cwd=root, capture_output=True, text=True, check=True
     )
     found = json.loads(done.stdout)
-    if torch.backends.cpu.get_cpu_capability() in (
-        "AVX2",
-        "AVX512",
-    ):  # x86; elsewhere the setting does nothing
+    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):  # x86; elsewhere the setting does nothing
         assert found["status"] == "saturates"
         assert (found["7"][0], found["8"][0]) == ("oneDNN", "exact integers")
     assert max(found["7"][1], found["8"][1]) < 1e-5
@@ -225,9 +208,7 @@ def test_shapes_and_dtypes_are_kept_and_nothing_is_changed(way):
         assert layer(x.to(dtype)).dtype == dtype
     assert torch.equal(original.weight, before[0])
     assert torch.equal(x, before[1])
-    assert (layer(x).flatten(0, 1) - original(x).flatten(0, 1)).norm() < 0.02 * original(
-        x
-    ).norm() or way == "static"
+    assert (layer(x).flatten(0, 1) - original(x).flatten(0, 1)).norm() < 0.02 * original(x).norm() or way == "static"
     again = LAYERS[way](linear(), 8)
     again.load_state_dict(layer.state_dict())
     assert torch.equal(again(x), layer(x))
@@ -259,9 +240,7 @@ def test_bad_input_is_refused(way):
         DynamicInt8Linear.from_linear(linear(), per="row")
 
 
-@pytest.mark.parametrize(
-    "x", [torch.zeros(3, 48), torch.full((3, 48), 2.5), torch.full((1, 48), -1e-30)], ids=str
-)
+@pytest.mark.parametrize("x", [torch.zeros(3, 48), torch.full((3, 48), 2.5), torch.full((1, 48), -1e-30)], ids=str)
 def test_constant_inputs(x):
     for way in ("tensor", "token"):
         layer = LAYERS[way](linear(), 8)

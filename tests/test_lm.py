@@ -41,9 +41,7 @@ def random_model(family, **config):
     config = copy.deepcopy(CONFIGS[family]).to_dict() | config
     model = AutoModelForCausalLM.from_config(type(CONFIGS[family])(**config)).eval()
     for parameter in model.parameters():
-        if (
-            parameter.ndim == 2
-        ):  # larger weights than at initialisation, so that attention really mixes positions
+        if parameter.ndim == 2:  # larger weights than at initialisation, so that attention really mixes positions
             parameter.data.mul_(8)
     return model
 
@@ -58,18 +56,14 @@ def test_layers_of_every_family(family):
     assert len(layers) == 2 * LAYERS[family]
     for layer in layers.values():
         x = torch.randn(3, lm.weight_of(layer).shape[1])
-        torch.testing.assert_close(
-            x @ lm.weight_of(layer).T + (0 if layer.bias is None else layer.bias), layer(x)
-        )
+        torch.testing.assert_close(x @ lm.weight_of(layer).T + (0 if layer.bias is None else layer.bias), layer(x))
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_the_walk_equals_whole_forward_passes(family, method):
     """The definition: before each block, run the model quantized so far and capture what the block's layers read."""
     model, tokens = random_model(family), random_tokens(64 * 6)
-    new, report = lm.quantize_lm(
-        model, tokens, method=method, bits=3, group_size=8, window=64, progress=False
-    )
+    new, report = lm.quantize_lm(model, tokens, method=method, bits=3, group_size=8, window=64, progress=False)
     slow = copy.deepcopy(model)
     prefix, blocks = lm.blocks_of(slow)
     for i in range(len(blocks)):
@@ -83,10 +77,7 @@ def test_the_walk_equals_whole_forward_passes(family, method):
                 else quantize_tensor(weight, bits=3, granularity=PerGroup(8), symmetric=False)
             )
             same = (q.codes == report.qtensors[name].codes).float().mean().item()
-            assert same > (0.97 if method == "gptq" else 0.9999), (
-                name,
-                same,
-            )  # float32 sums in another order
+            assert same > (0.97 if method == "gptq" else 0.9999), (name, same)  # float32 sums in another order
             error = hessian.output_error(weight, q.dequantize())
             row = next(r for r in report.layers if r.name == name)
             assert row.output_error == pytest.approx(error, rel=0.05)
@@ -116,8 +107,7 @@ def test_shared_inputs_are_found():
     hidden, arguments = blocks.block_inputs(model, random_tokens(128), 64)
     with torch.no_grad():
         groups = [
-            sorted(layers)
-            for layers, _ in blocks.input_hessians(lm.blocks_of(model)[1][0], hidden, arguments[0])
+            sorted(layers) for layers, _ in blocks.input_hessians(lm.blocks_of(model)[1][0], hidden, arguments[0])
         ]
     assert sorted(groups) == [
         ["mlp.down_proj"],
@@ -143,9 +133,7 @@ def test_gptq_beats_nearest_on_every_family(family):
     model, tokens = random_model(family), random_tokens(64 * 20)
     errors = {}
     for method in ("rtn", "gptq"):
-        _, report = lm.quantize_lm(
-            model, tokens, method=method, bits=3, group_size=None, window=64, progress=False
-        )
+        _, report = lm.quantize_lm(model, tokens, method=method, bits=3, group_size=None, window=64, progress=False)
         errors[method] = sum(r.output_error for r in report.layers)
     assert errors["gptq"] < errors["rtn"]
 
@@ -195,9 +183,7 @@ def test_perplexity_equals_one_token_at_a_time(window, stride):
 def test_overlap_predicts_every_token_but_the_first():
     model = random_model("llama")
     assert lm.perplexity(model, random_tokens(100), window=20, stride=10).tokens == 99
-    assert (
-        lm.perplexity(model, random_tokens(100), window=20).tokens == 95
-    )  # the first of 5 windows each is context
+    assert lm.perplexity(model, random_tokens(100), window=20).tokens == 95  # the first of 5 windows each is context
 
 
 def test_standard_error_is_that_of_the_windows():
@@ -319,14 +305,11 @@ def test_the_bundled_model_is_what_its_card_says():
     assert config.max_position_embeddings >= 256
     assert sum(f.stat().st_size for f in folder.iterdir()) <= 12 * 2**20
     assert (
-        tokenizer.decode(tokenizer("Zoë said: “日本”!")["input_ids"], skip_special_tokens=True)
-        == "Zoë said: “日本”!"
+        tokenizer.decode(tokenizer("Zoë said: “日本”!")["input_ids"], skip_special_tokens=True) == "Zoë said: “日本”!"
     )
 
 
-@pytest.mark.skipif(
-    not SHARED.is_dir(), reason="../shared is not here: checks against others' model and texts"
-)
+@pytest.mark.skipif(not SHARED.is_dir(), reason="../shared is not here: checks against others' model and texts")
 def test_the_bundled_model_meets_its_bar():
     from quantlab.training import bits_per_character
 
@@ -335,16 +318,12 @@ def test_the_bundled_model_meets_its_bar():
     assert bits_per_character(model, tokenizer, stories, context=512) <= 0.85
 
 
-@pytest.mark.skipif(
-    not SHARED.is_dir(), reason="../shared is not here: checks against others' model and texts"
-)
+@pytest.mark.skipif(not SHARED.is_dir(), reason="../shared is not here: checks against others' model and texts")
 def test_on_a_model_that_others_trained():
     """Per row, asymmetric: GPTQ closes 30 % of the perplexity gap at 4 bits; its KL at 3 is 0.62 of nearest's."""
     model, tokenizer = lm.load_lm(str(SHARED / "models/stories260K"))
     text = lm.token_stream(tokenizer, lm.read_documents([SHARED / "corpora/tinystories_valid.txt"])[:100])
-    calibration = lm.token_stream(
-        tokenizer, lm.read_documents([SHARED / "corpora/tinystories_train.txt"])[:60]
-    )[:16384]
+    calibration = lm.token_stream(tokenizer, lm.read_documents([SHARED / "corpora/tinystories_train.txt"])[:60])[:16384]
     gap, kl = {}, {}
     whole = lm.perplexity(model, text).value
     for method in ("rtn", "gptq"):
@@ -428,9 +407,7 @@ def test_quantize_weights_puts_what_the_quantizer_gives_and_keeps_the_model(fami
     assert all(torch.equal(before[name], new.state_dict()[name]) for name in others)
 
 
-@pytest.mark.parametrize(
-    ("method", "options"), [("nf4", {"group_size": 8}), ("awq", {"bits": 3, "group_size": 8})]
-)
+@pytest.mark.parametrize(("method", "options"), [("nf4", {"group_size": 8}), ("awq", {"bits": 3, "group_size": 8})])
 def test_other_rounders_are_their_functions_layer_by_layer(family, method, options):
     model, tokens = random_model(family), random_tokens(6 * 64)
     new, report = lm.quantize_lm(model, tokens, method=method, window=64, progress=False, **options)
@@ -442,9 +419,7 @@ def test_other_rounders_are_their_functions_layer_by_layer(family, method, optio
     else:
         inputs = lm.capture_inputs(model, tokens, lm.linear_layers(model), window=64)
         shared = [
-            n
-            for n in inputs
-            if n.startswith(first[: first.index(".0.") + 3]) and torch.equal(inputs[n], inputs[first])
+            n for n in inputs if n.startswith(first[: first.index(".0.") + 3]) and torch.equal(inputs[n], inputs[first])
         ]
         weights = [lm.weight_of(lm.linear_layers(model)[n]) for n in shared]
         scale = search_scales(weights, Hessian(24).add(inputs[first]), bits=3, group_size=8).input_scale
@@ -505,8 +480,7 @@ def test_options_reach_the_layers():
         assert max(row.output_error for row in report.layers) < 0.02
         assert report.calibration_tokens == len(tokens) // 64 * 64
     smoothed = [
-        lm.quantize_lm(model, tokens, method="smoothquant", alpha=a, window=64, progress=False)[1]
-        for a in (0.1, 0.9)
+        lm.quantize_lm(model, tokens, method="smoothquant", alpha=a, window=64, progress=False)[1] for a in (0.1, 0.9)
     ]
     assert smoothed[0].layers[0].weight_error != smoothed[1].layers[0].weight_error
 

@@ -16,11 +16,7 @@ from quantlab.lm.layers import put_weight
 SMALL = {"vocab_size": 97, "num_hidden_layers": 3, "hidden_size": 24, "num_attention_heads": 4}
 CONFIGS = {
     "llama": LlamaConfig(
-        **SMALL,
-        intermediate_size=40,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
+        **SMALL, intermediate_size=40, num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False
     ),
     "opt": OPTConfig(**SMALL, ffn_dim=40, word_embed_proj_dim=24, max_position_embeddings=64, pad_token_id=1),
     "gpt2": GPT2Config(vocab_size=97, n_layer=3, n_embd=24, n_head=4, n_positions=64),
@@ -59,9 +55,7 @@ def test_sensitivity_is_quantizing_one_layer_and_measuring(family, group_size):
     found = mixed.sensitivity(model, tokens, bits=(4, 2), group_size=group_size, window=32, progress=False)
     assert list(found.costs) == list(found.sizes) == list(found.errors) == list(lm.linear_layers(model))
     assert found.tokens == 160
-    assert sum(found.weights.values()) == sum(
-        lm.weight_of(m).numel() for m in lm.linear_layers(model).values()
-    )
+    assert sum(found.weights.values()) == sum(lm.weight_of(m).numel() for m in lm.linear_layers(model).values())
     for name in found.costs:
         assert list(found.costs[name]) == [2, 4]
         for bits in (2, 4):
@@ -96,9 +90,7 @@ def test_a_text_shorter_than_a_window_is_one_window_without_an_error_bar():
 
 def test_gptq_calibrates_on_what_the_float_model_gives_the_layer():
     model, tokens = random_model(), random_tokens()
-    found = mixed.sensitivity(
-        model, tokens, bits=(3,), group_size=None, method="gptq", window=32, progress=False
-    )
+    found = mixed.sensitivity(model, tokens, bits=(3,), group_size=None, method="gptq", window=32, progress=False)
     name = list(found.costs)[-1]
     hessian = mixed.Hessian(40).add(lm.capture_inputs(model, tokens, [name], window=32)[name])
     new, _ = with_one_layer_quantized(model, name, 3, None)
@@ -146,13 +138,8 @@ def test_bad_settings_are_refused(options, message):
 
 
 def test_a_sensitivity_prints_as_a_table():
-    found = mixed.Sensitivity(
-        {"a": {2: 0.5, 4: 0.01}}, {"a": {2: 0.1, 4: 0.1}}, {"a": {2: 8, 4: 16}}, {"a": 32}, 32
-    )
-    assert [line.split()[-2:] for line in str(found).splitlines()] == [
-        ["4", "bits"],
-        ["5.00e-01", "1.00e-02"],
-    ]
+    found = mixed.Sensitivity({"a": {2: 0.5, 4: 0.01}}, {"a": {2: 0.1, 4: 0.1}}, {"a": {2: 8, 4: 16}}, {"a": 32}, 32)
+    assert [line.split()[-2:] for line in str(found).splitlines()] == [["4", "bits"], ["5.00e-01", "1.00e-02"]]
 
 
 # Allocations

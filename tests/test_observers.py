@@ -342,9 +342,7 @@ def true_error(x, low, high, bits, symmetric):
     return mse(x, fake_quantize(x, qp))
 
 
-@pytest.mark.parametrize(
-    ("bits", "symmetric"), [(8, False), (4, False), (2, False), (8, True), (4, True), (2, True)]
-)
+@pytest.mark.parametrize(("bits", "symmetric"), [(8, False), (4, False), (2, False), (8, True), (4, True), (2, True)])
 def test_mse_is_within_two_percent_of_the_best_candidate(bits, symmetric, stream):
     x = stream[-2000:]  # the outlier stands last
     observer = watch(MSE(bits=bits, symmetric=symmetric), cut(x, [500]))
@@ -353,10 +351,7 @@ def test_mse_is_within_two_percent_of_the_best_candidate(bits, symmetric, stream
 
 
 @settings(max_examples=10, deadline=None)
-@given(
-    st.lists(st.floats(-1000, 1000, width=32), min_size=1, max_size=20),
-    st.sampled_from([1, 2, 4, 8]),
-)
+@given(st.lists(st.floats(-1000, 1000, width=32), min_size=1, max_size=20), st.sampled_from([1, 2, 4, 8]))
 def test_mse_is_within_two_bins_of_the_best_candidate_whatever_the_data(values, bits):
     """An error moves by no more than its value does, and counting by bins moves no value by more than one."""
     x, symmetric = torch.tensor(values, dtype=torch.float32), bits == 2
@@ -394,9 +389,7 @@ def test_mse_at_one_bit_and_with_one_side_only():
     assert 1 < high < 2.5
 
 
-@pytest.mark.parametrize(
-    ("bits", "symmetric"), [(0, False), (9, False), (1, True), (2.5, False), ("4", False)]
-)
+@pytest.mark.parametrize(("bits", "symmetric"), [(0, False), (9, False), (1, True), (2.5, False), ("4", False)])
 def test_mse_bits_are_checked(bits, symmetric):
     with pytest.raises(ValueError, match="bits must be"):
         MSE(bits=bits, symmetric=symmetric)

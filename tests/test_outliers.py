@@ -11,13 +11,7 @@ from quantlab import lm
 from quantlab.linear import DynamicInt8Linear, kernel_status
 from quantlab.outliers import LLMInt8Linear, norm_readers, plant_outliers, smooth, smoothing_scales
 
-READERS = {
-    "llama": [3, 2],
-    "qwen2": [3, 2],
-    "qwen3": [3, 2],
-    "opt": [3, 1],
-    "gpt2": [1, 1],
-}  # of each block's norms
+READERS = {"llama": [3, 2], "qwen2": [3, 2], "qwen3": [3, 2], "opt": [3, 1], "gpt2": [1, 1]}  # of each block's norms
 
 
 @pytest.fixture(params=CONFIGS)
@@ -66,9 +60,7 @@ def test_smoothing_undoes_what_was_planted(model):
     for _, layers in norm_readers(smoothed):
         names = {module: name for name, module in smoothed.named_modules()}
         peak = after[names[layers[0]]]
-        torch.testing.assert_close(
-            peak, torch.ones_like(peak)
-        )  # alpha = 1: all difficulty goes to the weights
+        torch.testing.assert_close(peak, torch.ones_like(peak))  # alpha = 1: all difficulty goes to the weights
 
 
 def test_alpha_divides_the_difficulty():

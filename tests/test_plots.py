@@ -22,12 +22,7 @@ def test_curves_hold_what_was_given_with_names_and_scales(ax):
         assert line.get_label() == name
         np.testing.assert_array_equal(line.get_xydata(), np.transpose([x, y]))
     assert len({line.get_color() for line in ax.lines}) == 2
-    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_xscale(), ax.get_yscale()) == (
-        "bits",
-        "error",
-        "linear",
-        "log",
-    )
+    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_xscale(), ax.get_yscale()) == ("bits", "error", "linear", "log")
     assert ax.get_legend() is not None
 
 
@@ -53,13 +48,7 @@ def test_the_places_have_names(ax):
 def test_the_stairs_of_a_pareto_picture_join_the_rows_that_nothing_beats(ax):
     rows = [
         ledger.Row(method, 4, "-", 1, 0, kl, 0.1, 1, bits, 0, 1, 1, 0, 0)
-        for method, bits, kl in (
-            ("float", 16, 0),
-            ("a", 4, 0.5),
-            ("a", 3, 1.0),
-            ("b", 3.5, 2.0),
-            ("b", 8, 0.1),
-        )
+        for method, bits, kl in (("float", 16, 0), ("a", 4, 0.5), ("a", 3, 1.0), ("b", 3.5, 2.0), ("b", 8, 0.1))
     ]
     plot_pareto(rows, ax=ax)
     stairs = ax.lines[-1]

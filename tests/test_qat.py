@@ -13,17 +13,7 @@ from test_lm import random_model, random_tokens
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from quantlab import (
-    MinMax,
-    PerAxis,
-    PerGroup,
-    PerTensor,
-    QParams,
-    choose_qparams,
-    fake_quantize,
-    lm,
-    quantize_tensor,
-)
+from quantlab import MinMax, PerAxis, PerGroup, PerTensor, QParams, choose_qparams, fake_quantize, lm, quantize_tensor
 from quantlab.linear import DynamicInt8Linear, StaticInt8Linear
 from quantlab.qat import (
     LSQ,
@@ -323,9 +313,7 @@ def test_quantized_forms_hold_the_same_values(granularity):
 def test_bytes_of_three_and_two_values_by_hand():
     x = weights(6, 24)
     assert quantize_ternary(x, PerGroup(8)).nbytes == 6 * 24 * 2 // 8 + 6 * 3 * 4
-    assert (
-        quantize_binary(x, PerGroup(8)).nbytes == 6 * 24 // 8 + 6 * 3 * 4 + 2 * 4
-    )  # the two levels are stored
+    assert quantize_binary(x, PerGroup(8)).nbytes == 6 * 24 // 8 + 6 * 3 * 4 + 2 * 4  # the two levels are stored
     assert len(pack_ternary(quantize_ternary(x).codes)) == math.ceil(6 * 24 / 5)
 
 
@@ -392,9 +380,7 @@ def test_dynamic_activations_are_rounded_on_their_own_range(per, bits):
     expected = []
     for row in rows:
         qp = choose_qparams(row.min(), row.max(), qmin=0, qmax=2**bits - 1, symmetric=per == "token")
-        expected.append(
-            torch.fake_quantize_per_tensor_affine(row, qp.scale.item(), int(qp.zero_point), 0, qp.qmax)
-        )
+        expected.append(torch.fake_quantize_per_tensor_affine(row, qp.scale.item(), int(qp.zero_point), 0, qp.qmax))
     rounded = layer.input_rounding(x)
     assert torch.equal(rounded.detach().view(-1, 24), torch.cat(expected))
     layer(x).sum().backward()
@@ -536,9 +522,7 @@ def test_a_conv1d_keeps_its_own_axes():
     layer = Conv1D(6, 24)  # 24 in, 6 out, stored (in, out)
     fake = FakeQuantLinear.from_linear(layer, bits=2, group_size=None)
     x = weights(5)
-    rounded = quantize_tensor(
-        layer.weight.detach().T, bits=2, granularity=PerAxis(0), symmetric=False
-    ).dequantize()
+    rounded = quantize_tensor(layer.weight.detach().T, bits=2, granularity=PerAxis(0), symmetric=False).dequantize()
     torch.testing.assert_close(fake(x), x @ rounded.T + layer.bias)
 
 
@@ -551,9 +535,7 @@ def test_the_checkpoints_fit_the_bundled_model_and_their_log(bits):
     packed = load_tensors(lm.DATA / f"qat/w{bits}.safetensors")
     layers = lm.linear_layers(lm.load_lm(str(lm.DATA / "model"))[0])
     assert list(packed) == list(layers)
-    assert [q.codes.shape for q in packed.values()] == [
-        lm.weight_of(layer).shape for layer in layers.values()
-    ]
+    assert [q.codes.shape for q in packed.values()] == [lm.weight_of(layer).shape for layer in layers.values()]
     assert {(q.bits, q.granularity, q.symmetric) for q in packed.values()} == {(bits, PerGroup(128), False)}
     assert (log["bits"], log["group_size"], len(log["losses"])) == (bits, 128, log["steps"])
     assert log["held_out"][-1] < 0.6 * log["held_out"][0]
@@ -625,9 +607,7 @@ def test_no_integer_layer_for_these(how):
         convert(prepared)
 
 
-@pytest.mark.parametrize(
-    "bad", [torch.tensor([1, 2]), torch.tensor([]), torch.tensor([math.nan]), [1.0]], ids=str
-)
+@pytest.mark.parametrize("bad", [torch.tensor([1, 2]), torch.tensor([]), torch.tensor([math.nan]), [1.0]], ids=str)
 def test_bad_tensors_are_refused(bad):
     for function in (ternary, binary, quantize_ternary, quantize_binary, lambda x: LSQ(x, bits=2)):
         with pytest.raises(ValueError, match="x must be|x is empty"):

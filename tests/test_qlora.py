@@ -14,16 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from quantlab import qlora
 from quantlab.codebook import fp4_levels, nf4_levels, quantize_codebook
 from quantlab.finetune import finetune, loss_on
-from quantlab.lm import (
-    DATA,
-    divergence,
-    linear_layers,
-    load_lm,
-    load_text,
-    perplexity,
-    quantize_weights,
-    token_stream,
-)
+from quantlab.lm import DATA, divergence, linear_layers, load_lm, load_text, perplexity, quantize_weights, token_stream
 from quantlab.qlora import (
     Memory,
     NF4Linear,
@@ -145,9 +136,7 @@ def test_state_dict_round_trip(model):
 def test_the_packed_model_predicts_what_quantize_weights_does(model):
     before = {n: p.clone() for n, p in model.named_parameters()}
     packed = nf4_model(model)
-    floats, qtensors = quantize_weights(
-        model, lambda w: quantize_codebook(w, nf4_levels(), double_quant=True)
-    )
+    floats, qtensors = quantize_weights(model, lambda w: quantize_codebook(w, nf4_levels(), double_quant=True))
     assert torch.equal(logits(packed), logits(floats))
     layers = {n: m for n, m in packed.named_modules() if isinstance(m, NF4Linear)}
     assert layers.keys() == qtensors.keys() == linear_layers(model).keys()
@@ -395,9 +384,7 @@ def test_saved_bytes_are_those_of_the_activations(model):
     extra = saved_bytes(packed, ids) - saved_bytes(floats, ids)
     per_block = sum(m.weight.numel() for n, m in linear_layers(model).items() if ".0." in n)
     first = sum(p.numel() for n, p in model.model.layers[0].self_attn.named_parameters() if n[0] in "qkv")
-    assert extra == 4 * (
-        2 * per_block - first
-    )  # the first q, k, v read the embedding, which needs no gradient
+    assert extra == 4 * (2 * per_block - first)  # the first q, k, v read the embedding, which needs no gradient
     with pytest.raises(ValueError, match="token ids"):
         saved_bytes(floats, ids + 60)
 

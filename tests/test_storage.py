@@ -50,9 +50,7 @@ def same(one, other) -> bool:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
-def test_a_tensor_comes_back_bit_by_bit_and_weighs_what_it_says(
-    tmp_path, bits, granularity, symmetric, signed
-):
+def test_a_tensor_comes_back_bit_by_bit_and_weighs_what_it_says(tmp_path, bits, granularity, symmetric, signed):
     q = quantize_tensor(values(5, 7), bits=bits, granularity=granularity, symmetric=symmetric, signed=signed)
     size = save_tensors(tmp_path / "x", {"w": q})
     assert size == os.path.getsize(tmp_path / "x")
@@ -256,9 +254,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def quantized():
     model, tokenizer = lm.load_lm()
-    return *lm.quantize_weights(
-        model, lambda w: quantize_tensor(w, bits=4, granularity=PerGroup(128))
-    ), tokenizer
+    return *lm.quantize_weights(model, lambda w: quantize_tensor(w, bits=4, granularity=PerGroup(128))), tokenizer
 
 
 def test_a_model_comes_back_bit_by_bit_and_weighs_what_was_predicted(tmp_path, quantized):
@@ -273,10 +269,7 @@ def test_a_model_comes_back_bit_by_bit_and_weighs_what_was_predicted(tmp_path, q
     assert not back.training
     ids = torch.arange(1, 60)[None]
     assert torch.equal(back(ids).logits, model(ids).logits)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(model.state_dict().values(), back.state_dict().values(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), back.state_dict().values(), strict=True))
     assert words("Once upon a time") == tokenizer("Once upon a time")
 
 

@@ -316,18 +316,7 @@ def test_a_dask_cluster_gives_the_same_table(name, tmp_path):
 
 def test_command_line(name, tmp_path, capsys):
     out = tmp_path / "ledger.csv"
-    words = [
-        "--methods",
-        "rtn",
-        "nf4",
-        "--bits",
-        "3",
-        "2",
-        "--model",
-        name,
-        "--cache",
-        str(tmp_path / "cache"),
-    ]
+    words = ["--methods", "rtn", "nf4", "--bits", "3", "2", "--model", name, "--cache", str(tmp_path / "cache")]
     rows = sweep.main([*words, "--out", str(out), "--n-jobs", "1"])
     wanted = [("rtn", 3, "128"), ("rtn", 2, "128"), ("nf4", 4, "64")]
     assert [(r.method, r.bits, r.group) for r in rows] == wanted

@@ -108,8 +108,7 @@ def test_batches_depend_on_seed_and_step_alone():
 
 def test_learning_rate_rises_stays_and_falls():
     rates = [
-        training.learning_rate(s, peak=1.0, steps=1000, warmup=100, decay=0.4)
-        for s in (0, 99, 300, 599, 800, 999)
+        training.learning_rate(s, peak=1.0, steps=1000, warmup=100, decay=0.4) for s in (0, 99, 300, 599, 800, 999)
     ]
     assert rates == pytest.approx([0.01, 1.0, 1.0, 1.0, 0.5, 0.0025])
 

@@ -28,9 +28,7 @@ def quantized(model, tokens, method="gptq", **more):
 
 
 def same(a, b) -> bool:
-    return all(
-        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
-    )
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 @pytest.mark.parametrize("method", WEIGHTS)
@@ -48,9 +46,7 @@ def test_interrupted_and_resumed_is_as_never_interrupted(method, tmp_path, monke
     monkeypatch.setattr(walk, "_round_block", second_fails)
     with pytest.raises(KeyboardInterrupt):
         quantized(model, tokens, method, checkpoint=tmp_path / "walk")
-    monkeypatch.setattr(
-        walk, "_round_block", lambda prefix, *rest: rounded.append(prefix) or real(prefix, *rest)
-    )
+    monkeypatch.setattr(walk, "_round_block", lambda prefix, *rest: rounded.append(prefix) or real(prefix, *rest))
     new, again = quantized(model, tokens, method, checkpoint=tmp_path / "walk")
     assert rounded == ["model.layers.0.", "model.layers.1."]  # the first block was not done twice
     assert same(whole, new)
@@ -65,9 +61,7 @@ def test_interrupted_and_resumed_is_as_never_interrupted(method, tmp_path, monke
 def test_a_block_counts_as_done_only_when_it_is_whole(tmp_path):
     model, tokens = random_model("llama"), random_tokens()
     whole, _ = quantized(model, tokens, checkpoint=tmp_path)
-    (tmp_path / "block_001.safetensors").rename(
-        tmp_path / "block_001.part"
-    )  # as a crash while writing leaves it
+    (tmp_path / "block_001.safetensors").rename(tmp_path / "block_001.part")  # as a crash while writing leaves it
     new, _ = quantized(model, tokens, checkpoint=tmp_path)
     assert same(whole, new)
     assert (tmp_path / "block_001.safetensors").exists()
@@ -110,9 +104,7 @@ def test_a_folder_of_other_files_is_refused(tmp_path):
 
 @pytest.mark.parametrize("options", [{"checkpoint": "x"}, {"in_place": True}])
 def test_integer_layers_have_no_checkpoint(options):
-    with pytest.raises(
-        ValueError, match="checkpoint and in_place are for rtn, nf4, gptq, awq, got method 'llm_int8'"
-    ):
+    with pytest.raises(ValueError, match="checkpoint and in_place are for rtn, nf4, gptq, awq, got method 'llm_int8'"):
         lm.quantize_lm(random_model("llama"), random_tokens(), method="llm_int8", window=64, **options)
 
 
@@ -151,9 +143,7 @@ class Peak(TorchDispatchMode):
         self.alive, self.most = {}, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {
-            x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)
-        }
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in given | self.alive.keys():
@@ -177,9 +167,7 @@ def test_the_meter_sees_what_is_alive_at_one_time():
 
 def walk_peak(model, tokens, folder, window=512) -> int:
     with Peak() as peak:
-        lm.quantize_lm(
-            model, tokens, method="gptq", in_place=True, checkpoint=folder, window=window, progress=False
-        )
+        lm.quantize_lm(model, tokens, method="gptq", in_place=True, checkpoint=folder, window=window, progress=False)
     return peak.most
 
 
@@ -224,9 +212,7 @@ def test_bits_for_other_layers_are_refused(change):
     if change == "missing":
         del bits["model.layers.1.mlp.up_proj"]
     odd = "lm_head" if change == "unknown" else "model.layers.1.mlp.up_proj"
-    with pytest.raises(
-        ValueError, match=f"must name every linear layer and no other; missing or unknown: {odd}"
-    ):
+    with pytest.raises(ValueError, match=f"must name every linear layer and no other; missing or unknown: {odd}"):
         lm.quantize_lm(model, random_tokens(), bits=bits, window=64)
 
 
@@ -254,9 +240,7 @@ def test_clip_search_is_the_rtn_of_clipped_tensors():
     model, tokens = random_model("llama"), random_tokens()
     new, report = quantized(model, tokens, "rtn")
     for name, layer in lm.linear_layers(model).items():
-        expected = quantize_clipped(
-            layer.weight, bits=3, granularity=PerGroup(16), symmetric=False
-        ).dequantize()
+        expected = quantize_clipped(layer.weight, bits=3, granularity=PerGroup(16), symmetric=False).dequantize()
         assert torch.equal(lm.linear_layers(new)[name].weight, expected)
     plain, other = lm.quantize_lm(model, tokens, bits=3, group_size=16, window=64, progress=False)
     for clipped, row in zip(report.layers, other.layers, strict=True):
@@ -282,7 +266,5 @@ def test_a_report_is_saved_as_json_and_csv(tmp_path):
 
 
 def test_a_report_of_observers_is_saved_too(tmp_path):
-    _, report = lm.quantize_lm(
-        random_model("llama"), random_tokens(), method="w8a8_static", window=64, progress=False
-    )
+    _, report = lm.quantize_lm(random_model("llama"), random_tokens(), method="w8a8_static", window=64, progress=False)
     assert json.loads(report.save(tmp_path / "r.json").read_text())["settings"]["observer"] == "MinMax"

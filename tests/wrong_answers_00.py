@@ -56,8 +56,7 @@ WRONG = {
         (lambda model: table(model).shape[0] / everything(model), "counted the rows"),
         (
             lambda model: (
-                sum(p.numel() for n, p in model.named_parameters() if "embed" in n or "head" in n)
-                / everything(model)
+                sum(p.numel() for n, p in model.named_parameters() if "embed" in n or "head" in n) / everything(model)
             ),
             "a head of its own",
         ),

@@ -22,22 +22,13 @@ WRONG = {
         (lambda lo, hi, b: ((hi - lo) / 2**b, round(-lo / ((hi - lo) / 2**b))), "steps between"),
         (lambda lo, hi, b: ((hi - lo) / (2**b - 1), -lo / ((hi - lo) / (2**b - 1))), "whole number"),
         (lambda lo, hi, b: ((hi - lo) / (2**b - 1), round(lo / ((hi - lo) / (2**b - 1)))), "Mind the sign"),
+        (lambda lo, hi, b: ((hi - lo) / (2**b - 1), round(-lo / ((hi - lo) / (2**b - 1)))), "Widen the range"),
         (
-            lambda lo, hi, b: ((hi - lo) / (2**b - 1), round(-lo / ((hi - lo) / (2**b - 1)))),
-            "Widen the range",
-        ),
-        (
-            lambda lo, hi, b: (
-                (hi - lo) / (2**b - 1),
-                min(max(round(-lo / ((hi - lo) / (2**b - 1))), 0), 2**b - 1),
-            ),
+            lambda lo, hi, b: ((hi - lo) / (2**b - 1), min(max(round(-lo / ((hi - lo) / (2**b - 1))), 0), 2**b - 1)),
             "Widen",
         ),
         (
-            lambda lo, hi, b: (
-                (hi - min(lo, 0)) / (2**b - 1),
-                round(-min(lo, 0) / ((hi - min(lo, 0)) / (2**b - 1))),
-            ),
+            lambda lo, hi, b: ((hi - min(lo, 0)) / (2**b - 1), round(-min(lo, 0) / ((hi - min(lo, 0)) / (2**b - 1)))),
             "Widen upwards too",
         ),
     ],

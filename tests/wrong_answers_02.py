@@ -116,10 +116,7 @@ WRONG = {
         (at_the_edges, "on the wrong side"),
         (upper_side_only, "on either side"),
         (wrong_order, "on the wrong side"),
-        (
-            lambda x, s, z, lo, hi: (0.0, ((x - x.clamp(s * (lo - z), s * (hi - z))) ** 2).mean()),
-            "must add up",
-        ),
+        (lambda x, s, z, lo, hi: (0.0, ((x - x.clamp(s * (lo - z), s * (hi - z))) ** 2).mean()), "must add up"),
     ],
     "2.2": [
         (lambda x, bits: x.abs().max(), "times the least mean squared error"),

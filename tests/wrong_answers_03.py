@@ -93,10 +93,7 @@ WRONG = {
     ],
     "3.3": [
         (lambda c: padded(c)[0::2] << 4 | padded(c)[1::2], "the first goes low"),
-        (
-            lambda c: padded(c)[: -(-len(c) // 2)] | padded(c)[-(-len(c) // 2) :] << 4,
-            "neighbours share a byte",
-        ),
+        (lambda c: padded(c)[: -(-len(c) // 2)] | padded(c)[-(-len(c) // 2) :] << 4, "neighbours share a byte"),
         (lambda c: c[: len(c) // 2 * 2 : 2] | c[1::2] << 4, "a byte for itself"),
         (lambda c: padded(c).int()[0::2] | padded(c).int()[1::2] << 4, "return uint8"),
         (lambda c: c, "Two codes share one byte"),
@@ -118,10 +115,7 @@ WRONG = {
         (two_in_a_byte, "part of it is in the next byte"),
         (from_the_high_end, "from its high end"),
         (all_that_is_there, "count was 2"),
-        (
-            lambda p, n: [int(p[3 * i // 8]) >> 3 * i % 8 & 7 for i in range(n)],
-            "part of it is in the next byte",
-        ),
+        (lambda p, n: [int(p[3 * i // 8]) >> 3 * i % 8 & 7 for i in range(n)], "part of it is in the next byte"),
         (lambda p, n: [int(p[3 * i // 8]) >> 3 * i % 8 & 3 for i in range(n)], "low three bits"),
         (lambda p, n: [int(p[0]) & 7, *[int(p.numpy().tobytes()[-1])] * (n - 1)], "low three bits"),
     ],

@@ -93,20 +93,14 @@ def as_it_was(values, levels):
 
 WRONG = {
     "4.1": [
-        (
-            lambda x, levels, size: look_up(x, levels, size, absmax=lambda b: b.amax(1)),
-            "the sign does not count",
-        ),
+        (lambda x, levels, size: look_up(x, levels, size, absmax=lambda b: b.amax(1)), "the sign does not count"),
         (signed_extreme, "the sign does not count"),
         (lambda x, levels, size: look_up(x, levels, len(x)), "a row of x.view"),
         (lambda x, levels, size: look_up(x, levels, size, borders=lambda v: v), "half way"),
         (lambda x, levels, size: look_up(x, levels, size, borders=lambda v: v[1:]), "half way"),
         (lambda x, levels, size: look_up(x, levels, size, borders=lambda v: v[:-1]), "half way"),
         (not_divided, "half way"),
-        (
-            lambda x, levels, size: (torch.bucketize(x, levels), x.view(-1, size).abs().amax(1)),
-            "indices 0 to 4",
-        ),
+        (lambda x, levels, size: (torch.bucketize(x, levels), x.view(-1, size).abs().amax(1)), "indices 0 to 4"),
         (values_for_codes, "index of a level"),
         (lambda x, levels, size: look_up(x, levels, size)[0], "two things"),
     ],
@@ -122,10 +116,7 @@ WRONG = {
         (lambda: nf4(divide=False), "Divide by the largest"),
         (lambda: nf4(delta=1 - 1 / 32), "Is δ right"),
         (lambda: torch.arange(-7, 9) / torch.tensor([7.0] * 8 + [8.0] * 8), "differ from the published"),
-        (
-            lambda: quantile(torch.linspace(1 - DELTA, DELTA, 16)) / quantile(torch.tensor(DELTA)),
-            "0.0 itself",
-        ),
+        (lambda: quantile(torch.linspace(1 - DELTA, DELTA, 16)) / quantile(torch.tensor(DELTA)), "0.0 itself"),
     ],
     "4.3": [
         (lambda block, outer: 4 + 32 / block, "8 bits now"),

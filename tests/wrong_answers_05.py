@@ -74,10 +74,7 @@ WRONG = {
         (lambda s, e, m: (-1) ** s * (m / 8) * 2.0 ** (e - 7), "1.0"),
         (lambda s, e, m: (-1) ** s * (1 + m / 10) * 2.0 ** (e - 7), "worth a half"),
         (lambda s, e, m: (-1) ** s * (1 + m / 8) * 2.0 ** (e - 7), "All bits 0"),
-        (
-            lambda s, e, m: (-1) ** s * ((m / 8) * 2.0**-7 if e == 0 else (1 + m / 8) * 2.0 ** (e - 7)),
-            "which is −6",
-        ),
+        (lambda s, e, m: (-1) ** s * ((m / 8) * 2.0**-7 if e == 0 else (1 + m / 8) * 2.0 ** (e - 7)), "which is −6"),
         (lambda s, e, m: abs(decode_solution(s, e, m)), "negative"),
         (ieee_decode, "up to 448"),
         (lambda s, e, m: -480.0 if (e, m) == (15, 7) else decode_solution(s, e, m), "one code for NaN"),
@@ -90,8 +87,7 @@ WRONG = {
         (lambda x, m, emin, largest: torch.round(x / 2 ** (torch.log2(x.abs()).floor() - m)), "should stay"),
         (
             lambda x, m, emin, largest: torch.nan_to_num(
-                torch.round(x / 2 ** (torch.log2(x.abs()).floor() - m))
-                * 2 ** (torch.log2(x.abs()).floor() - m),
+                torch.round(x / 2 ** (torch.log2(x.abs()).floor() - m)) * 2 ** (torch.log2(x.abs()).floor() - m),
                 nan=1.0,
             ),
             "log2 of 0",

@@ -71,10 +71,7 @@ WRONG = {
         (lambda x, w: (x * w.to(torch.uint8)).view(-1, 2).int().sum().item(), "computed in 8 bits"),
     ],
     "7.4": [
-        (
-            lambda M, K, N, b, bw, r: (moving(M, K, N, b, bw), M * K * N / r),
-            "A multiplication and an addition",
-        ),
+        (lambda M, K, N, b, bw, r: (moving(M, K, N, b, bw), M * K * N / r), "A multiplication and an addition"),
         (lambda M, K, N, b, bw, r: (K * N * b / bw, 2 * M * K * N / r), "1000 inputs"),
         (lambda M, K, N, b, bw, r: (M * moving(1, K, N, b, bw), 2 * M * K * N / r), "share one reading"),
         (lambda M, K, N, b, bw, r: max(moving(M, K, N, b, bw), 2 * M * K * N / r), "two numbers"),
@@ -87,16 +84,11 @@ WRONG = {
         (per_token_zero_points, "one zero point for all tokens"),
         (lambda x, w, s, kernel: scaled(x, w, s, kernel, x.abs().max() / 127), "small ones lost"),
         (
-            lambda x, w, s, kernel: scaled(
-                x, w, s, kernel, x.abs().amax(1, keepdim=True) / 127, by_rows=False
-            ),
+            lambda x, w, s, kernel: scaled(x, w, s, kernel, x.abs().amax(1, keepdim=True) / 127, by_rows=False),
             "both scales",
         ),
         (lambda x, w, s, kernel: kernel(x.round().int(), 0, w) * s, "8 bits"),
-        (
-            lambda x, w, s, kernel: scaled(x, w, s, kernel, x.abs().amax(1, keepdim=True) / 15),
-            "0.03 for each",
-        ),
+        (lambda x, w, s, kernel: scaled(x, w, s, kernel, x.abs().amax(1, keepdim=True) / 15), "0.03 for each"),
         (
             lambda x, w, s, kernel: scaled(x, w, s, kernel, x.abs().amax(1, keepdim=True) / 127)[0],
             "shape (tokens, rows)",

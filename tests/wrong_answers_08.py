@@ -73,9 +73,7 @@ WRONG = {
     "8.1": [
         (lambda x, w, s, a, z: (torch.round(x / a)) @ w.float().T * a * s, "must be cut"),
         (
-            lambda x, w, s, a, z: (
-                ((torch.round(x / a) + z).long().to(torch.uint8).float() - z) @ w.float().T * a * s
-            ),
+            lambda x, w, s, a, z: ((torch.round(x / a) + z).long().to(torch.uint8).float() - z) @ w.float().T * a * s,
             "cast to uint8 before",
         ),
         (lambda x, w, s, a, z: codes_of(x, a, z) @ w.float().T * a * s, "subtracted from the codes again"),

@@ -22,17 +22,7 @@ def _plant_in_place(gain, weights, channels, factor):
 
 
 def _split(
-    x,
-    weight,
-    threshold,
-    *,
-    signed=False,
-    twice=False,
-    loud=False,
-    safe=True,
-    tensor=False,
-    values=False,
-    fixed=False,
+    x, weight, threshold, *, signed=False, twice=False, loud=False, safe=True, tensor=False, values=False, fixed=False
 ):
     """Exercise 9.2 with one slip."""
     threshold = 6.0 if fixed else threshold

@@ -3,13 +3,7 @@
 import torch
 
 from quantlab import PerAxis, PerGroup, quantize_tensor
-from quantlab.exercises.n11 import (
-    keep_solution,
-    planted_layer,
-    practice_layer,
-    scaling_solution,
-    search_solution,
-)
+from quantlab.exercises.n11 import keep_solution, planted_layer, practice_layer, scaling_solution, search_solution
 
 
 def _keep(weight, rounded, x, share, *, by=None, largest=True, rows=False, count=None):
@@ -44,17 +38,13 @@ def _scale(weight, s, bits, group_size, *, rows=False, back=True, **settings):
 
 def _scale_in_place(weight, s, bits, group_size):
     weight *= s
-    return (
-        quantize_tensor(weight, bits=bits, granularity=PerGroup(group_size), symmetric=False).dequantize() / s
-    )
+    return quantize_tensor(weight, bits=bits, granularity=PerGroup(group_size), symmetric=False).dequantize() / s
 
 
 def _by_weight_error(weight, x, bits, group_size):
     strength = x.abs().mean(0).clamp(min=1e-6)
     candidates = [strength ** (i / 20) for i in range(21)]
-    return min(
-        candidates, key=lambda s: (scaling_solution(weight, s, bits, group_size) - weight).norm().item()
-    )
+    return min(candidates, key=lambda s: (scaling_solution(weight, s, bits, group_size) - weight).norm().item())
 
 
 def _strength(x):

@@ -4,18 +4,7 @@ from quantlab import PerAxis, PerGroup, kl_divergence, quantize_tensor
 from quantlab.mixed import greedy, knapsack
 
 
-def _cost(
-    layer,
-    bits,
-    logits,
-    *,
-    granularity=None,
-    symmetric=False,
-    swapped=False,
-    back=True,
-    alias=False,
-    late=False,
-):
+def _cost(layer, bits, logits, *, granularity=None, symmetric=False, swapped=False, back=True, alias=False, late=False):
     """Exercise 12.1 with one slip."""
     before = None if late else logits()
     weight = layer.weight.data if alias else layer.weight.data.clone()
@@ -27,9 +16,7 @@ def _cost(
     return kl_divergence(after, before) if swapped else kl_divergence(before, after)
 
 
-def _greedy(
-    costs, sizes, budget, *, start=min, worth=lambda gain, more: gain / more, give_up=False, fits=True
-):
+def _greedy(costs, sizes, budget, *, start=min, worth=lambda gain, more: gain / more, give_up=False, fits=True):
     """Exercise 12.2 with one slip."""
     bits = {name: start(row, key=row.get) for name, row in sizes.items()}
     left = budget - sum(sizes[name][b] for name, b in bits.items())

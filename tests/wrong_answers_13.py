@@ -8,9 +8,7 @@ import torch.nn.functional as F
 from quantlab.qat import prepare_qat
 
 
-def _ste(
-    x, scale, zero_point, qmin, qmax, *, detach=True, mask=True, of_x=False, all_of_it=False, floor=False
-):
+def _ste(x, scale, zero_point, qmin, qmax, *, detach=True, mask=True, of_x=False, all_of_it=False, floor=False):
     """Exercise 13.1 with one slip."""
     code = (torch.floor if floor else torch.round)(x / scale) + zero_point
     value = scale * (code.clamp(qmin, qmax) - zero_point)

@@ -2,13 +2,7 @@
 
 import torch
 
-from quantlab.exercises.n14 import (
-    lsq_solution,
-    scale_solution,
-    ternary_solution,
-    train_solution,
-    unpack_solution,
-)
+from quantlab.exercises.n14 import lsq_solution, scale_solution, ternary_solution, train_solution, unpack_solution
 from quantlab.granularity import PerAxis
 from quantlab.lsq import LSQ
 from quantlab.ternary import ternary
@@ -124,15 +118,9 @@ WRONG = {
     "14.1": [
         (_lsq(lambda ratio, code, clipped, by_step: torch.where(clipped, by_step, code)), "is the code"),
         (_lsq(lambda ratio, code, clipped, by_step: torch.where(clipped, by_step, -by_step)), "wrong sign"),
-        (
-            _lsq(lambda ratio, code, clipped, by_step: torch.where(clipped, 0, by_step)),
-            "it moves with the step",
-        ),
+        (_lsq(lambda ratio, code, clipped, by_step: torch.where(clipped, 0, by_step)), "it moves with the step"),
         (_lsq(lambda ratio, code, clipped, by_step: code - ratio), "does not depend on v"),
-        (
-            _lsq(lambda ratio, code, clipped, by_step: torch.where(clipped, by_step, 2 * by_step)),
-            "within ±0.5",
-        ),
+        (_lsq(lambda ratio, code, clipped, by_step: torch.where(clipped, by_step, 2 * by_step)), "within ±0.5"),
         (_mask_by_code, "before it is rounded"),
         (_unclamped, "The values should be"),
         (_all_ones, "1 inside and 0 where v is clipped"),
@@ -156,10 +144,7 @@ WRONG = {
         (lambda packed, count: _digits(packed, count, shift=0), "digits 0, 1, 2"),
         (lambda packed, count: _digits(packed, count, order=-1), "wrong order"),
         (lambda packed, count: _digits(packed, count, base=4), "Not the codes"),
-        (
-            lambda packed, count: packed.long()[:, None].repeat(1, 5).flatten()[:count],
-            "left of a division by 3",
-        ),
+        (lambda packed, count: packed.long()[:, None].repeat(1, 5).flatten()[:count], "left of a division by 3"),
         (lambda packed, count: _digits(packed, 10**9), "fewer than five codes"),
         (lambda packed, count: unpack_solution(packed, count).roll(1), "Not the codes"),
     ],

@@ -36,24 +36,15 @@ WRONG = {
         (lambda *a: _gradients(*a, scale=1.0), "times too large"),
         (lambda *a: _gradients(*a, through_b=False), "With B = 0 nothing comes back"),
         (lambda *a: _gradients(*a)[0], "Return two gradients"),
-        (
-            lambda x, g, A, B, alpha: (_gradients(x, g, A, B, alpha)[0], 2.0 * g.T @ (x @ B.T[:, :4].T)),
-            "of B points",
-        ),
+        (lambda x, g, A, B, alpha: (_gradients(x, g, A, B, alpha)[0], 2.0 * g.T @ (x @ B.T[:, :4].T)), "of B points"),
     ],
     "15.3": [
         (lambda packed, floats, trained: packed / 2 + 4 * floats + 16 * trained, "codes alone"),
         (lambda packed, floats, trained: packed * 4.5 / 8 + 4 * floats + 16 * trained, "absmax of 32 bits"),
         (lambda packed, floats, trained: packed * 4.125 / 8 + 4 * floats + 16 * trained, "share one number"),
         (lambda packed, floats, trained: packed * 4.126953125 + 4 * floats + 16 * trained, "return bytes"),
-        (
-            lambda packed, floats, trained: packed * 4.126953125 / 8 + 4 * floats + 8 * trained,
-            "8 bytes for each",
-        ),
-        (
-            lambda packed, floats, trained: packed * 4.126953125 / 8 + 16 * floats + 16 * trained,
-            "frozen floats",
-        ),
+        (lambda packed, floats, trained: packed * 4.126953125 / 8 + 4 * floats + 8 * trained, "8 bytes for each"),
+        (lambda packed, floats, trained: packed * 4.126953125 / 8 + 16 * floats + 16 * trained, "frozen floats"),
     ],
     "15.4": [
         (lambda update, numbers: _cut(update, numbers, rank=16), "were allowed"),

@@ -32,9 +32,7 @@ RUNS = {
 LOG_ONLY = ("lsq3",)  # its weights would take the folder over 5 MB
 
 
-def train(
-    model, text: dict, *, method: str, steps: int, learning_rate: float, bits=None, start=1.0, folder=None
-):
+def train(model, text: dict, *, method: str, steps: int, learning_rate: float, bits=None, start=1.0, folder=None):
     """(trained model, log): the loss of every step, and KL(float || student) on the held-out tokens.
 
     start multiplies the learned steps before the first training step.
@@ -46,9 +44,7 @@ def train(
     settings = {key.lower(): QAT[key] for key in ("BATCH", "WINDOW")}
     settings |= {"steps": steps, "learning_rate": learning_rate}
     began, held_out = time.process_time(), text["held out"]
-    history = finetune(
-        student, text["both"], teacher=model, held_out=held_out, folder=folder, seed=0, **settings
-    )
+    history = finetune(student, text["both"], teacher=model, held_out=held_out, folder=folder, seed=0, **settings)
     log = {"method": method, "bits": bits, "group_size": QAT["GROUP"], "start": start, **settings, "seed": 0}
     log |= {"seconds": history.seconds, "cpu_seconds": time.process_time() - began}
     log |= {"kl_held_out": divergence(model, convert(student)[0], held_out).kl}

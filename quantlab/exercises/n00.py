@@ -48,10 +48,7 @@ def _test_linear(f):
         count, right = f(model), blocks * (16 + 48 + 48)
         everything, head = sum(p.numel() for p in model.parameters()), model.lm_head.weight.numel()
         expect(isinstance(count, int), f"Return one whole number, an int; got {count!r}.")
-        expect(
-            count != 3 * blocks,
-            f"{count} is the number of linear layers. How many weights does each of them hold?",
-        )
+        expect(count != 3 * blocks, f"{count} is the number of linear layers. How many weights does each of them hold?")
         expect(
             count != everything,
             "That is every parameter of the model. The embedding and the norms are no linear layers.",
@@ -84,10 +81,7 @@ def _test_share(f):
         def is_not(other, message, share=share):
             expect(abs(share - other) > 1e-6, message)
 
-        expect(
-            0 <= share <= 1,
-            f"A share lies between 0 and 1; got {share:.4g}. Is it in percent, or upside down?",
-        )
+        expect(0 <= share <= 1, f"A share lies between 0 and 1; got {share:.4g}. Is it in percent, or upside down?")
         if tied:
             twice = (
                 "One matrix is embedding and head at once here, stored once, and you count it twice. "
@@ -95,14 +89,8 @@ def _test_share(f):
             )
             is_not(table / (total + table), twice)
             is_not(2 * table / (total + table), twice)
-            is_not(
-                table / (total - table),
-                "You divided by the other parameters. The whole has the embedding in it.",
-            )
-            is_not(
-                rows / total,
-                "You counted the rows of the embedding, one a token. Each row holds several numbers.",
-            )
+            is_not(table / (total - table), "You divided by the other parameters. The whole has the embedding in it.")
+            is_not(rows / total, "You counted the rows of the embedding, one a token. Each row holds several numbers.")
         else:
             is_not(
                 2 * table / total,

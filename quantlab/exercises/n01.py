@@ -27,8 +27,7 @@ def _test_quantize(f):
     )
     zero = f(torch.zeros(1), 0.5, 1, 0, 3).item()
     expect(
-        zero == 1,
-        f"Real 0 must get the code zero_point = 1; got {zero}. What happens to zero_point in your formula?",
+        zero == 1, f"Real 0 must get the code zero_point = 1; got {zero}. What happens to zero_point in your formula?"
     )
     expect(
         codes.tolist() == [0, 0, 1, 2, 2, 3],
@@ -73,8 +72,7 @@ def _test_parameters(f):
     )
     scale, zero_point = f(-11.0, -10.0, 8)
     expect(
-        zero_point == 255,
-        f"For data in [-11, -10] real 0 is the last code, 255; got {zero_point}. Widen upwards too.",
+        zero_point == 255, f"For data in [-11, -10] real 0 is the last code, 255; got {zero_point}. Widen upwards too."
     )
 
 

@@ -168,30 +168,9 @@ def _test_overlap(f):
         (text, text, 8, 1.0, "A text against itself", "Every one of its windows is known."),
         (other, text, 8, 0.0, "Unrelated texts", "They share tokens, as all texts do, but no window of 8."),
         (text.flip(0), text, 8, 0.0, "The same tokens backwards", "Order is what makes a window."),
-        (
-            copied,
-            text,
-            8,
-            193 / 593,
-            "A third was copied from the test",
-            "A copy may stand and begin anywhere.",
-        ),
-        (
-            text,
-            text[5:105],
-            8,
-            1.0,
-            "A short piece of a long text",
-            "The share is that of the TEST's windows.",
-        ),
-        (
-            nine[1:4],
-            nine,
-            3,
-            1 / 4,
-            "One known window of four",
-            "Six tokens have four windows of 3, not three.",
-        ),
+        (copied, text, 8, 193 / 593, "A third was copied from the test", "A copy may stand and begin anywhere."),
+        (text, text[5:105], 8, 1.0, "A short piece of a long text", "The share is that of the TEST's windows."),
+        (nine[1:4], nine, 3, 1 / 4, "One known window of four", "Six tokens have four windows of 3, not three."),
     )
     for calibration, test, length, right, what, why in cases:
         share = float(f(calibration.clone(), test.clone(), length))

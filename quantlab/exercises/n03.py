@@ -167,17 +167,9 @@ def _test_unpack3(f):
         return [int(code) for code in torch.as_tensor(found).flatten()]
 
     two = read([5, 3])
-    expect(
-        len(two) == 2, f"count was 2, and you returned {len(two)} codes: the zeros that fill up are no codes."
-    )
-    expect(
-        two != [0, 7],
-        "You read each byte from its high end. Bit 0 is the low one: the first code is byte & 7.",
-    )
-    expect(
-        two == [5, 3],
-        f"One byte with the codes [5, 3] was read as {two}. The first code is its low three bits.",
-    )
+    expect(len(two) == 2, f"count was 2, and you returned {len(two)} codes: the zeros that fill up are no codes.")
+    expect(two != [0, 7], "You read each byte from its high end. Bit 0 is the low one: the first code is byte & 7.")
+    expect(two == [5, 3], f"One byte with the codes [5, 3] was read as {two}. The first code is its low three bits.")
     three = read([1, 2, 7])
     expect(
         three == [1, 2, 7],
@@ -224,10 +216,7 @@ def _test_true_bits(f):
         f"got {short:.4f}. A short group's scale is as long as any, and no group runs on into the next row.",
     )
     long = ask(10, 100, 3, 512, 32, 3)
-    expect(
-        abs(long - 3.35) < 1e-6,
-        f"A group longer than the row is the row: 3.35 bits; got {long:.4f}.",
-    )
+    expect(abs(long - 3.35) < 1e-6, f"A group longer than the row is the row: 3.35 bits; got {long:.4f}.")
 
 
 # --- 3.6 --------------------------------------------------------------------------------------------------------
@@ -238,9 +227,7 @@ def practice_layer():
     random = torch.Generator().manual_seed(0)
     sizes = torch.exp(0.8 * torch.randn(64, 6, generator=random)).repeat_interleave(64, dim=1)
     weight = torch.randn(64, 384, generator=random) * 0.05 * sizes
-    return weight, torch.randn(512, 384, generator=random) * torch.exp(
-        0.7 * torch.randn(384, generator=random)
-    )
+    return weight, torch.randn(512, 384, generator=random) * torch.exp(0.7 * torch.randn(384, generator=random))
 
 
 def budget_solution():

@@ -128,10 +128,7 @@ def _test_entropy(f):
     )
     for codes, right, why in cases:
         bits = float(f(codes))
-        expect(
-            not math.isnan(bits),
-            "nan: 0 · log 0 counts as 0. Leave codes that do not occur out of the sum.",
-        )
+        expect(not math.isnan(bits), "nan: 0 · log 0 counts as 0. Leave codes that do not occur out of the sum.")
         expect(
             abs(bits - right * math.log(2)) > 1e-3 or right == 0,
             f"{bits:.3f}: that is right in nats. Bits need the logarithm to base 2.",
@@ -166,10 +163,7 @@ def _test_lloyd(f):
     x = torch.randn(5000, generator=torch.Generator().manual_seed(0))
     before = torch.linspace(-3, 3, 16)
     errors = [_error(x, level) for level in (before, torch.as_tensor(f(x.clone(), before.clone())))]
-    expect(
-        errors[1] < errors[0],
-        f"A step must lower the error; it went from {errors[0]:.5f} to {errors[1]:.5f}.",
-    )
+    expect(errors[1] < errors[0], f"A step must lower the error; it went from {errors[0]:.5f} to {errors[1]:.5f}.")
     return f"One step took the squared error from {errors[0]:.4f} to {errors[1]:.4f}."
 
 
@@ -195,13 +189,10 @@ def _test_table(f):
     levels = torch.as_tensor(f()).float().flatten()
     expect(len(levels) <= 16, f"Four bits have 16 codes; got {len(levels)} levels.")
     expect(
-        bool(torch.isfinite(levels).all()) and bool((levels.diff() > 0).all()),
-        "The levels must be finite and ascend.",
+        bool(torch.isfinite(levels).all()) and bool((levels.diff() > 0).all()), "The levels must be finite and ascend."
     )
     x = student_t(3, 128_000, seed=0)
-    mine, nf4 = (
-        sqnr_db(x, quantize_codebook(x, t, block_size=32).dequantize()) for t in (levels, nf4_levels())
-    )
+    mine, nf4 = (sqnr_db(x, quantize_codebook(x, t, block_size=32).dequantize()) for t in (levels, nf4_levels()))
     told = f"Your table reaches {mine:.2f} dB in blocks of 32, NF4 {nf4:.2f}; 0.6 more is asked."
     expect(
         mine > nf4 - 0.2,

@@ -33,12 +33,7 @@ def _test_decode(f):
     told(0, 7, 4, "The first mantissa bit is worth a half, after a leading 1 that is not stored.")
     told(0, 10, 5, "Three mantissa bits count eighths: (1 + M/8) · 2^(E − 7).")
     told(0, 0, 0, "All bits 0 is the number 0. With a leading 1 it could not be.")
-    told(
-        0,
-        0,
-        3,
-        "An exponent field of 0 is a subnormal: no leading 1, and the exponent of field 1, which is −6.",
-    )
+    told(0, 0, 3, "An exponent field of 0 is a subnormal: no leading 1, and the exponent of field 1, which is −6.")
     told(1, 9, 1, "The sign bit makes it negative.")
     told(0, 15, 6, "E4M3 has no infinity: the largest exponent field holds numbers too, up to 448.")
     told(0, 15, 7, "All bits of exponent and mantissa set is the one code for NaN.")
@@ -87,11 +82,7 @@ def _test_round(f):
     told([500.0, -1e6], FP8_E4M3, "Above the largest number it saturates: the largest is what comes back.")
     for fmt in (FP8_E5M2, FP4_E2M1, FP16):
         x = torch.exp2(torch.rand(2000, generator=torch.Generator().manual_seed(0)) * 30 - 18)
-        told(
-            (x * fmt.largest / 1000).tolist(),
-            fmt,
-            "E4M3 is right, this is not: do you use all the arguments?",
-        )
+        told((x * fmt.largest / 1000).tolist(), fmt, "E4M3 is right, this is not: do you use all the arguments?")
 
 
 def mx_solution(block):
@@ -151,11 +142,7 @@ def loss_scale_solution(grads):
 def _test_loss_scale(f):
     random = torch.Generator().manual_seed(0)
     for size in (2**-12, 2**-20, 2**-3, 1000.0):
-        g = (
-            torch.randn(10_000, generator=random)
-            * size
-            * torch.exp2(torch.randn(10_000, generator=random) * 3)
-        )
+        g = torch.randn(10_000, generator=random) * size * torch.exp2(torch.randn(10_000, generator=random) * 3)
         g[0] = -2 * g.abs().max()  # the largest is negative
         k, most = f(g.clone()), g.abs().max().item()
         expect(float(k).is_integer(), f"The scale is 2^k with a whole number k; got k = {k}.")
@@ -188,17 +175,11 @@ def exponents_solution(blocks):
 
 def _test_exponents(f):
     random = torch.Generator().manual_seed(0)
-    blocks = torch.randn(2000, 32, generator=random) * torch.exp2(
-        torch.randn(2000, 32, generator=random) * 0.4
-    )
+    blocks = torch.randn(2000, 32, generator=random) * torch.exp2(torch.randn(2000, 32, generator=random) * 0.4)
     exponents = torch.as_tensor(f(blocks.clone()))
+    expect(exponents.shape == (2000,), f"One exponent a block, shape (2000,); got shape {tuple(exponents.shape)}.")
     expect(
-        exponents.shape == (2000,),
-        f"One exponent a block, shape (2000,); got shape {tuple(exponents.shape)}.",
-    )
-    expect(
-        bool((exponents == exponents.float().round()).all()),
-        "E8M0 holds whole exponents only; yours have fractions.",
+        bool((exponents == exponents.float().round()).all()), "E8M0 holds whole exponents only; yours have fractions."
     )
     scale = torch.exp2(exponents.float())[:, None]
     mine = (round_to(blocks / scale, FP4_E2M1) * scale - blocks).square().mean().item()

@@ -160,8 +160,7 @@ def _test_kl(f):
     two = _number(f(p.repeat(2, 1), q.repeat(2, 1)), "mean KL")
     expect(
         _near(two, right),
-        f"The same position twice should give the same {right:.4f}; got {two:.4f}. Mean over "
-        "positions, not their sum.",
+        f"The same position twice should give the same {right:.4f}; got {two:.4f}. Mean over positions, not their sum.",
     )
     far = _number(f(torch.tensor([[200.0, 0.0]]), torch.tensor([[0.0, 200.0]])), "mean KL")
     expect(
@@ -234,9 +233,7 @@ def _suspects() -> tuple:
     def quantized(text, method):
         return quantize_lm(model, text, method=method, bits=3, group_size=128, window=128, progress=False)[0]
 
-    suspects = {
-        read: quantized(text, "gptq") for read, text in ((2, texts[2]), (None, elsewhere), (0, texts[0]))
-    }
+    suspects = {read: quantized(text, "gptq") for read, text in ((2, texts[2]), (None, elsewhere), (0, texts[0]))}
     return model, quantized(elsewhere, "rtn"), texts, suspects
 
 

@@ -24,8 +24,7 @@ def _test_int_product(f):
     sums = f(x.clone(), 0, w.clone(), 0)
     expect(torch.is_tensor(sums), f"Return a tensor of sums; got {type(sums).__name__}.")
     expect(
-        sums.shape == (3, 5),
-        f"3 tokens and 5 rows of weights make a sum each: shape (3, 5), not {tuple(sums.shape)}.",
+        sums.shape == (3, 5), f"3 tokens and 5 rows of weights make a sum each: shape (3, 5), not {tuple(sums.shape)}."
     )
     wide = 2048
     large = torch.full((1, wide), 255, dtype=torch.uint8), torch.full((1, wide), 127, dtype=torch.int8)
@@ -35,11 +34,7 @@ def _test_int_product(f):
     expect(
         got == right,
         f"{wide} products of up to 255·127 add up to {right}; got {got:.0f}, off by {lost:.0f}. "
-        + (
-            "float32 holds whole numbers only up to 2**24."
-            if lost < 1000
-            else "Are your numbers wide enough?"
-        ),
+        + ("float32 holds whole numbers only up to 2**24." if lost < 1000 else "Are your numbers wide enough?"),
     )
     expect(
         sums.tolist() == int_linear(x, 0, w).tolist(),
@@ -74,10 +69,7 @@ def largest_k_solution(x_bits, w_bits, accumulator_bits):
 def _test_largest_k(f):
     for x_bits, w_bits, bits in ((8, 8, 32), (8, 8, 16), (7, 8, 16), (4, 4, 16), (8, 4, 24)):
         found, right = f(x_bits, w_bits, bits), largest_k_solution(x_bits, w_bits, bits)
-        expect(
-            float(found).is_integer(),
-            f"K counts terms: a whole number; got {found!r}. One more would not fit.",
-        )
+        expect(float(found).is_integer(), f"K counts terms: a whole number; got {found!r}. One more would not fit.")
         what = f"x of {x_bits} bits, weights of {w_bits} bits, an accumulator of {bits}"
         largest, limit = (2**x_bits - 1) * 2 ** (w_bits - 1), 2 ** (bits - 1)
         expect(
@@ -111,18 +103,11 @@ def _test_saturating(f):
         "Is a product of two codes computed in 8 bits?",
     )
     two = float(dot([255, 255], [127, 127]))
-    expect(
-        two != 64770,
-        "255·127 + 255·127 = 64770 does not fit in 16 bits with a sign; you returned it all the same.",
-    )
+    expect(two != 64770, "255·127 + 255·127 = 64770 does not fit in 16 bits with a sign; you returned it all the same.")
     expect(
         two == 32767,
         f"255·127 + 255·127 should stop at the largest int16; got {two:g}. "
-        + (
-            "That is what wraps around: clamp before you convert."
-            if two == 64770 - 65536
-            else "Which number is it?"
-        ),
+        + ("That is what wraps around: clamp before you convert." if two == 64770 - 65536 else "Which number is it?"),
     )
     least = float(dot([255, 255], [-128, -128]))
     expect(least == -32768, f"255·(−128) twice should stop at the smallest int16, −32768; got {least:g}.")
@@ -212,8 +197,7 @@ def _test_per_token(f):
         "largest token's.",
     )
     expect(
-        worst <= 0.03,
-        f"Relative errors of the tokens {shown}; 0.03 for each can be reached. Is the grid used fully?",
+        worst <= 0.03, f"Relative errors of the tokens {shown}; 0.03 for each can be reached. Is the grid used fully?"
     )
     return f"Largest relative error of a token {worst:.3f}."
 

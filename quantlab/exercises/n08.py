@@ -89,8 +89,7 @@ def _test_static(f):
             "Codes, minus zero_point, times the weight's codes (widened: int8 products overflow), times both scales.",
         )
         expect(
-            _near(got, wanted),
-            f"For an input {case} the output is off by {_off(got, wanted):.2g} of its size. {cause}",
+            _near(got, wanted), f"For an input {case} the output is off by {_off(got, wanted):.2g} of its size. {cause}"
         )
     zero = _output(f(torch.zeros(5, 12), w_codes, w_scale, 0.02, 100), wanted)
     expect(
@@ -136,9 +135,7 @@ def _test_dynamic(f):
         + _dynamic_cause(y, x, w_codes, w_scale),
     )
     nudged = x.clone()
-    inner = (x < x.amax(1, keepdim=True)) & (
-        x > x.amin(1, keepdim=True)
-    )  # moving an extreme would move the scale
+    inner = (x < x.amax(1, keepdim=True)) & (x > x.amin(1, keepdim=True))  # moving an extreme would move the scale
     nudged += 1e-5 * inner * (x.abs() < 0.9 * x.abs().amax(1, keepdim=True))
     moved = (run(nudged) - y).abs().max().item()
     exact = _near(y, float_y, 1e-6)
@@ -222,9 +219,7 @@ def _bytes_cause(off: int, tokens: int, K: int, N: int, way: str) -> str:
         8 * tokens: "Per token the map is symmetric: a scale, no zero point.",
         3 * K * N: "int8 weights take one byte each.",
     }
-    return causes.get(
-        off, "Go through the table, row by row: what is read, what is written, how often, bytes each?"
-    )
+    return causes.get(off, "Go through the table, row by row: what is read, what is written, how often, bytes each?")
 
 
 def alarm_solution(x, scale, zero_point, limit):

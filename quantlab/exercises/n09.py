@@ -180,10 +180,7 @@ def threshold_solution():
 
 def _test_threshold(f):
     threshold = f()
-    expect(
-        isinstance(threshold, int | float) and threshold > 0,
-        f"Return a positive number; got {threshold!r}.",
-    )
+    expect(isinstance(threshold, int | float) and threshold > 0, f"Return a positive number; got {threshold!r}.")
     layer, x = practice_layer()
     share, error, goal = _split_result(layer, x, threshold)
     expect(
@@ -226,10 +223,7 @@ def _test_alpha(f):
     for weight, x, weight_bits, activation_bits in _alpha_cases():
         alpha = float(f(weight, x, weight_bits, activation_bits))
         expect(0 <= alpha <= 1, f"alpha must be in 0..1; got {alpha:.3g}.")
-        best, case = (
-            alpha_solution(weight, x, weight_bits, activation_bits),
-            f"W{weight_bits}A{activation_bits}",
-        )
+        best, case = (alpha_solution(weight, x, weight_bits, activation_bits), f"W{weight_bits}A{activation_bits}")
         reached, least = (_alpha_error(weight, x, weight_bits, activation_bits, a) for a in (alpha, best))
         expect(
             reached <= 1.1 * least,

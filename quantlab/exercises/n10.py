@@ -25,18 +25,12 @@ def _test_output_error(f):
         abs(mine - of_weight) > 1e-6 * of_weight,
         "This is the error of the weight. The next layer sees the output, x @ weight.T.",
     )
-    expect(
-        abs(mine - right**0.5) > 1e-4 * right,
-        "You gave the square root: the error here is a ratio of squares.",
-    )
+    expect(abs(mine - right**0.5) > 1e-4 * right, "You gave the square root: the error here is a ratio of squares.")
     expect(
         abs(f(2 * weight, 2 * other, x) - mine) < 1e-5 * abs(mine),
         "Doubling both weights should change nothing: divide by the size of the output.",
     )
-    expect(
-        abs(mine - right) < 1e-4 * right,
-        f"Expected {right:.4g}, got {mine:.4g}. Is it ‖x(W − Ŵ)ᵀ‖² / ‖xWᵀ‖²?",
-    )
+    expect(abs(mine - right) < 1e-4 * right, f"Expected {right:.4g}, got {mine:.4g}. Is it ‖x(W − Ŵ)ᵀ‖² / ‖xWᵀ‖²?")
 
 
 def compensate_solution(w, H, i, q):
@@ -59,9 +53,7 @@ def _test_compensate(f):
         )
         d, right = new - w, compensate_solution(w, H, i, q)
         moved = torch.tensor([j for j in range(3) if j != i])
-        expect(
-            bool(d[moved].abs().sum() > 1e-6), "The other weights did not move: nothing has been compensated."
-        )
+        expect(bool(d[moved].abs().sum() > 1e-6), "The other weights did not move: nothing has been compensated.")
         expect(
             torch.allclose(new, right, atol=1e-4),
             f"The output error is {d @ H @ d:.4f}, and {(right - w) @ H @ (right - w):.4f} "
@@ -89,17 +81,11 @@ def _test_column(f):
     expect(torch.is_tensor(Q) and Q.shape == weight.shape, "Return Q, a matrix like W.")
     expect(
         bool(((Q / 0.5).round() * 0.5 - Q).abs().max() < 1e-4),
-        "Some values are not on the grid of multiples of scale. "
-        "Collect the rounded columns, not the updated ones.",
+        "Some values are not on the grid of multiples of scale. Collect the rounded columns, not the updated ones.",
     )
     nearest = 0.5 * torch.round(weight / 0.5)
-    expect(
-        not torch.equal(Q, nearest), "This is round-to-nearest: no column has heard of the errors before it."
-    )
-    expect(
-        torch.equal(Q[:, 0], nearest[:, 0]),
-        "The first column has no errors before it, so it is simply rounded.",
-    )
+    expect(not torch.equal(Q, nearest), "This is round-to-nearest: no column has heard of the errors before it.")
+    expect(torch.equal(Q[:, 0], nearest[:, 0]), "The first column has no errors before it, so it is simply rounded.")
 
     def error(q):
         return (x @ (weight - q).T).square().sum().item()
@@ -123,8 +109,7 @@ def settings_solution():
 
 def _test_settings(settings):
     expect(
-        isinstance(settings, dict),
-        f"Return the settings as a dict, like {{'bits': 8}}; got {type(settings).__name__}.",
+        isinstance(settings, dict), f"Return the settings as a dict, like {{'bits': 8}}; got {type(settings).__name__}."
     )
     weight, hessian = practice_layer()
     q = gptq_quantize(weight, hessian, **settings)

@@ -36,10 +36,7 @@ def _test_keep(f):
         f"Only parts of columns are in float (rows {kept.any(1).nonzero().flatten().tolist()[:3]} ...). An input "
         "channel is a whole column of the weight: all outputs read it.",
     )
-    expect(
-        len(columns) == 2,
-        f"10 % of 20 columns are 2; you kept {len(columns)}. Is the share one of the columns?",
-    )
+    expect(len(columns) == 2, f"10 % of 20 columns are 2; you kept {len(columns)}. Is the share one of the columns?")
     _explain_choice(set(columns))
     small = f(weight, rounded, x, 0.01)
     count = int(((small == weight) & (small != rounded)).any(0).sum())
@@ -50,10 +47,7 @@ def _explain_choice(columns):
     """Say by what the wrong columns were chosen; the traps are planted in _keep_data."""
     for trap, words in (
         ({12, 15}, "the columns with the largest *weights*"),
-        (
-            {3},
-            "a channel whose mean is large, where one that swings around 0 is louder: take |x| before the mean",
-        ),
+        ({3}, "a channel whose mean is large, where one that swings around 0 is louder: take |x| before the mean"),
         ({9}, "a channel that one single token made loud: take the mean over the tokens, not the largest"),
         ({4}, "the quietest channels: topk takes the largest, argsort begins with the smallest"),
     ):
@@ -108,9 +102,7 @@ def _test_scaling(f):
         "The wrong way round: multiply before the rounding, so that a large s makes the error smaller.",
     )
     off = ((got - weight).norm() / weight.norm()).item()
-    expect(
-        off < 0.5, f"The weight is off by {off:.0%} even at 4 bits. Does each column get its own s, twice?"
-    )
+    expect(off < 0.5, f"The weight is off by {off:.0%} even at 4 bits. Does each column get its own s, twice?")
     ones = f(weight, torch.full((16,), 2.0), 4, 8)
     expect(
         torch.allclose(ones, plain, atol=1e-6),

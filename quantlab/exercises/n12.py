@@ -120,10 +120,7 @@ def _checked(bits, costs, sizes, budget) -> tuple[float, int]:
     for name, b in bits.items():
         expect(b in sizes[name], f"{name} got {b!r}; on offer are {list(sizes[name])}.")
     spent = sum(sizes[name][b] for name, b in bits.items())
-    expect(
-        spent <= budget,
-        f"{spent} bytes are spent, and the budget is {budget}. Take only steps that still fit.",
-    )
+    expect(spent <= budget, f"{spent} bytes are spent, and the budget is {budget}. Take only steps that still fit.")
     return math.fsum(costs[name][b] for name, b in bits.items()), spent
 
 
@@ -165,7 +162,7 @@ def _test_greedy(f):
             )
             raise Wrong(
                 f"With {budget} bytes the rule gives a predicted KL of {right.kl:.4g}, yours {kl:.4g}. Start with all "
-                "layers at their smallest; a step's worth is its fall of KL divided by its bytes.",
+                "layers at their smallest; a step's worth is its fall of KL divided by its bytes."
             )
 
 

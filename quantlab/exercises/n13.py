@@ -80,10 +80,7 @@ def _test_step(f):
     expect(torch.is_tensor(new) and new.shape == weight.shape, "Return the new float weight, (out, in).")
     moved, wanted = new.detach() - weight, right - weight
     rounded = 0.5 * torch.round(weight / 0.5)
-    expect(
-        bool(moved.any()),
-        "No weight has moved: the true gradient of a staircase is 0. Go straight through it.",
-    )
+    expect(bool(moved.any()), "No weight has moved: the true gradient of a staircase is 0. Go straight through it.")
     expect(
         not torch.allclose(new, 0.5 * torch.round(new / 0.5), atol=1e-6),
         "The weights you return lie on the grid. Then a small step is rounded away for ever: keep the float weights, "
@@ -93,10 +90,7 @@ def _test_step(f):
         not torch.allclose(new.detach() - rounded, wanted, atol=1e-6),
         "The step was made from the rounded weights: what the float weight remembered of earlier small steps is lost.",
     )
-    expect(
-        not torch.allclose(moved, -wanted, atol=1e-6),
-        "This step goes uphill: subtract rate times the gradient.",
-    )
+    expect(not torch.allclose(moved, -wanted, atol=1e-6), "This step goes uphill: subtract rate times the gradient.")
     plain = -0.01 * 2 * (x @ weight.T - target).T @ x / target.numel()
     expect(
         not torch.allclose(moved, plain, atol=1e-6),
@@ -139,11 +133,7 @@ def _test_distill(f):
         f"Expected {right.item():.4f}, got {loss.item():.4f}, {loss.item() / right.item():.3g} times it. Sum over the "
         "7 tokens of the vocabulary, mean over the 2 × 3 positions.",
     )
-    given = (
-        torch.autograd.grad(loss, (teacher, student), allow_unused=True)
-        if loss.requires_grad
-        else (None, None)
-    )
+    given = torch.autograd.grad(loss, (teacher, student), allow_unused=True) if loss.requires_grad else (None, None)
     into_teacher, into_student = given
     expect(into_student is not None, "No gradient reaches the student's logits.")
     expect(

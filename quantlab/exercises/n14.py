@@ -19,9 +19,7 @@ def lsq_solution(v, step, qmin, qmax):
 
 def _test_lsq(f):
     # Ends of the grid, half a step beyond them, far outside, ties, and ordinary values.
-    ratios = torch.tensor(
-        [-9.0, -2.25, -2.0, -1.375, -0.25, 0.0, 0.125, 0.75, 1.0, 1.25, 2.625, 3.0, 3.25, 7.5]
-    )
+    ratios = torch.tensor([-9.0, -2.25, -2.0, -1.375, -0.25, 0.0, 0.125, 0.75, 1.0, 1.25, 2.625, 3.0, 3.25, 7.5])
     for step, qmin, qmax in ((1.0, -2, 1), (0.5, -4, 3), (0.25, -1, 1)):
         v = step * ratios
         before = v.clone()
@@ -39,8 +37,7 @@ def _test_lsq(f):
         )
         where = f"(step {step}, codes {qmin}..{qmax})"
         expect(
-            torch.allclose(values, right[0]),
-            f"The values should be step * clamp(round(v / step), qmin, qmax) {where}.",
+            torch.allclose(values, right[0]), f"The values should be step * clamp(round(v / step), qmin, qmax) {where}."
         )
         _explain_by_step(v / step, by_step, right[2], qmin, qmax, where)
         expect(
@@ -101,12 +98,9 @@ def _test_ternary(f):
         expect(torch.is_tensor(y) and y.shape == x.shape, "Return the rounded tensor, in the shape of x.")
         used = y.detach().unique()
         expect(
-            len(used) <= 3,
-            f"Your result has {len(used)} different values. Codes below -1 or above 1 must be clamped.",
+            len(used) <= 3, f"Your result has {len(used)} different values. Codes below -1 or above 1 must be clamped."
         )
-        expect(
-            bool((used == 0).any()), "No value became 0. Of the three values one is 0: x / scale is rounded."
-        )
+        expect(bool((used == 0).any()), "No value became 0. Of the three values one is 0: x / scale is rounded.")
         scale = used.max().item()
         expect(
             abs(scale / right.max().item() - 1) < 1e-5,
@@ -148,19 +142,14 @@ def _test_unpack(f):
             "byte may hold fewer than five codes that count.",
         )
         first = f"the byte {packed[0].item()} holds {codes[:5].tolist()}, you give {found[:5].tolist()}"
-        expect(
-            not torch.equal(found, codes + 1),
-            "These are the digits 0, 1, 2. The codes are -1, 0, 1.",
-        )
+        expect(not torch.equal(found, codes + 1), "These are the digits 0, 1, 2. The codes are -1, 0, 1.")
         expect(
             bool((found.abs() <= 1).all()),
             f"Codes are -1, 0 and 1: {first}. A digit to base 3 is what is left of a division by 3.",
         )
         backwards = codes[:5].flip(0)
         expect(
-            count < 5
-            or torch.equal(codes[:5], backwards)
-            or not torch.equal(found[:5].to(torch.int8), backwards),
+            count < 5 or torch.equal(codes[:5], backwards) or not torch.equal(found[:5].to(torch.int8), backwards),
             f"The digits come in the wrong order: {first}. The first code is the digit of 3**0.",
         )
         expect(torch.equal(found.to(torch.int8), codes), f"Not the codes that were packed: {first}.")
@@ -175,22 +164,15 @@ def _test_scale(f):
     random = torch.Generator().manual_seed(5)
     w = torch.randn(200, generator=random) * 0.1 + 0.02
     three = torch.where(w.abs() < 0.06, 0.0, w.sign())
-    cases = {
-        "two values": w.sign(),
-        "three values": three,
-        "codes -2..1": torch.round(w / 0.08).clamp(-2, 1),
-    }
+    cases = {"two values": w.sign(), "three values": three, "codes -2..1": torch.round(w / 0.08).clamp(-2, 1)}
     for title, codes in cases.items():
         before = w.clone(), codes.clone()
         found, right = torch.as_tensor(f(w, codes)), scale_solution(w, codes)
         expect(
-            torch.equal(w, before[0]) and torch.equal(codes, before[1]),
-            "w or codes were changed. Return a new number.",
+            torch.equal(w, before[0]) and torch.equal(codes, before[1]), "w or codes were changed. Return a new number."
         )
         expect(found.numel() == 1, f"Return one scale, not {found.numel()}.")
-        expect(
-            bool(torch.isfinite(found)), f"Your scale is {found.item()}. Do you divide by codes that are 0?"
-        )
+        expect(bool(torch.isfinite(found)), f"Your scale is {found.item()}. Do you divide by codes that are 0?")
         found = found.item()
         expect(
             abs(found - right.item()) < 1e-5,
@@ -239,13 +221,8 @@ def _test_train(f):
         "Return two tensors: the trained weight, (out, in), and its steps, one for each row.",
     )
     new, step = found[0].detach(), found[1].detach()
-    expect(
-        step.numel() == len(weight),
-        f"There are {len(weight)} rows and {step.numel()} steps: one for each row.",
-    )
-    expect(
-        bool((step > 0).all()), "Some steps are not above 0. LSQ's `scale` is the magnitude of its `step`."
-    )
+    expect(step.numel() == len(weight), f"There are {len(weight)} rows and {step.numel()} steps: one for each row.")
+    expect(bool((step > 0).all()), "Some steps are not above 0. LSQ's `scale` is the magnitude of its `step`.")
     step = step.reshape(-1, 1)
 
     def error(rounded):

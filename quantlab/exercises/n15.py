@@ -51,10 +51,7 @@ def _test_gradients(f):
     x, W, A, B = _layer()
     upstream = torch.randn(5, 7, generator=torch.Generator().manual_seed(1))
     given = f(x, upstream, A, B, 6.0)
-    expect(
-        isinstance(given, tuple | list) and len(given) == 2,
-        "Return two gradients: that of A, then that of B.",
-    )
+    expect(isinstance(given, tuple | list) and len(given) == 2, "Return two gradients: that of A, then that of B.")
     for name, gradient, of in zip("AB", given, (A, B), strict=True):
         expect(
             gradient.shape == of.shape,
@@ -124,10 +121,7 @@ def _test_factors(f):
         f"Return A (rank, {columns}) and B ({rows}, rank); got {tuple(A.shape)} and {tuple(B.shape)}.",
     )
     used = A.numel() + B.numel()
-    expect(
-        used <= numbers,
-        f"A and B hold {used:,} numbers; {numbers:,} were allowed. What rank is that?",
-    )
+    expect(used <= numbers, f"A and B hold {used:,} numbers; {numbers:,} were allowed. What rank is that?")
     error = ((update - B @ A).square().sum() / update.square().sum()).item()
     best_A, best_B = factors_solution(update, numbers)
     best = ((update - best_B @ best_A).square().sum() / update.square().sum()).item()

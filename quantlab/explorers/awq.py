@@ -20,11 +20,7 @@ _SHARE = 0.025  # of the channels, the loudest of which are called loud
 
 
 def explore_scaling(
-    layers: dict[str, tuple[Tensor, Hessian]],
-    *,
-    bits: int = 4,
-    group_size: int | None = 128,
-    alpha: float = 0.0,
+    layers: dict[str, tuple[Tensor, Hessian]], *, bits: int = 4, group_size: int | None = 128, alpha: float = 0.0
 ) -> Explorer:
     """Drag AWQ's alpha: the step and the error of every input channel, and the output error of the layer.
 
@@ -42,14 +38,10 @@ def explore_scaling(
     for name, b, g in tqdm([(n, b, g) for n in layers for b in BITS for g in GROUPS.values()], leave=False):
         known(name, b, g)
     controls = {
-        "alpha": widgets.SelectionSlider(
-            options=[(f"{a:.2f}", a) for a in ALPHAS], value=alpha, description="alpha"
-        ),
+        "alpha": widgets.SelectionSlider(options=[(f"{a:.2f}", a) for a in ALPHAS], value=alpha, description="alpha"),
         "layer": widgets.Dropdown(options=list(layers), description="layer"),
         "bits": widgets.SelectionSlider(options=list(BITS), value=bits, description="bits"),
-        "group": widgets.SelectionSlider(
-            options=list(GROUPS.items()), value=group_size or 0, description="group"
-        ),
+        "group": widgets.SelectionSlider(options=list(GROUPS.items()), value=group_size or 0, description="group"),
     }
     strengths = {name: hessian.mean_abs.numpy() for name, (_, hessian) in layers.items()}
     top, bottom, right = _axes(np.concatenate(list(strengths.values())))
@@ -108,15 +100,7 @@ def _at_every_alpha(weight: Tensor, hessian: Hessian, bits: int, group: int) -> 
     loud[strength.topk(max(1, round(_SHARE * len(H)))).indices] = True
 
     whole, size = max(((weight @ H) * weight).sum().item(), 1e-30), max(weight.square().sum().item(), 1e-30)
-    found = {
-        "loud": loud.numpy(),
-        "weight": [],
-        "output": [],
-        "of_loud": [],
-        "of_others": [],
-        "step": [],
-        "part": [],
-    }
+    found = {"loud": loud.numpy(), "weight": [], "output": [], "of_loud": [], "of_others": [], "step": [], "part": []}
     for alpha in ALPHAS:
         scaled = scale_and_round(weight, scales_of(strength, alpha), bits=bits, group_size=group or None)
         lost = scaled.dequantize() - weight
@@ -127,9 +111,7 @@ def _at_every_alpha(weight: Tensor, hessian: Hessian, bits: int, group: int) -> 
         found["weight"].append(max(lost.square().sum().item() / size, 1e-12))
         found["output"].append(max(output.item() / whole, 1e-12))
         found["of_loud"].append(alone.item() / whole)
-        found["of_others"].append(
-            (output - 2 * mixed + alone).item() / whole
-        )  # (a + b)² - 2 (a + b) a + a² = b²
+        found["of_others"].append((output - 2 * mixed + alone).item() / whole)  # (a + b)² - 2 (a + b) a + a² = b²
         found["part"].append((H.diagonal() * lost.square().sum(0) / whole).clamp(min=1e-12).numpy())
         found["step"].append(step.numpy())
     found["step"] = [step / np.maximum(found["step"][0], 1e-30) for step in found["step"]]
@@ -150,11 +132,7 @@ def _axes(strengths: np.ndarray) -> tuple:
     top.tick_params(labelbottom=False)
     bottom.set(**across, ylim=(1e-6, 9), xlabel="mean |x| of the channel", ylabel="part of the error")
     right.set(
-        xlim=(-0.03, 1.03),
-        xlabel="alpha",
-        yscale="log",
-        ylim=(0.008, 12),
-        title="output error ÷ round-to-nearest's",
+        xlim=(-0.03, 1.03), xlabel="alpha", yscale="log", ylim=(0.008, 12), title="output error ÷ round-to-nearest's"
     )
     fig.subplots_adjust(left=0.09, right=0.98, top=0.92, bottom=0.12, wspace=0.2, hspace=0.12)
     return top, bottom, right
@@ -170,11 +148,7 @@ def _curves(ax) -> list:
     """Three lines over alpha, and a marker on each."""
     lines = [
         ax.plot(ALPHAS, [1] * len(ALPHAS), color=color, linewidth=width, label=label)[0]
-        for label, color, width in (
-            ("all", OTHER, 2.5),
-            ("loud alone", ERROR, 1.2),
-            ("others alone", QUANTIZED, 1.2),
-        )
+        for label, color, width in (("all", OTHER, 2.5), ("loud alone", ERROR, 1.2), ("others alone", QUANTIZED, 1.2))
     ]
     ax.axhline(1, color=FLOAT, linestyle="--", label="round to nearest")
     markers = [ax.plot([0], [1], "o", color=line.get_color(), markersize=7)[0] for line in lines]

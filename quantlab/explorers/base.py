@@ -100,9 +100,7 @@ class Canvas:
         return out.getvalue()
 
 
-def tie(
-    controls: dict, ax: Axes, moving: list, update: Callable[..., str], *, few_colours: bool = True
-) -> Explorer:
+def tie(controls: dict, ax: Axes, moving: list, update: Callable[..., str], *, few_colours: bool = True) -> Explorer:
     """Tie controls to a figure: update(**values) moves the artists and returns the line of numbers (or more lines)."""
     update(**{name: control.value for name, control in controls.items()})  # the colours of a first picture
     canvas = Canvas(ax.figure, moving, few_colours)
@@ -118,9 +116,7 @@ def tie(
         control.observe(draw, names="value")
     draw()
     row = widgets.HBox(list(controls.values()), layout={"flex_flow": "row wrap"})
-    return Explorer(
-        View([row, image, line], lambda: image.value, lambda: said[0]), controls, ax, lambda: said[0]
-    )
+    return Explorer(View([row, image, line], lambda: image.value, lambda: said[0]), controls, ax, lambda: said[0])
 
 
 def figure(columns: int = 1, rows: int = 1, height: float = 3.4, **options):

@@ -19,9 +19,7 @@ _MOST = 200_000  # values looked at: each clip point needs a pass over them for 
 _BATCHES = 16  # the moving average sees the tokens in as many batches
 
 
-def explore_calibration(
-    x: Tensor, *, bits: int = 4, weight: Tensor | None = None, clip: float = 1.0
-) -> Explorer:
+def explore_calibration(x: Tensor, *, bits: int = 4, weight: Tensor | None = None, clip: float = 1.0) -> Explorer:
     """Clip the input of a layer by hand or by an observer; see the grid, the three error curves and all choices.
 
     x: (tokens, in_features), at most 200,000 values of it looked at, as whole tokens evenly picked. weight:
@@ -37,9 +35,7 @@ def explore_calibration(
     nearest = min(CLIPS, key=lambda c: abs(c - clip))
     controls = {
         "bits": widgets.IntSlider(bits, min=2, max=8, description="bits"),
-        "clip": widgets.SelectionSlider(
-            options=[(f"{c:.3f}", c) for c in CLIPS], value=nearest, description="clip"
-        ),
+        "clip": widgets.SelectionSlider(options=[(f"{c:.3f}", c) for c in CLIPS], value=nearest, description="clip"),
         "observer": widgets.Dropdown(options=names, value=BY_HAND, description="range"),
     }
 
@@ -70,9 +66,7 @@ def explore_calibration(
     left.hist(x.flatten().numpy(), bins=160, color=FLOAT, log=True)
     left.set(xlabel="value", ylabel="count (log)", title="the grid (pink: clipped)")
     left.set(xlim=(low - 0.05 * reach, high + 0.05 * reach))
-    grid = left.vlines(
-        [], 0, 1, colors=QUANTIZED, linewidth=0.7, alpha=0.6, transform=left.get_xaxis_transform()
-    )
+    grid = left.vlines([], 0, 1, colors=QUANTIZED, linewidth=0.7, alpha=0.6, transform=left.get_xaxis_transform())
     cut = [left.axvspan(edge, edge, color=CLIPPED, alpha=0.35, linewidth=0) for edge in (low, high)]
     lines = [
         right.plot(CLIPS, CLIPS, color=color, linestyle=style, linewidth=width, label=label)[0]
@@ -88,10 +82,7 @@ def explore_calibration(
     totals = np.array([curves(b).sum(1) for b in range(2, 9)])
     right.set(xlabel="reach of the grid (1: the farthest value)", ylabel="mean squared error", title="error")
     right.set(
-        xscale="log",
-        yscale="log",
-        xlim=(1 / 80, 1.25),
-        ylim=(totals.min() / 4 + 1e-30, totals.max() * 4 + 1e-29),
+        xscale="log", yscale="log", xlim=(1 / 80, 1.25), ylim=(totals.min() / 4 + 1e-30, totals.max() * 4 + 1e-29)
     )
     right.set_xticks([1 / 64, 1 / 16, 1 / 4, 1], ["1/64", "1/16", "1/4", "1"], minor=False)
     right.minorticks_off()

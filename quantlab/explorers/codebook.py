@@ -34,9 +34,7 @@ class _Measured(NamedTuple):
     output_error: float | None  # ‖X(W - Ŵ)ᵀ‖² / ‖XWᵀ‖²
 
 
-def explore_codebook(
-    weight: Tensor, x: Tensor | None = None, *, block_size: int = 64, table: str = "NF4"
-) -> Explorer:
+def explore_codebook(weight: Tensor, x: Tensor | None = None, *, block_size: int = 64, table: str = "NF4") -> Explorer:
     """Drag block size and tail weight: five tables of 16 levels on the same values, at the same true bits.
 
     weight (out, in); of a large one, the first rows. With x (tokens, in), what the layer reads, the error of its
@@ -110,9 +108,7 @@ def _measure(name: str, x: Tensor, block: int, H: Tensor | None) -> _Measured:
     if name.startswith("INT4"):
         symmetric = name.endswith(" symmetric")
         size = block if symmetric else block * 9 // 8
-        q = quantize_tensor(
-            x.flatten(), bits=4, granularity=PerGroup(size), symmetric=symmetric, signed=False
-        )
+        q = quantize_tensor(x.flatten(), bits=4, granularity=PerGroup(size), symmetric=symmetric, signed=False)
         zero = q.qparams.zero_point.float().median()  # asymmetric: the grid of a typical block
         steps = torch.arange(16) - zero
         levels = steps / steps.abs().max() if not symmetric else steps / 7.5
@@ -154,21 +150,15 @@ _EDGES = np.linspace(-1, 1, 82)
 def _draw() -> tuple:
     """(figure, moving artists, move): density and levels, usage of the codes, and the tables beside NF4."""
     fig = Figure(figsize=(8.4, 4.0), dpi=100)
-    axes = fig.subplot_mosaic(
-        [["density", "gain"], ["usage", "gain"]], width_ratios=[3, 2], height_ratios=[3, 2]
-    )
+    axes = fig.subplot_mosaic([["density", "gain"], ["usage", "gain"]], width_ratios=[3, 2], height_ratios=[3, 2])
     density, usage, gain = axes["density"], axes["usage"], axes["gain"]
     area = density.stairs(np.zeros(81), _EDGES, fill=True, color=FLOAT)
     lines = density.vlines([], 0, 1, colors=QUANTIZED, linewidth=1.2, transform=density.get_xaxis_transform())
-    density.set(
-        xlim=(-1.15, 1.15), ylim=(0, 1.2), yticks=[], ylabel="density", title="levels over the values"
-    )
+    density.set(xlim=(-1.15, 1.15), ylim=(0, 1.2), yticks=[], ylabel="density", title="levels over the values")
     density.set_xlabel("value / largest magnitude of its block", labelpad=1)
     bars = usage.bar(range(16), [0.0] * 16, color=QUANTIZED)
     usage.axhline(6.25, color="0.4", linestyle="--", linewidth=0.8)
-    usage.set(
-        xlabel="code (dashed: all used alike)", ylabel="used by, %", ylim=(0, 32), xticks=range(0, 16, 3)
-    )
+    usage.set(xlabel="code (dashed: all used alike)", ylabel="used by, %", ylim=(0, 32), xticks=range(0, 16, 3))
     others = gain.barh(range(len(TABLES)), [0.5] * len(TABLES), color=FLOAT)
     gain.axvline(0, color="0.4", linewidth=0.8)
     gain.set(xlim=(-4.2, 4.7), xlabel="dB above NF4", title="to the right: NF4 loses")

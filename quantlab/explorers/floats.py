@@ -8,18 +8,7 @@ import torch
 from torch import Tensor
 
 from quantlab.explorers.base import Explorer, figure, sample, tie
-from quantlab.floats import (
-    BF16,
-    FP4_E2M1,
-    FP6_E2M3,
-    FP6_E3M2,
-    FP8_E4M3,
-    FP8_E5M2,
-    FP16,
-    FloatFormat,
-    round_to,
-    values,
-)
+from quantlab.floats import BF16, FP4_E2M1, FP6_E2M3, FP6_E3M2, FP8_E4M3, FP8_E5M2, FP16, FloatFormat, round_to, values
 from quantlab.metrics import sqnr_db
 from quantlab.plots import CLIPPED, ERROR, FLOAT, QUANTIZED
 
@@ -67,16 +56,13 @@ def explore_float_format(
     top.set(xlim=(low, high), ylim=(0, 1.25 * counts.max()), yticks=[], ylabel="values")
     top.set_title("magnitudes, logarithmic axis (shaded: becomes 0, or saturates)", fontsize="medium")
     sweep, step = np.exp2(np.linspace(low, high, 1400)), reach / 127
-    bottom.plot(
-        np.log2(sweep), _worst(sweep, step * np.arange(1, 128)), color="black", linestyle="--", linewidth=1
-    )
+    bottom.plot(np.log2(sweep), _worst(sweep, step * np.arange(1, 128)), color="black", linestyle="--", linewidth=1)
     bottom.text(np.log2(reach) + 0.5, 0.006, "8-bit integers up to the largest value", fontsize="small")
     bottom.set(xlim=(low, high), ylim=(2.0**-12, 2), yscale="log", xlabel="log₂ |x|")
     bottom.set_ylabel("worst |error| / |x|")
     (error,) = bottom.plot(np.log2(sweep), np.ones(len(sweep)), color=ERROR, linewidth=1.3)
     rugs = [
-        ax.plot([], [], color=QUANTIZED, linewidth=0.7, transform=ax.get_xaxis_transform())[0]
-        for ax in (line, top)
+        ax.plot([], [], color=QUANTIZED, linewidth=0.7, transform=ax.get_xaxis_transform())[0] for ax in (line, top)
     ]
     dead = [top.axvspan(at, at, color=CLIPPED, alpha=0.35, linewidth=0) for at in (low, high)]
     fig.subplots_adjust(left=0.08, right=0.98, top=0.95, bottom=0.09, hspace=0.42)
@@ -92,10 +78,7 @@ def explore_float_format(
         numbers = values(fmt).numpy()
         positive = numbers[len(numbers) // 2 + 1 :].astype(np.float64) * scale
         near = positive[positive < 1.05 * reach]
-        lines = [
-            _lines(np.concatenate([-near, [0.0], near]), line, 0.0),
-            _lines(np.log2(positive), top, 0.88),
-        ]
+        lines = [_lines(np.concatenate([-near, [0.0], near]), line, 0.0), _lines(np.log2(positive), top, 0.88)]
         curve = _worst(sweep, positive)
         ends = np.log2([fmt.smallest_subnormal / 2, fmt.largest]) + np.log2(scale)
         return lines, curve, ends, _numbers(fmt, scale, x, rounded, whole, outputs)
@@ -130,9 +113,7 @@ def _keep_in_step(controls: dict) -> None:
     def follow_sliders(_change):
         if not busy:
             busy.append(True)
-            controls["preset"].value = fields.get(
-                (controls["exponent"].value, controls["mantissa"].value), CUSTOM
-            )
+            controls["preset"].value = fields.get((controls["exponent"].value, controls["mantissa"].value), CUSTOM)
             busy.clear()
 
     controls["preset"].observe(follow_preset, names="value")
@@ -152,9 +133,7 @@ def _octaves(x: Tensor) -> tuple[int, int]:
 def _outputs(inputs: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Some of the inputs, and what the layer makes of them."""
     if weight.ndim != 2 or inputs.ndim != 2 or inputs.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"inputs {tuple(inputs.shape)} are not what a layer with weight {tuple(weight.shape)} reads"
-        )
+        raise ValueError(f"inputs {tuple(inputs.shape)} are not what a layer with weight {tuple(weight.shape)} reads")
     rows = torch.linspace(0, len(inputs) - 1, min(_TOKENS, len(inputs))).long()
     some = inputs.detach().float()[rows]
     return some, some @ weight.T

@@ -13,9 +13,7 @@ from quantlab.granularity import PerAxis, PerGroup, QTensor, quantize_tensor
 from quantlab.plots import ERROR, QUANTIZED
 
 
-def explore_gptq(
-    weight: Tensor, hessian: Hessian, *, bits: int = 4, group_size: int | None = None
-) -> Explorer:
+def explore_gptq(weight: Tensor, hessian: Hessian, *, bits: int = 4, group_size: int | None = None) -> Explorer:
     """GPTQ beside round-to-nearest on one layer: two errors of each, every row's output error, the true bits."""
     weight = weight.detach()
     groups = [("whole row", 0), *((str(size), size) for size in (128, 64, 32, 16))]
@@ -33,9 +31,7 @@ def explore_gptq(
     def errors(bits, group, damping, act_order) -> tuple:
         granularity = PerGroup(group) if group else PerAxis(0)
         nearest = quantize_tensor(weight, bits=bits, granularity=granularity, symmetric=False)
-        gptq = gptq_quantize(
-            weight, hessian, bits=bits, group_size=group or None, damping=damping, act_order=act_order
-        )
+        gptq = gptq_quantize(weight, hessian, bits=bits, group_size=group or None, damping=damping, act_order=act_order)
         found = (_two_errors(weight, q, H, energy) for q in (nearest, gptq))
         return *found, nearest.bits_per_element, gptq.bits_per_element
 
@@ -116,9 +112,7 @@ def _map_of_moves(ax, moved: np.ndarray) -> tuple:
     """Every weight as a coloured cell: the picture, the line at the column in turn, the frame of a row."""
     _, rows, columns = moved.shape
     most = np.quantile(abs(moved), 0.995)
-    picture = ax.imshow(
-        moved[0], cmap="PuOr", vmin=-most, vmax=most, extent=(0, columns, rows, 0), aspect="auto"
-    )
+    picture = ax.imshow(moved[0], cmap="PuOr", vmin=-most, vmax=most, extent=(0, columns, rows, 0), aspect="auto")
     picture.set_interpolation("nearest")
     (front,) = ax.plot([0, 0], [0, rows], color="black", linewidth=1.2)
     (chosen,) = ax.plot([], [], color="black", linewidth=0.8)
@@ -130,9 +124,7 @@ def _row_on_its_grid(ax, steps: np.ndarray, qmin: int, qmax: int) -> tuple:
     """The weights of a row, in steps of its grid: where they were, and where they are."""
     places = np.arange(steps.shape[2]) + 0.5
     ax.hlines(range(qmin, qmax + 1), 0, steps.shape[2], color="0.8", linewidth=0.8)
-    (before,) = ax.plot(
-        places, steps[0, 0], "o", color="0.5", fillstyle="none", markersize=5, label="original"
-    )
+    (before,) = ax.plot(places, steps[0, 0], "o", color="0.5", fillstyle="none", markersize=5, label="original")
     (now,) = ax.plot(places, steps[0, 0], ".", color=QUANTIZED, markersize=7, label="now")
     ax.set(ylabel="one row, in steps", ylim=(min(steps.min(), qmin) - 0.5, max(steps.max(), qmax) + 2))
     ax.legend(loc="upper right", ncols=2, fontsize="small")

@@ -77,9 +77,7 @@ def _measure_all(weight: Tensor, x: Tensor | None, groups: dict) -> dict:
     H = None if x is None else x.T @ x  # all that the output error needs of x
     settings = [(b, g, s) for s in (False, True) for g in groups for b in _BITS]
     return {
-        (b, g, s): _measure(
-            weight, quantize_tensor(weight, bits=b, granularity=groups[g], symmetric=s), H, energy
-        )
+        (b, g, s): _measure(weight, quantize_tensor(weight, bits=b, granularity=groups[g], symmetric=s), H, energy)
         for b, g, s in tqdm(settings, desc="quantizing", leave=False)
     }
 

@@ -16,9 +16,7 @@ _TOKENS = 64  # looked at while dragging; more would not change the picture
 _STYLES = ((FLOAT, "o"), (QUANTIZED, "s"), (OTHER, "D"), (ERROR, "^"), (CLIPPED, "v"))
 
 
-def explore_accumulator(
-    layer: Int8Linear, x: Tensor, *, bits: int = 32, at_the_end: str = "wraps"
-) -> Explorer:
+def explore_accumulator(layer: Int8Linear, x: Tensor, *, bits: int = 32, at_the_end: str = "wraps") -> Explorer:
     """Give the sums of an integer layer an accumulator of so many bits: which still fit, and what the others become.
 
     x (tokens, in), of which at most 64 evenly picked are used; one zero point for all of x.
@@ -92,9 +90,7 @@ def explore_speed(
     shape, way = shape or tuple(axis[-1] for axis in axes), way or ways[-1]
     controls = {
         name: widgets.SelectionSlider(options=axis, value=value, description=text)
-        for name, axis, value, text in zip(
-            "MKN", axes, shape, ("M, tokens", "K, inputs", "N, outputs"), strict=True
-        )
+        for name, axis, value, text in zip("MKN", axes, shape, ("M, tokens", "K, inputs", "N, outputs"), strict=True)
     }
     controls["way"] = widgets.Dropdown(options=ways, value=way, description="way")
     bounds = 0.4e6 * min(seconds.values()), 3e6 * max(seconds.values())
@@ -133,9 +129,7 @@ def _draw_times(ways: list, tokens: list, bounds: tuple) -> tuple:
         for name, (color, marker) in styles.items()
     ]
     (estimate,) = ax.plot(tokens, blank, ":", color="black", linewidth=1.2, label="largest part")
-    (here,) = ax.plot(
-        [1], [1], "o", color="black", markersize=12, fillstyle="none", markeredgewidth=1.8, clip_on=False
-    )
+    (here,) = ax.plot([1], [1], "o", color="black", markersize=12, fillstyle="none", markeredgewidth=1.8, clip_on=False)
     ax.set(xscale="log", yscale="log", ylim=bounds, xlabel="M, tokens", ylabel="one call, µs", xticks=tokens)
     ax.set_xticklabels(tokens)
     ax.minorticks_off()

@@ -29,22 +29,13 @@ def explore_rank(results: list[dict], *, rank: int | None = None) -> Explorer:
         for name in layers
     }
     controls = {
-        "rank": widgets.SelectionSlider(
-            options=ranks, value=ranks[-1] if rank is None else rank, description="rank"
-        ),
+        "rank": widgets.SelectionSlider(options=ranks, value=ranks[-1] if rank is None else rank, description="rank"),
         "layer": widgets.Dropdown(options=layers, value=layers[0], description="layer"),
     }
     fig, (left, middle, right) = figure(columns=3, height=3.2, gridspec_kw={"width_ratios": [4, 3, 3]})
     stems, dots, widest = _draw_spectrum(left, ranks[-1], spectra)
     places, heights = range(len(ranks)), [row["perplexity"] for row in results]
-    middle.errorbar(
-        places,
-        heights,
-        yerr=[r["stderr"] for r in results],
-        marker="o",
-        color=QUANTIZED,
-        capsize=3,
-    )
+    middle.errorbar(places, heights, yerr=[r["stderr"] for r in results], marker="o", color=QUANTIZED, capsize=3)
     right.plot(places, [r["kl"] for r in results], "s-", color=ERROR)
     middle.set(yscale="log", title="new text: perplexity", ylim=(min(heights) / 1.4, max(heights) * 1.4))
     middle.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -39,9 +39,7 @@ def explore_budget(sensitivity: Sensitivity, *, steps: int = 60, budget: int | N
     start = len(stops) // 3 if budget is None else max(0, bisect_right(stops, budget) - 1)
     controls = {
         "budget": widgets.SelectionSlider(
-            options=[(f"{stop / 1000:.0f} kB", i) for i, stop in enumerate(stops)],
-            value=start,
-            description="budget",
+            options=[(f"{stop / 1000:.0f} kB", i) for i, stop in enumerate(stops)], value=start, description="budget"
         ),
         "rule": widgets.Dropdown(options=list(rules), value="exact", description="rule"),
     }
@@ -60,11 +58,7 @@ def explore_budget(sensitivity: Sensitivity, *, steps: int = 60, budget: int | N
     def said(budget, rule) -> str:
         found, same = rules[rule][budget], _uniform_at(uniform, rules[rule][budget].nbytes / 1000)
         exact = rules["exact"][budget].kl
-        beside = (
-            ""
-            if same is None
-            else f"   with the same bits everywhere about {same:.3g} ({found.kl / same:.2f} ×)"
-        )
+        beside = "" if same is None else f"   with the same bits everywhere about {same:.3g} ({found.kl / same:.2f} ×)"
         compared = "" if rule == "exact" else f"   {found.kl / exact:.3f} × the exact one"
         return (
             f"budget {stops[budget]:,} bytes, used {found.nbytes:,}: {8 * found.nbytes / count:.2f} bits a weight   "
@@ -86,8 +80,7 @@ def _uniform(costs: dict, sizes: dict) -> dict[int, tuple[float, float]]:
     """(kB, predicted KL) of every bit width that all layers have."""
     shared = set.intersection(*(set(row) for row in sizes.values()))
     return {
-        b: (sum(row[b] for row in sizes.values()) / 1000, sum(row[b] for row in costs.values()))
-        for b in sorted(shared)
+        b: (sum(row[b] for row in sizes.values()) / 1000, sum(row[b] for row in costs.values())) for b in sorted(shared)
     }
 
 
@@ -132,11 +125,7 @@ def _draw_table(ax, costs: dict) -> tuple:
     """The picture of bits and, where they can be read, a digit for each layer."""
     widths = sorted({b for row in costs.values() for b in row})
     shades = _blues(len(widths))
-    edges = [
-        widths[0] - 0.5,
-        *((a + b) / 2 for a, b in zip(widths, widths[1:], strict=False)),
-        widths[-1] + 0.5,
-    ]
+    edges = [widths[0] - 0.5, *((a + b) / 2 for a, b in zip(widths, widths[1:], strict=False)), widths[-1] + 0.5]
     table = _table({name: widths[0] for name in costs})
     picture = ax.imshow(
         table,

@@ -24,15 +24,11 @@ def explore_temperature(
         for t in tqdm(temperatures, desc="telling stories", leave=False)
     }
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    ids = torch.tensor(
-        [begin + tokenizer(prompt, add_special_tokens=False)["input_ids"]], device=model.device
-    )
+    ids = torch.tensor([begin + tokenizer(prompt, add_special_tokens=False)["input_ids"]], device=model.device)
     with torch.no_grad():
         everything = model(ids).logits[0, -1].float().cpu()
     scores, best = everything.topk(words)
-    controls = {
-        "temperature": widgets.SelectionSlider(options=temperatures, value=1.0, description="temperature")
-    }
+    controls = {"temperature": widgets.SelectionSlider(options=temperatures, value=1.0, description="temperature")}
     controls["temperature"].style.description_width = "initial"
     fig, ax = figure(height=2.6)
     bars = ax.bar(range(words), [0.5] * words, color=QUANTIZED)
@@ -42,9 +38,7 @@ def explore_temperature(
 
     def update(temperature) -> str:
         chance = (
-            (scores == scores.max()).float()
-            if temperature == 0
-            else torch.softmax(everything / temperature, 0)[best]
+            (scores == scores.max()).float() if temperature == 0 else torch.softmax(everything / temperature, 0)[best]
         )
         for bar, value in zip(bars, chance.tolist(), strict=True):
             bar.set_height(value)

@@ -16,30 +16,7 @@ from quantlab.outliers import LLMInt8Linear, smoothing_scales
 from quantlab.plots import ERROR, FLOAT, OTHER, QUANTIZED
 
 FACTORS = (1, 3, 10, 30, 100, 300)
-THRESHOLDS = (
-    0.5,
-    1,
-    1.5,
-    2,
-    3,
-    4,
-    5,
-    6,
-    8,
-    10,
-    15,
-    20,
-    30,
-    50,
-    70,
-    100,
-    150,
-    200,
-    300,
-    500,
-    1000,
-    float("inf"),
-)
+THRESHOLDS = (0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500, 1000, float("inf"))
 ALPHAS = tuple(i / 20 for i in range(21))
 BITS = {"W8A8": (8, 8), "W6A6": (6, 6), "W4A8": (4, 8), "W8A4": (8, 4), "W4A4": (4, 4)}
 _TOKENS, _ROWS = 256, 512  # looked at: the error of a layer's output needs no more, and sliders must not wait
@@ -47,9 +24,7 @@ _PICTURE = (64, 128)  # tokens or rows, and channels, that a heat map can show; 
 _NEVER = 3000.0  # where the curve puts the threshold that no value reaches
 
 
-def explore_threshold(
-    weight: Tensor, x: Tensor, *, channels=(), factor: int = 100, threshold: float = 6.0
-) -> Explorer:
+def explore_threshold(weight: Tensor, x: Tensor, *, channels=(), factor: int = 100, threshold: float = 6.0) -> Explorer:
     """Drag LLM.int8()'s threshold: which columns go to float, how many, and the error of the layer's output.
 
     weight (out, in) and x (tokens, in), what the layer reads; at most 512 rows and 256 tokens of them are looked at.
@@ -70,9 +45,7 @@ def explore_threshold(
     }
     fig, left, top, bottom = _threshold_axes()
     columns = np.arange(weight.shape[1] + 1)
-    ordinary = left.stairs(
-        columns[:-1] * 0.0, columns, baseline=1e-6, fill=True, color=QUANTIZED, label="int8"
-    )
+    ordinary = left.stairs(columns[:-1] * 0.0, columns, baseline=1e-6, fill=True, color=QUANTIZED, label="int8")
     stems = left.vlines([], 0, 1, colors=OTHER, linewidth=1.2)
     (outliers,) = left.plot([1], [1], "o", color=OTHER, markersize=5, label="float")
     low, high = _positive_range(np.stack(list(peaks.values())))
@@ -105,10 +78,7 @@ def explore_threshold(
         shares = [100 * (peak >= t).mean() for t in THRESHOLDS]
         share.set_ydata(shares)
         there.set_data([places[at]], [shares[at]])
-        moved, name = (
-            8 * (1 - chosen.mean()) + 16 * chosen.mean() + 32 / len(peak),
-            f"threshold {threshold:g}",
-        )
+        moved, name = (8 * (1 - chosen.mean()) + 16 * chosen.mean() + 32 / len(peak), f"threshold {threshold:g}")
         return (
             f"{name}: {chosen.sum()} of {len(peak)} columns in float ({chosen.mean():.1%}), the other "
             f"{1 - chosen.mean():.1%} of the multiplications in 8-bit integers   "
@@ -137,9 +107,7 @@ def explore_smoothing(
     layers = {case: _stretched(weight, x, channels, *case) for case in cases}
     known = {case: _smoothing_errors(*layers[case]) for case in _bar(cases)}
     controls = {
-        "alpha": widgets.SelectionSlider(
-            options=[(f"{a:.2f}", a) for a in ALPHAS], value=alpha, description="alpha"
-        ),
+        "alpha": widgets.SelectionSlider(options=[(f"{a:.2f}", a) for a in ALPHAS], value=alpha, description="alpha"),
         "factor": widgets.SelectionSlider(options=FACTORS, value=factor, description="factor"),
         "bits": widgets.SelectionSlider(options=list(BITS), value="W8A8", description="bits"),
         "planted": widgets.Checkbox(planted, description="planted: weights ÷ factor", indent=False),
@@ -177,9 +145,7 @@ def _layer(weight: Tensor, x: Tensor, channels) -> tuple[Tensor, Tensor, list[in
     check_real(weight, "weight")
     check_real(x)
     if weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"need weight (out, in) and x (tokens, in), got {tuple(weight.shape)} and {tuple(x.shape)}"
-        )
+        raise ValueError(f"need weight (out, in) and x (tokens, in), got {tuple(weight.shape)} and {tuple(x.shape)}")
     channels = [check_int(c, "a channel", 0, weight.shape[1] - 1) for c in channels]
     x = x.detach().float().cpu().flatten(0, -2)
     return _evenly(weight.detach().float().cpu(), _ROWS), _evenly(x, _TOKENS), channels
@@ -236,9 +202,7 @@ def _smoothing_errors(weight: Tensor, x: Tensor) -> dict[str, tuple[list[float],
     found = {bits: [] for bits in BITS}
     for w, z in pairs:
         ws = {b: quantize_tensor(w, bits=b, granularity=PerAxis(0)).dequantize() for b in (8, 6, 4)}
-        zs = {
-            b: fake_quantize(z, choose_qparams(*torch.aminmax(z), qmin=0, qmax=2**b - 1)) for b in (8, 6, 4)
-        }
+        zs = {b: fake_quantize(z, choose_qparams(*torch.aminmax(z), qmin=0, qmax=2**b - 1)) for b in (8, 6, 4)}
         for bits, (of_w, of_x) in BITS.items():
             found[bits].append(max(_relative(zs[of_x] @ ws[of_w].T, y), 1e-12))
     return {bits: (errors[1:], errors[0]) for bits, errors in found.items()}
@@ -261,9 +225,7 @@ def _bits_used(x: Tensor, rows: bool) -> np.ndarray:
     some = _evenly(x.abs(), _PICTURE[0])
     largest = x.abs().amax(1, keepdim=True) if rows else x.abs().amax()
     largest = _evenly(largest, _PICTURE[0]) if rows else largest
-    bits = torch.frexp(
-        torch.round(127 * some / largest.clamp(min=1e-30))
-    ).exponent.float()  # 2**(bits - 1) <= code
+    bits = torch.frexp(torch.round(127 * some / largest.clamp(min=1e-30))).exponent.float()  # 2**(bits - 1) <= code
     size = [len(bits), min(bits.shape[1], _PICTURE[1])]
     return F.adaptive_max_pool2d(bits[None], size)[0].numpy()
 

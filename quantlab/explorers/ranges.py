@@ -41,11 +41,7 @@ def explore_affine(x: Tensor, *, bits: int = 4, symmetric: bool = False) -> Expl
 
     def update(bits, low, high, symmetric) -> str:
         qp = choose_qparams(
-            torch.tensor(low * reach),
-            torch.tensor(high * reach),
-            qmin=0,
-            qmax=2**bits - 1,
-            symmetric=symmetric,
+            torch.tensor(low * reach), torch.tensor(high * reach), qmin=0, qmax=2**bits - 1, symmetric=symmetric
         )
         points = qp.scale * (torch.arange(qp.qmin, qp.qmax + 1) - qp.zero_point)
         grid.set_segments([[(p, 0), (p, 1)] for p in points.tolist()])

@@ -20,14 +20,7 @@ _TOKENS, _OUTPUTS = 32, 64  # each step multiplies this many tokens and outputs,
 
 
 def explore_shift(
-    x: Tensor,
-    weight: Tensor,
-    *,
-    observer=None,
-    bits: int = 8,
-    scale: float = 1.0,
-    shift: float = 0.0,
-    loud: int = 1,
+    x: Tensor, weight: Tensor, *, observer=None, bits: int = 8, scale: float = 1.0, shift: float = 0.0, loud: int = 1
 ) -> Explorer:
     """Calibrate on x, then scale and shift what the layer reads: static clips or coarsens, dynamic follows.
 
@@ -48,9 +41,7 @@ def explore_shift(
             options=[(f"× {s:.3g}", s) for s in SCALES], value=_nearest(SCALES, scale), description="scale"
         ),
         "shift": widgets.SelectionSlider(
-            options=[(f"{s:+.1f} widths", s) for s in SHIFTS],
-            value=_nearest(SHIFTS, shift),
-            description="shift",
+            options=[(f"{s:+.1f} widths", s) for s in SHIFTS], value=_nearest(SHIFTS, shift), description="shift"
         ),
         "loud": widgets.SelectionSlider(
             options=[(f"× {f}", f) for f in LOUD], value=_nearest(LOUD, loud), description="one token"
@@ -83,8 +74,7 @@ def explore_shift(
         for way, style, color in zip(WAYS, ("-", "--", ":"), (QUANTIZED, ERROR, OTHER), strict=True)
     ]
     points = [
-        right.plot([1], [1], "o", color=line.get_color(), markersize=8, markeredgecolor="black")[0]
-        for line in lines
+        right.plot([1], [1], "o", color=line.get_color(), markersize=8, markeredgecolor="black")[0] for line in lines
     ]
     right.set(xlabel="scale of the live input", ylabel="error of the OUTPUT", title="error of the layer")
     right.set(xscale="log", yscale="log", xlim=(1 / 20, 20), ylim=(1e-6, 3))

@@ -48,9 +48,7 @@ def explore_step(weight: Tensor, inputs: Tensor, *, bits: str = "2", group_size:
     controls = {
         "bits": widgets.SelectionSlider(options=list(GRIDS), value=bits, description="bits"),
         "step": widgets.SelectionSlider(
-            options=[(f"{f:.2g}", i) for i, f in enumerate(_FACTORS)],
-            value=middle,
-            description="step / mean |w|",
+            options=[(f"{f:.2g}", i) for i, f in enumerate(_FACTORS)], value=middle, description="step / mean |w|"
         ),
         "loss": widgets.Dropdown(options=["output", "weight"], value="output", description="error of"),
     }

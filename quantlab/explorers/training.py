@@ -15,14 +15,7 @@ _BINS = np.linspace(-0.5, 0.5, 11)
 
 
 def explore_training(
-    weights: Tensor,
-    losses,
-    *,
-    bits: int,
-    group_size: int = 128,
-    symmetric: bool = False,
-    step: int = 0,
-    row: int = 0,
+    weights: Tensor, losses, *, bits: int, group_size: int = 128, symmetric: bool = False, step: int = 0, row: int = 0
 ) -> Explorer:
     """The float weights of a few rows, step by step, on the grid that min-max gives them at that step, and the loss.
 
@@ -76,9 +69,7 @@ def explore_training(
             f"(at first {abs(away[0]).mean():.3f}, evenly spread 0.250)"
         )
 
-    return tie(
-        controls, paths, [before, past, stay, moved, front, here, share, bars], update, few_colours=False
-    )
+    return tie(controls, paths, [before, past, stay, moved, front, here, share, bars], update, few_colours=False)
 
 
 def _checked(weights: Tensor, losses) -> tuple[Tensor, np.ndarray]:
@@ -86,8 +77,7 @@ def _checked(weights: Tensor, losses) -> tuple[Tensor, np.ndarray]:
     losses = np.asarray(losses, dtype=float)
     if weights.ndim != 3 or losses.ndim != 1 or len(weights) != len(losses) + 1 or not len(losses):
         raise ValueError(
-            "need weights (steps + 1, rows, in) and losses (steps,), "
-            f"got {tuple(weights.shape)} and {losses.shape}"
+            f"need weights (steps + 1, rows, in) and losses (steps,), got {tuple(weights.shape)} and {losses.shape}"
         )
     return weights.detach().float().cpu(), losses
 
@@ -119,9 +109,7 @@ def _draw_paths(ax, places: np.ndarray, points: np.ndarray, last: int) -> tuple:
     (stay,) = ax.plot([], [], "o", color=QUANTIZED, markersize=4, label="rounded as at first")
     (moved,) = ax.plot([], [], "s", color=ERROR, markersize=4, label="rounded elsewhere")
     (front,) = ax.plot([0, 0], [low - 1, high + 1], color="black", linewidth=0.8)
-    ax.set(
-        xlim=(-0.02 * last, 1.02 * last), ylim=(min(places.min(), low) - 0.2, max(places.max(), high) + 0.9)
-    )
+    ax.set(xlim=(-0.02 * last, 1.02 * last), ylim=(min(places.min(), low) - 0.2, max(places.max(), high) + 0.9))
     ax.set(ylabel="weight, in steps of its grid", yticks=range(low, high + 1))
     ax.set_title("16 restless weights of the row (solid: grid points, dotted: thresholds)", fontsize="medium")
     ax.legend(loc="upper center", ncols=2, fontsize="small", frameon=False)

@@ -86,9 +86,7 @@ def advance(block, hidden: list[Tensor], arguments: dict) -> None:
         hidden[k] = first(block(h, **arguments))
 
 
-def input_hessians(
-    block, hidden: list[Tensor], arguments: dict
-) -> list[tuple[dict[str, nn.Module], Hessian]]:
+def input_hessians(block, hidden: list[Tensor], arguments: dict) -> list[tuple[dict[str, nn.Module], Hessian]]:
     """One (layers, Hessian) for each distinct input in the block: layers handed the same tensor share it."""
     layers = linears(block)
     seen: dict[int, tuple[Tensor, list[str]]] = {}  # the tensor is kept, so that its id stays its own

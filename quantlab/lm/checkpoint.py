@@ -64,9 +64,7 @@ def open_checkpoint(folder, model, tokens: Tensor, what: dict) -> Checkpoint:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # As JSON gives it back: a tuple becomes a list
-    wanted = json.loads(
-        json.dumps(what | {"model": fingerprint(model), "tokens": hash_tensors({"tokens": tokens})})
-    )
+    wanted = json.loads(json.dumps(what | {"model": fingerprint(model), "tokens": hash_tensors({"tokens": tokens})}))
     path = folder / WALK
     if path.exists():
         there = json.loads(path.read_text(encoding="utf-8"))

@@ -13,9 +13,7 @@ from quantlab.lm.report import LayerReport, QuantizeReport
 from quantlab.outliers import LLMInt8Linear
 
 
-def replace_block(
-    prefix: str, block, hidden: list[Tensor], arguments: dict, report: QuantizeReport
-) -> list[Tensor]:
+def replace_block(prefix: str, block, hidden: list[Tensor], arguments: dict, report: QuantizeReport) -> list[Tensor]:
     """Put an integer layer in the place of every linear layer of a block; returns what the block gives out then."""
     layers, settings = linears(block), report.settings
     static = report.method == "w8a8_static" or settings.get("per") == "static"
@@ -40,9 +38,7 @@ def replace_block(
     with hooked(hooks, after=True):
         out = list(run(block, hidden, arguments))
     for row, (error, energy) in zip(range(-len(layers), 0), errors.values(), strict=True):
-        report.layers[row] = report.layers[row]._replace(
-            output_error=(error / energy.clamp(min=1e-38)).item()
-        )
+        report.layers[row] = report.layers[row]._replace(output_error=(error / energy.clamp(min=1e-38)).item())
     return out
 
 

@@ -13,9 +13,7 @@ def blocks_of(model) -> tuple[str, nn.ModuleList]:
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return name, module
-    raise ValueError(
-        f"no list of {depth} blocks in {type(model).__name__}; is it a decoder-only language model?"
-    )
+    raise ValueError(f"no list of {depth} blocks in {type(model).__name__}; is it a decoder-only language model?")
 
 
 def linear_layers(model) -> dict[str, nn.Module]:

@@ -62,9 +62,7 @@ def _download(name: str) -> Path:
     try:
         return Path(
             snapshot_download(
-                repository,
-                revision=revision or None,
-                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"],
+                repository, revision=revision or None, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"]
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -55,9 +55,7 @@ def perplexity(model, tokens: Tensor, *, window: int = 512, stride: int | None =
     return Perplexity(value, value * stderr, mean, int(sum(counts)))
 
 
-def divergence(
-    reference, model, tokens: Tensor, *, window: int = 512, stride: int | None = None
-) -> Divergence:
+def divergence(reference, model, tokens: Tensor, *, window: int = 512, stride: int | None = None) -> Divergence:
     """KL(reference || model) and top-1 agreement over the same windows as perplexity; stderr over windows.
 
     Unlike a difference of perplexities it cannot cancel out, and its error bar is far smaller: both
@@ -68,9 +66,7 @@ def divergence(
     sums, counts, agreed = [], [], 0.0
     for ids, scored in _windows(tokens, window, stride):
         with torch.no_grad(), evaluating(reference), evaluating(model):
-            p, q = (
-                m(ids.to(m.device), use_cache=False).logits[:, :-1].float().cpu() for m in (reference, model)
-            )
+            p, q = (m(ids.to(m.device), use_cache=False).logits[:, :-1].float().cpu() for m in (reference, model))
         sums += (kl_per_position(p, q) * scored).sum(1).double().tolist()
         counts += scored.sum(1).tolist()
         agreed += ((p.argmax(-1) == q.argmax(-1)) * scored).sum().item()
@@ -86,16 +82,12 @@ def _longest(model) -> int:
 def checked_windows(model, tokens: Tensor, window: int, stride: int | None) -> tuple[int, int]:
     """Window and stride; a window that is longer than the model can read is cut to that."""
     if not isinstance(tokens, Tensor) or tokens.ndim != 1 or len(tokens) < 2:
-        raise ValueError(
-            f"need one row of at least 2 tokens, got {getattr(tokens, 'shape', type(tokens).__name__)}"
-        )
+        raise ValueError(f"need one row of at least 2 tokens, got {getattr(tokens, 'shape', type(tokens).__name__)}")
     if tokens.dtype != torch.int64:
         raise ValueError(f"tokens must be integers, int64, got {tokens.dtype}")
     least, most, vocabulary = int(tokens.min()), int(tokens.max()), model.config.vocab_size
     if least < 0 or most >= vocabulary:
-        raise ValueError(
-            f"token ids lie in 0..{vocabulary - 1}, got {least}..{most}; is it another model's tokenizer?"
-        )
+        raise ValueError(f"token ids lie in 0..{vocabulary - 1}, got {least}..{most}; is it another model's tokenizer?")
     window = min(check_int(window, "window", 2), _longest(model))
     stride = window if stride is None else check_int(stride, "stride")
     if not 1 <= stride <= window:
@@ -146,9 +138,7 @@ def _ratio(sums: list, counts: list) -> tuple[float, float]:
     return mean.item(), (residual.std() / math.sqrt(len(s))).item()
 
 
-def generate(
-    model, tokenizer, prompt: str = "", *, tokens: int = 120, temperature: float = 0.0, seed: int = 0
-) -> str:
+def generate(model, tokenizer, prompt: str = "", *, tokens: int = 120, temperature: float = 0.0, seed: int = 0) -> str:
     """The prompt and how the model goes on, until it ends the text or `tokens` are said.
 
     temperature divides the logits before sampling: 0 always takes the likeliest token, 1 samples from the
@@ -162,9 +152,7 @@ def generate(
     random = torch.Generator().manual_seed(seed)
     start, longest = token_stream(tokenizer, [prompt]), _longest(model)
     if not 1 <= len(start) <= longest - tokens:
-        raise ValueError(
-            f"need a prompt of 1..{longest - tokens} tokens before {tokens} more, got {len(start)}"
-        )
+        raise ValueError(f"need a prompt of 1..{longest - tokens} tokens before {tokens} more, got {len(start)}")
     said, cache, ids = [], None, start[None].to(model.device)
     with torch.no_grad(), evaluating(model):
         for _ in range(tokens):

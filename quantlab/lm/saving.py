@@ -79,15 +79,11 @@ def _check_layers(model, qtensors: dict) -> None:
     layers = linear_layers(model)
     for name, q in qtensors.items():
         if isinstance(q, nn.Module):
-            raise ValueError(
-                f"{name} is a layer that computes in integers; only weights as floats on a grid are saved"
-            )
+            raise ValueError(f"{name} is a layer that computes in integers; only weights as floats on a grid are saved")
         if name not in layers:
             raise ValueError(f"the model has no linear layer {name!r}")
         if not torch.equal(weight_of(layers[name]).cpu(), q.dequantize().cpu()):
-            raise ValueError(
-                f"the weights of {name} are not those of its quantized tensor; is it another model's?"
-            )
+            raise ValueError(f"the weights of {name} are not those of its quantized tensor; is it another model's?")
 
 
 def _stored(model, qtensors: dict) -> dict:

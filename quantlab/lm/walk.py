@@ -86,9 +86,7 @@ def quantize_lm(
 def _check_walk(model, method: str, settings: dict, checkpoint, in_place: bool) -> None:
     layers = linear_layers(model)
     if not layers:
-        raise ValueError(
-            f"{type(model).__name__} has no float linear layers in its blocks; is it quantized already?"
-        )
+        raise ValueError(f"{type(model).__name__} has no float linear layers in its blocks; is it quantized already?")
     if (checkpoint is not None or in_place) and method not in ROUNDERS:
         raise ValueError(f"checkpoint and in_place are for {', '.join(ROUNDERS)}, got method {method!r}")
     bits = settings.get("bits")
@@ -138,9 +136,7 @@ def _settings(method: str, options: dict) -> dict:
     if settings.get("per", "tensor") not in ways:
         raise ValueError(f"per must be one of {', '.join(ways)} for {method}, got {settings['per']!r}")
     if not callable(settings.get("observer", MinMax)):
-        raise ValueError(
-            f"observer is called for each layer: pass MinMax, not MinMax(); got {settings['observer']!r}"
-        )
+        raise ValueError(f"observer is called for each layer: pass MinMax, not MinMax(); got {settings['observer']!r}")
     return settings
 
 
@@ -163,12 +159,8 @@ def _rtn(weights: list[Tensor], hessian: Hessian, *, group_size, clip_search, **
     return [quantizer(w, granularity=granularity, **settings) for w in weights]
 
 
-def _nf4(
-    weights: list[Tensor], hessian: Hessian, *, group_size: int, double_quant: bool
-) -> list[CodebookTensor]:
-    return [
-        quantize_codebook(w, nf4_levels(), block_size=group_size, double_quant=double_quant) for w in weights
-    ]
+def _nf4(weights: list[Tensor], hessian: Hessian, *, group_size: int, double_quant: bool) -> list[CodebookTensor]:
+    return [quantize_codebook(w, nf4_levels(), block_size=group_size, double_quant=double_quant) for w in weights]
 
 
 def _gptq(weights: list[Tensor], hessian: Hessian, **settings) -> list[QTensor]:
