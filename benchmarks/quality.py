@@ -8,7 +8,7 @@ from pathlib import Path
 
 from quantlab import lm
 from quantlab.outliers import plant_outliers
-from quantlab.training import bits_per_character
+from recipes.base_model import bits_per_character
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"

@@ -125,7 +125,7 @@ import torch
 from quantlab import Hessian
 from quantlab.explorers import *
 from quantlab.explorers.base import Canvas
-from quantlab.finetune import finetune
+from quantlab.train.loop import finetune
 from quantlab.lm import *
 from quantlab.mixed import sensitivity
 from quantlab.qat import prepare_qat

@@ -1,10 +1,11 @@
 """The affine map between reals and integer codes: scale, zero_point, rounding, clamping."""
 
-import operator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from quantlab.arguments import check_int, check_real
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,33 +97,6 @@ def fake_quantize(x: Tensor, qp: QParams) -> Tensor:
     """
     check_real(x)
     return _StraightThrough.apply(x, qp)
-
-
-def check_int(value, name: str, low: int | None = None, high: int | None = None) -> int:
-    """The value as an int; ValueError unless it is a whole number (no bool, no float) in low..high."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool):
-        raise ValueError(f"{name} must be an int, got {value!r}")
-    if (low is not None and number < low) or (high is not None and number > high):
-        if high is None:
-            raise ValueError(f"{name} must be at least {low}, got {number}")
-        raise ValueError(f"{name} must be {low}..{high}, got {number}")
-    return number
-
-
-def check_real(x: Tensor, name: str = "x") -> None:
-    """Raise a ValueError unless x is a tensor of finite floating-point numbers with at least one element."""
-    if not isinstance(x, Tensor):
-        raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise ValueError(f"{name} must be floating point, got {x.dtype}")
-    if x.numel() == 0:
-        raise ValueError(f"{name} is empty, shape {tuple(x.shape)}")
-    if not torch.isfinite(x).all():
-        raise ValueError(f"{name} must be finite, got {int((~torch.isfinite(x)).sum())} NaN or infinite values")
 
 
 def _check_bounds(min_val: Tensor, max_val: Tensor, qmin: int, qmax: int) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantlab.affine import check_int, check_real
+from quantlab.arguments import check_int, check_real
 from quantlab.gptq import Hessian, check_weight
 from quantlab.granularity import QTensor, quantize_tensor, rows_or_groups
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quantlab.affine import QParams, check_int, check_real, choose_qparams, dequantize, quantize
+from quantlab.affine import QParams, choose_qparams, dequantize, quantize
+from quantlab.arguments import check_int, check_real
 from quantlab.granularity import Granularity, QTensor, code_range, from_blocks, shape_qparams, to_blocks
 
 

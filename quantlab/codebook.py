@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from quantlab.affine import check_int, check_real
+from quantlab.arguments import check_int, check_real
 from quantlab.packing import pack
 
 _PIECE = 2**19  # elements at a time: few enough to stay in the cache, enough to hide the cost of a call

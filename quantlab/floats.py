@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantlab.affine import check_int, check_real
+from quantlab.arguments import check_int, check_real
 from quantlab.packing import pack
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from quantlab.affine import QParams, check_int, check_real, choose_qparams
+from quantlab.affine import QParams, choose_qparams
+from quantlab.arguments import check_int, check_real
 from quantlab.granularity import QTensor, code_range, rows_or_groups
 
 BLOCK = 128  # columns that are finished before the rest hears of their error; any size gives the same result

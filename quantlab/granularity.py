@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantlab.affine import QParams, check_int, check_real, choose_qparams, dequantize, quantize
+from quantlab.affine import QParams, choose_qparams, dequantize, quantize
+from quantlab.arguments import check_int, check_real
 from quantlab.packing import pack
 
 

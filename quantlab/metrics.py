@@ -7,7 +7,8 @@ import torch  # noqa: F401  for the examples
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantlab.affine import QParams, check_real, fake_quantize, unclamped_codes
+from quantlab.affine import QParams, fake_quantize, unclamped_codes
+from quantlab.arguments import check_real
 
 
 class SplitError(NamedTuple):

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from quantlab.affine import check_int
+from quantlab.arguments import check_int
 from quantlab.gptq import Hessian, gptq_quantize
 from quantlab.granularity import QTensor, quantize_tensor, rows_or_groups
 from quantlab.lm import blocks_of, linear_layers, weight_of
-from quantlab.lm.blocks import advance, block_inputs, hooked, input_hessians
-from quantlab.lm.layers import put_weight
+from quantlab.lm.blocks import advance, block_inputs, input_hessians
 from quantlab.lm.measuring import checked_windows
 from quantlab.metrics import kl_per_position
+from quantlab.modules import hooked, put_weight
 
 _LOGITS = 2**23  # numbers: how many windows run at once is chosen so that their logits stay below 32 MB
 

@@ -10,7 +10,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from quantlab.affine import QParams, check_int, check_real, choose_qparams
+from quantlab.affine import QParams, choose_qparams
+from quantlab.arguments import check_int, check_real
 from quantlab.granularity import code_range
 
 _CHUNK = 2**18  # values turned into float64 at a time: 2 MB, which stay in the cache

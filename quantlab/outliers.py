@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantlab.affine import QParams, check_int, check_real
+from quantlab.affine import QParams
+from quantlab.arguments import check_int, check_real
 from quantlab.linear import Int8Linear
+from quantlab.modules import evaluating, is_linear, weight_of
 
 
 def plant_outliers(model, *, channels, factor: float):
@@ -61,7 +63,7 @@ def smoothing_scales(largest_x: Tensor, layers: list[nn.Module], alpha: float) -
     check_real(largest_x, "the activation scales")
     if not layers:
         raise ValueError("no layers to smooth the input of")
-    largest_w = torch.stack([_rows_first(layer).abs().amax(0) for layer in layers]).amax(0).float()
+    largest_w = torch.stack([weight_of(layer).abs().amax(0) for layer in layers]).amax(0).float()
     if largest_x.shape != largest_w.shape:
         raise ValueError(f"{len(largest_x)} activation scales for {len(largest_w)} input channels")
     s = largest_x.float() ** alpha / largest_w ** (1 - alpha)
@@ -88,7 +90,7 @@ def norm_readers(model) -> list[tuple[nn.Module, list[nn.Module]]]:
 
     handles = []
     for module in model.modules():
-        if _is_linear(module) and module is not model.get_output_embeddings():
+        if is_linear(module) and module is not model.get_output_embeddings():
             handles.append(module.register_forward_pre_hook(reads))
         elif getattr(module, "weight", None) is not None and module.weight.ndim == 1:
             handles.append(module.register_forward_hook(wrote))
@@ -161,7 +163,7 @@ def _move(norm: nn.Module, layers: list[nn.Module], stretch: Tensor) -> None:
             if parameter is not None:
                 parameter.mul_(stretch.to(parameter))
         for layer in layers:
-            _rows_first(layer).div_(stretch.to(layer.weight))
+            weight_of(layer).div_(stretch.to(layer.weight))
 
 
 def _same_outputs(model, new):
@@ -170,7 +172,7 @@ def _same_outputs(model, new):
     # Of a whole model, relative to its largest output.
     rounding = max(1e-4, 16 * torch.finfo(before.dtype).eps)
     off = ((before - after).abs().max() / before.abs().max()).item()
-    if off > rounding:
+    if not off <= rounding:  # NaN too
         raise ValueError(
             f"the outputs of {type(model).__name__} would change by {off:.1%}: something besides linear layers "
             "reads its norms, or a norm does not multiply by its weight alone"
@@ -182,19 +184,5 @@ def _logits(model) -> Tensor:
     """What the model says after some tokens of its vocabulary, without dropout; the model is left as it was."""
     count = min(64, model.config.vocab_size, getattr(model.config, "max_position_embeddings", 64))
     ids = torch.linspace(0, model.config.vocab_size - 1, count, device=next(model.parameters()).device).long()
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        with torch.no_grad():
-            return model.eval()(ids[None], use_cache=False).logits
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # transformers' own, in GPT-2
-
-
-def _rows_first(layer: nn.Module) -> Tensor:
-    """The weight as (out, in), sharing memory. Conv1D stores it the other way round."""
-    return layer.weight.detach().T if type(layer).__name__ == "Conv1D" else layer.weight.detach()
+    with torch.no_grad(), evaluating(model):
+        return model(ids[None], use_cache=False).logits

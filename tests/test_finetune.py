@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from quantlab.finetune import History, batch_at, finetune, loss_on, rate_at, sample_text_tokens
 from quantlab.lm import divergence, perplexity
+from quantlab.train.loop import History, batch_at, finetune, loss_on, rate_at, sample_text_tokens
 
 VOCAB, LENGTH = 50, 32
 SHAPE = {
@@ -139,7 +139,7 @@ def test_gradients_are_clipped(monkeypatch):
         norms.append((largest, math.sqrt(sum(p.grad.square().sum().item() for p in parameters))))
         return norm
 
-    monkeypatch.setattr("quantlab.finetune.nn.utils.clip_grad_norm_", watched)
+    monkeypatch.setattr("quantlab.train.loop.nn.utils.clip_grad_norm_", watched)
     model = tiny()
     model.lm_head.weight.data.mul_(100)
     finetune(model, text(), **QUICK)

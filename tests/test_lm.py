@@ -16,7 +16,7 @@ from quantlab.linear import Int8Linear, StaticInt8Linear
 from quantlab.lm import blocks, measuring
 from quantlab.observers import MinMax, Percentile
 from quantlab.outliers import plant_outliers
-from quantlab.training import train_tokenizer
+from recipes.base_model import train_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 SMALL = {"vocab_size": 97, "num_hidden_layers": 2, "hidden_size": 24, "num_attention_heads": 4}
@@ -311,7 +311,7 @@ def test_the_bundled_model_is_what_its_card_says():
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="../shared is not here: checks against others' model and texts")
 def test_the_bundled_model_meets_its_bar():
-    from quantlab.training import bits_per_character
+    from recipes.base_model import bits_per_character
 
     model, tokenizer = lm.load_lm(str(lm.DATA / "model"))
     stories = lm.read_documents([SHARED / "corpora/tinystories_valid.txt"])[:300]

@@ -531,23 +531,23 @@ def test_a_conv1d_keeps_its_own_axes():
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_the_checkpoints_fit_the_bundled_model_and_their_log(bits):
-    log = json.loads((lm.DATA / f"qat/w{bits}.json").read_text())
-    packed = load_tensors(lm.DATA / f"qat/w{bits}.safetensors")
+    log = json.loads((lm.DATA / f"checkpoints/minmax/w{bits}.json").read_text())
+    packed = load_tensors(lm.DATA / f"checkpoints/minmax/w{bits}.safetensors")
     layers = lm.linear_layers(lm.load_lm(str(lm.DATA / "model"))[0])
     assert list(packed) == list(layers)
     assert [q.codes.shape for q in packed.values()] == [lm.weight_of(layer).shape for layer in layers.values()]
     assert {(q.bits, q.granularity, q.symmetric) for q in packed.values()} == {(bits, PerGroup(128), False)}
     assert (log["bits"], log["group_size"], len(log["losses"])) == (bits, 128, log["steps"])
     assert log["held_out"][-1] < 0.6 * log["held_out"][0]
-    assert (lm.DATA / f"qat/w{bits}.safetensors").stat().st_size < 2.5e6
+    assert (lm.DATA / f"checkpoints/minmax/w{bits}.safetensors").stat().st_size < 2.5e6
 
 
 def test_a_checkpoint_measures_as_its_log_says():
     model, tokenizer = lm.load_lm(str(lm.DATA / "model"))
     held_out = lm.token_stream(tokenizer, lm.load_text("calibration"))[-4096:]
-    waiting = iter(load_tensors(lm.DATA / "qat/w2.safetensors").values())
+    waiting = iter(load_tensors(lm.DATA / "checkpoints/minmax/w2.safetensors").values())
     new, _ = lm.quantize_weights(model, lambda weight: next(waiting))
-    log = json.loads((lm.DATA / "qat/w2.json").read_text())
+    log = json.loads((lm.DATA / "checkpoints/minmax/w2.json").read_text())
     assert lm.divergence(model, new, held_out).kl == pytest.approx(log["kl_held_out"], rel=1e-3)
 
 

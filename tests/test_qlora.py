@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from quantlab import qlora
 from quantlab.codebook import fp4_levels, nf4_levels, quantize_codebook
-from quantlab.finetune import finetune, loss_on
 from quantlab.lm import DATA, divergence, linear_layers, load_lm, load_text, perplexity, quantize_weights, token_stream
-from quantlab.qlora import (
+from quantlab.train.loop import finetune, loss_on
+from quantlab.train.lora import (
     Memory,
     NF4Linear,
     add_lora,
@@ -407,15 +407,15 @@ def test_the_style_is_new_and_its_days_differ():
 
 
 def test_the_committed_run_is_reproduced_from_its_adapters():
-    """The adapters in data/qlora, put beside the bundled model in NF4, measure what log.json says."""
+    """The adapters in data/checkpoints/lora, put beside the bundled model in NF4, measure what log.json says."""
     model, tokenizer = load_lm(str(DATA / "model"))
-    log = json.loads((DATA / "qlora/log.json").read_text(encoding="utf-8"))
+    log = json.loads((DATA / "checkpoints/lora/log.json").read_text(encoding="utf-8"))
     assert log["recipe"] == qlora.RECIPE | {"full_rate": qlora.FULL_RATE}
-    assert log["command"] == "python -m quantlab.qlora --out data/qlora"
+    assert log["command"] == "python -m quantlab.train.lora --out data/checkpoints/lora"
     assert re.fullmatch(r"torch [\w.+]+, \d+ threads?", log["on"])
     _, held = qlora.style_tokens(tokenizer)
     with_lora = add_lora(nf4_model(model), rank=2)
-    load_adapters(DATA / "qlora/rank_2.safetensors", with_lora)
+    load_adapters(DATA / "checkpoints/lora/rank_2.safetensors", with_lora)
     found, said = perplexity(with_lora, held, window=128), log["runs"]["rank 2"]["style"]
     assert found.nll == pytest.approx(said["nll"], abs=0.005)  # the adapters were rounded to 16 bits
     assert found.value < 0.8 * log["runs"]["rank 0"]["style"]["perplexity"]
@@ -429,9 +429,9 @@ def test_the_run_writes_adapters_and_its_log(monkeypatch, tmp_path):
     monkeypatch.setattr(qlora, "load_text", lambda name: load_text(name)[:8])
     log = qlora.main(["--out", str(tmp_path / "out"), "--ranks", "1", "--steps", "2"])
     assert json.loads((tmp_path / "out/log.json").read_text()) == json.loads(json.dumps(log))
-    assert log["command"] == f"python -m quantlab.qlora --out {tmp_path}/out --ranks 1 --steps 2"
+    assert log["command"] == f"python -m quantlab.train.lora --out {tmp_path}/out --ranks 1 --steps 2"
     assert re.fullmatch(r"torch [\w.+]+, \d+ threads?", log["on"])
-    committed = json.loads((DATA / "qlora/log.json").read_text(encoding="utf-8"))
+    committed = json.loads((DATA / "checkpoints/lora/log.json").read_text(encoding="utf-8"))
     assert committed.keys() == log.keys()
     assert committed["runs"].keys() > log["runs"].keys()
     assert all(committed["runs"][name].keys() == run.keys() for name, run in log["runs"].items())

@@ -4,8 +4,8 @@ import torch
 
 from quantlab.exercises.n14 import lsq_solution, scale_solution, ternary_solution, train_solution, unpack_solution
 from quantlab.granularity import PerAxis
-from quantlab.lsq import LSQ
-from quantlab.ternary import ternary
+from quantlab.train.few_levels import ternary
+from quantlab.train.lsq import LSQ
 
 
 def _lsq(change):

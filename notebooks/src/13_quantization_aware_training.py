@@ -272,7 +272,7 @@ def my_distill(teacher_logits, student_logits):
 # %%
 check("13.3", my_distill)
 # %%
-from quantlab.finetune import finetune, loss_on, sample_text_tokens
+from quantlab.train.loop import finetune, loss_on, sample_text_tokens
 
 pair = tokens[:256].view(2, 128)  # the library's loss is the same
 with torch.no_grad():
@@ -282,7 +282,7 @@ with torch.no_grad():
 # With a teacher the text needs no labels, and not even an author: the float model can write it (LLM-QAT,
 # Liu et al. 2023). The next cell shows two beginnings, drawn token by token from its own distribution.
 #
-# Which text teaches better? `python data/qat/make.py texts` trained the bundled model at 2 bits four times,
+# Which text teaches better? `python recipes/minmax.py texts` trained the bundled model at 2 bits four times,
 # with the same number of steps, and measured the KL on *held-out* calibration stories: trained on the other
 # calibration stories, on the model's own, on both; and on the stories without a teacher, for the next
 # token.
@@ -297,7 +297,7 @@ import json
 from quantlab.lm import DATA
 from quantlab.plots import plot_bars
 
-runs = json.loads((DATA / "qat/texts.json").read_text())
+runs = json.loads((DATA / "checkpoints/minmax/texts.json").read_text())
 reached = {name: round(run["kl_held_out"], 2) for name, run in runs.items()}
 assert reached["stories"] < reached["both"] < reached["own"] < reached["stories, no teacher"]
 plot_bars({"held out": reached}, ylabel="KL, nats per token", ax=plt.subplots(figsize=(7, 2.4))[1])
@@ -386,11 +386,11 @@ f"distance {before:.3f} → {after:.3f} steps; {moved:.1%} of the weights are ro
 # which.
 #
 # ## 10. The whole model
-# Sixty steps are a taste. `python data/qat/make.py` trained longer, at 2, 3 and 4 bits; packed layers and
-# the log of each run are in `data/qat`. They belong to the bundled model. What they cost comes first, then
+# Sixty steps are a taste. `python recipes/minmax.py` trained longer, at 2, 3 and 4 bits; packed layers and
+# the log of each run are in `data/checkpoints/minmax`. They belong to the bundled model. What they cost comes first, then
 # the comparison. **Predict:** at which bits does QAT beat GPTQ most, and is it ahead at 4 bits?
 # %%
-logs = {bits: json.loads((DATA / f"qat/w{bits}.json").read_text()) for bits in (4, 3, 2)}
+logs = {bits: json.loads((DATA / f"checkpoints/minmax/w{bits}.json").read_text()) for bits in (4, 3, 2)}
 tokens_read = {bits: log["steps"] * log["batch"] * log["window"] for bits, log in logs.items()}
 assert min(tokens_read.values()) > 9 * 16384
 for bits, log in logs.items():
@@ -399,7 +399,7 @@ for bits, log in logs.items():
 from quantlab.storage import load_tensors
 
 base, its_tokenizer = load_lm(str(DATA / "model"))
-packed = {bits: load_tensors(DATA / f"qat/w{bits}.safetensors") for bits in logs}
+packed = {bits: load_tensors(DATA / f"checkpoints/minmax/w{bits}.safetensors") for bits in logs}
 qat_models = {bits: copy.deepcopy(base) for bits in logs}
 for bits, new in qat_models.items():
     for key, layer in linear_layers(new).items():
@@ -435,7 +435,7 @@ print("2 bits, QAT:", generate(qat_models[2], its_tokenizer, "Once upon a time",
 # %% [markdown]
 # The fewer the bits, the more training gives back: at 2 bits QAT leaves about half of GPTQ's KL, and less
 # than a fifth of round-to-nearest's. At 4 bits they are close, and a shorter first run stayed behind GPTQ
-# (`data/qat/README.md`).
+# (`data/checkpoints/minmax/README.md`).
 #
 # Nor is the race even. QAT read over nine times GPTQ's 16,384 tokens, and was trained on the number in the
 # table. The last column has its seconds; in memory it holds at least the weight, its gradient and Adam's

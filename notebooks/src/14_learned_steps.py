@@ -100,7 +100,7 @@ check("14.1", my_lsq)
 # these derivatives, times a factor `gradient_scale`, to which we come in section 4.
 # %%
 from quantlab.exercises.n14 import lsq_solution, scale_solution, ternary_solution, unpack_solution
-from quantlab.lsq import LSQ
+from quantlab.train.lsq import LSQ
 
 values, by_v, by_step = lsq_solution(v, s, qmin, qmax)
 lsq, w = LSQ(v, bits=2), v.clone().requires_grad_()
@@ -230,7 +230,7 @@ explorer
 # All weights and all steps together, with the float model as teacher, as in notebook 13. First a few live
 # steps of both. **Predict:** which loss is lower before the first step?
 # %% tags=["nbval-ignore-output"]
-from quantlab.finetune import finetune
+from quantlab.train.loop import finetune
 from quantlab.qat import prepare_qat
 
 curves = {}
@@ -242,7 +242,7 @@ plot_curves(curves, xlabel="step of training", ylabel="KL to the teacher")
 assert not bundled or curves["lsq"][1][0] < curves["minmax"][1][0]
 # %% [markdown]
 # LSQ starts lower, since its first step already clips. The long runs were made once, by `python
-# data/qat14/make.py` for LSQ, three and two values, and by `data/qat/make.py` for min-max, with the same
+# recipes/learned_steps.py` for LSQ, three and two values, and by `recipes/minmax.py` for min-max, with the same
 # text, teacher, steps of training and rate; packed layers and logs lie beside the scripts. (Min-max has a
 # zero point too, LSQ's grid has none.) **Predict**, for 2 bits and for 3: does LSQ end below min-max?
 # %%
@@ -253,8 +253,8 @@ from quantlab.storage import load_tensors
 def log(run):
     return json.loads((DATA / f"{run}.json").read_text())
 
-reached = {"min-max": {"2 bits": log("qat/w2")["held_out"][-1], "3 bits": log("qat/w3")["held_out"][-1]},
-           "LSQ": {"2 bits": log("qat14/lsq2")["held_out"][-1], "3 bits": log("qat14/lsq3")["held_out"][-1]}}
+reached = {"min-max": {"2 bits": log("checkpoints/minmax/w2")["held_out"][-1], "3 bits": log("checkpoints/minmax/w3")["held_out"][-1]},
+           "LSQ": {"2 bits": log("checkpoints/lsq/lsq2")["held_out"][-1], "3 bits": log("checkpoints/lsq/lsq3")["held_out"][-1]}}
 assert reached["LSQ"]["2 bits"] < reached["min-max"]["2 bits"]
 assert reached["LSQ"]["3 bits"] > reached["min-max"]["3 bits"]
 reached
@@ -265,7 +265,7 @@ reached
 # stayed.)
 # %%
 base, its_tokenizer = load_lm(str(DATA / "model"))  # the bundled model, to which the runs belong
-packed = load_tensors(DATA / "qat14/lsq2.safetensors")
+packed = load_tensors(DATA / "checkpoints/lsq/lsq2.safetensors")
 first = {name: LSQ(weight_of(layer), bits=2, granularity=PerGroup(128)) for name, layer in linear_layers(base).items()}
 moved = torch.cat([packed[name].qparams.scale.view(-1, 1) / lsq.scale for name, lsq in first.items()])
 assert 0.8 < moved.median() < 1
@@ -275,10 +275,10 @@ f"median {moved.median():.2f}, from {moved.min():.2f} to {moved.max():.2f}"
 # coarse. Hence two more runs, called *finer*: the same again, all steps starting at 0.66 of LSQ's.
 # **Predict:** do they beat min-max at both widths?
 # %%
-reached["LSQ, finer"] = {f"{bits} bits": log(f"qat14/lsq{bits}_finer")["held_out"][-1] for bits in (2, 3)}
+reached["LSQ, finer"] = {f"{bits} bits": log(f"checkpoints/lsq/lsq{bits}_finer")["held_out"][-1] for bits in (2, 3)}
 plot_bars(reached, ylabel="KL on held-out stories")
 plt.show()
-assert log("qat/w2")["steps"] == log("qat14/lsq2")["steps"] == log("qat14/lsq2_finer")["steps"]
+assert log("checkpoints/minmax/w2")["steps"] == log("checkpoints/lsq/lsq2")["steps"] == log("checkpoints/lsq/lsq2_finer")["steps"]
 for bits in ("2 bits", "3 bits"):
     assert min(reached, key=lambda way: reached[way][bits]) == "LSQ, finer"
 # %% [markdown]
@@ -317,10 +317,10 @@ check("14.3", my_unpack)
 # layers with five codes a byte, or with 2-bit codes, and a scale of 32 bits for each group of 128; and the
 # whole model.
 # %%
-from quantlab.ternary import binary, pack_ternary, ternary
+from quantlab.train.few_levels import binary, pack_ternary, ternary
 
 assert torch.allclose(ternary(weight), ternary_solution(weight), atol=1e-7)
-layers = load_tensors(DATA / "qat14/ternary.safetensors")
+layers = load_tensors(DATA / "checkpoints/ternary/ternary.safetensors")
 codes = torch.cat([q.codes.flatten() for q in layers.values()])
 packed = pack_ternary(codes)
 assert torch.equal(unpack_solution(packed, len(codes)), codes)
@@ -381,8 +381,8 @@ def trained(run):
 # %% tags=["nbval-ignore-output"]
 from dataclasses import replace
 
-runs = {("lsq finer", 3): "qat14/lsq3_finer", ("lsq finer", 2): "qat14/lsq2_finer", ("lsq", 2): "qat14/lsq2",
-        ("ternary", 2): "qat14/ternary", ("binary", 1): "qat14/binary"}
+runs = {("lsq finer", 3): "checkpoints/lsq/lsq3_finer", ("lsq finer", 2): "checkpoints/lsq/lsq2_finer", ("lsq", 2): "checkpoints/lsq/lsq2",
+        ("ternary", 2): "checkpoints/ternary/ternary", ("binary", 1): "checkpoints/binary/binary"}
 rows = {"float": next(row for row in known if row.method == "float")}
 for (method, bits), run in runs.items():
     new, packed = trained(run)
@@ -402,7 +402,7 @@ ledger.Table(list(rows.values()))
 # reference ledger, and min-max trained.
 # %% tags=["nbval-ignore-output"]
 from quantlab.lm import divergence, quantize_weights
-from quantlab.ternary import quantize_binary, quantize_ternary
+from quantlab.train.few_levels import quantize_binary, quantize_ternary
 
 def untrained(rounder):
     return divergence(base, quantize_weights(base, lambda w: rounder(w, PerGroup(128)))[0], text).kl
@@ -411,7 +411,7 @@ kl = {way: {row.bits: row.kl for row in known if (row.method, row.group) == (way
       for way in ("rtn", "gptq")}
 kl["1.58 and 1, untrained"] = {1.58: untrained(quantize_ternary), 1: untrained(quantize_binary)}
 kl["1.58 and 1, trained"] = {1.58: rows["ternary", 2].kl, 1: rows["binary", 1].kl}
-kl["min-max, trained"] = {bits: divergence(base, trained(f"qat/w{bits}")[0], text).kl for bits in (4, 3, 2)}
+kl["min-max, trained"] = {bits: divergence(base, trained(f"checkpoints/minmax/w{bits}")[0], text).kl for bits in (4, 3, 2)}
 kl["LSQ finer, trained"] = {bits: rows["lsq finer", bits].kl for bits in (3, 2)}
 # %% tags=["nbval-ignore-output"]
 plot_curves({way: (list(points), list(points.values())) for way, points in kl.items()},

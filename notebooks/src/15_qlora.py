@@ -25,7 +25,7 @@
 import torch
 
 from quantlab.lm import load_lm, load_text, perplexity, token_stream
-from quantlab.qlora import style_tokens, training_memory
+from quantlab.train.lora import style_tokens, training_memory
 
 model, tokenizer = load_lm()
 days, (log, held) = load_text("style"), style_tokens(tokenizer)
@@ -109,7 +109,7 @@ check("15.2", my_gradients)
 # them when they are needed. `add_lora` puts adapters beside them, those of the library
 # [peft](https://huggingface.co/docs/peft), with α = 2r.
 # %% tags=["nbval-ignore-output"]
-from quantlab.qlora import add_lora, lora_layers, nf4_model
+from quantlab.train.lora import add_lora, lora_layers, nf4_model
 
 base = nf4_model(model)
 learner = add_lora(base, rank=8)
@@ -136,7 +136,7 @@ trained, whole, round(whole / trained)
 # **Predict:** training with 8 windows of 128 tokens, what is more: the weights, or the activations (激活值)
 # that wait? Does QLoRA make those fewer?
 # %% tags=["nbval-ignore-output"]
-from quantlab.qlora import saved_bytes
+from quantlab.train.lora import saved_bytes
 
 ids = log[:1024].view(8, 128)
 ways = {"all weights": model, "LoRA, float base": add_lora(model, rank=8), "LoRA, NF4 base": learner}
@@ -163,7 +163,7 @@ check("15.3", my_bytes)
 # Counting is one thing. What does torch really hold after a step of AdamW? To the byte what
 # `training_memory` counts, says the last line:
 # %%
-from quantlab.finetune import loss_on
+from quantlab.train.loop import loss_on
 
 def held_by_torch(one):
     trained = [p for p in one.parameters() if p.requires_grad]
@@ -210,8 +210,8 @@ parts = {"all weights": memory.total, "QLoRA": whole, "of that frozen": frozen, 
 # Forty steps, each on 8 windows of 128 tokens: a few times through the days that it may see. **Predict**
 # the perplexity on the held-out ones, about 400 now: 300, 150, 50?
 # %% tags=["nbval-ignore-output"]
-from quantlab.finetune import finetune
-from quantlab.qlora import RECIPE
+from quantlab.train.loop import finetune
+from quantlab.train.lora import RECIPE
 
 frozen = {name: b.clone() for name, b in learner.named_buffers()} | {
     name: p.clone() for name, p in learner.named_parameters() if not p.requires_grad}
@@ -260,7 +260,7 @@ for name, one in {"before": base, "after": learner}.items():
 # ## 6. Beside it
 # Does NF4 hold it back? Do the adapters? Is it more than frequent words? The repository's script has
 # trained the same 40 steps on the float base, with all weights (at a tenth of the rate), and on the same
-# days with all their tokens in random order; with other ranks too, for section 8. `data/qlora/log.json` is
+# days with all their tokens in random order; with other ranks too, for section 8. `data/checkpoints/lora/log.json` is
 # its log.
 #
 # **Predict** the order of the four. How much will shuffled tokens teach?
@@ -269,7 +269,7 @@ import json
 
 from quantlab.lm import DATA
 
-run = json.loads((DATA / "qlora/log.json").read_text())
+run = json.loads((DATA / "checkpoints/lora/log.json").read_text())
 runs = run["runs"]
 run["command"], run["on"]
 # %% tags=["nbval-ignore-output"]
@@ -324,12 +324,12 @@ assert fit["float"] < fit["all weights"] < fit["rank 8"]
 # 3. An update BA of rank 16 has 16 singular values (奇异值), the sizes of its 16 directions. Are they alike? And
 #    which layer of block 1 has the largest update?
 # %% tags=["nbval-ignore-output"]
-from quantlab.qlora import RANKS, load_adapters
+from quantlab.train.lora import RANKS, load_adapters
 
 def result(rank):
     one, r = add_lora(base, rank=max(rank, 1)), runs[f"rank {rank}"]
     if rank:
-        load_adapters(DATA / f"qlora/rank_{rank}.safetensors", one)
+        load_adapters(DATA / f"checkpoints/lora/rank_{rank}.safetensors", one)
     found = lora_layers(one).items()
     text = generate(one, tokenizer, "Day 12.", tokens=45, temperature=0.6, seed=1)
     updates = {name.removeprefix("model.layers."): (a.lora_A["default"].weight, 2 * a.lora_B["default"].weight)
@@ -369,7 +369,7 @@ f"rank 1 has {share:.0%} of rank 16's gain, in nats; each doubling adds {', '.jo
 import copy
 
 from quantlab.lm import divergence, model_bytes
-from quantlab.qlora import NF4Linear, merge
+from quantlab.train.lora import NF4Linear, merge
 
 graft = add_lora(model, rank=8)
 graft.load_state_dict({name: t for name, t in learner.state_dict().items() if "lora_" in name}, strict=False)

@@ -4,8 +4,8 @@ import torch
 
 from quantlab.checks import Exercise, expect
 from quantlab.granularity import PerAxis, quantize_tensor
-from quantlab.lsq import LSQ
-from quantlab.ternary import pack_ternary, ternary
+from quantlab.train.few_levels import pack_ternary, ternary
+from quantlab.train.lsq import LSQ
 
 
 def lsq_solution(v, step, qmin, qmax):

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from quantlab.affine import check_real
+from quantlab.arguments import check_real
 
 # Callbacks may come on a second thread, and matplotlib's font cache is one for the whole process.
 DRAWING = threading.RLock()

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantlab.affine import QParams, check_int, check_real, choose_qparams, fake_quantize
+from quantlab.affine import QParams, choose_qparams, fake_quantize
+from quantlab.arguments import check_int, check_real
 from quantlab.explorers.base import Explorer, figure, tie
 from quantlab.metrics import mse, split_error
 from quantlab.observers import MSE, Entropy, MinMax, MovingAverage, Percentile

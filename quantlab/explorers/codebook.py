@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from quantlab.affine import check_real
+from quantlab.arguments import check_real
 from quantlab.codebook import fp4_levels, kmeans_levels, nf4_levels, normalize_blocks, quantize_codebook
 from quantlab.explorers.base import Explorer, tie
 from quantlab.granularity import PerGroup, quantize_tensor

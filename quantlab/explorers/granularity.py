@@ -9,7 +9,7 @@ from matplotlib.collections import LineCollection
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from quantlab.affine import check_real
+from quantlab.arguments import check_real
 from quantlab.explorers.base import Explorer, figure, tie
 from quantlab.granularity import PerAxis, PerGroup, PerTensor, QTensor, quantize_tensor
 from quantlab.plots import FLOAT, QUANTIZED

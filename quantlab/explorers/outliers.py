@@ -8,7 +8,8 @@ from matplotlib import colormaps
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from quantlab.affine import check_int, check_real, choose_qparams, fake_quantize
+from quantlab.affine import choose_qparams, fake_quantize
+from quantlab.arguments import check_int, check_real
 from quantlab.explorers.base import Explorer, figure, tie
 from quantlab.granularity import PerAxis, quantize_tensor
 from quantlab.linear import DynamicInt8Linear

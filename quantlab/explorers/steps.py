@@ -8,12 +8,12 @@ import torch
 from matplotlib.collections import LineCollection
 from torch import Tensor
 
-from quantlab.affine import check_real
+from quantlab.arguments import check_real
 from quantlab.explorers.base import Explorer, figure, tie
 from quantlab.granularity import PerGroup, code_range, from_blocks, to_blocks
-from quantlab.lsq import LSQ
 from quantlab.plots import CLIPPED, ERROR, FLOAT, OTHER, QUANTIZED
-from quantlab.ternary import quantize_binary, quantize_ternary
+from quantlab.train.few_levels import quantize_binary, quantize_ternary
+from quantlab.train.lsq import LSQ
 
 GRIDS = {"8": 8, "6": 6, "5": 5, "4": 4, "3": 3, "2": 2, "1.58": "ternary", "1": "binary"}
 _FACTORS = np.geomspace(0.02, 6, 49)  # steps looked at, in units of mean |w|

@@ -5,7 +5,7 @@ import numpy as np
 from matplotlib.collections import LineCollection
 from torch import Tensor
 
-from quantlab.affine import check_real
+from quantlab.arguments import check_real
 from quantlab.explorers.base import Explorer, figure, tie
 from quantlab.granularity import PerGroup, quantize_tensor
 from quantlab.plots import ERROR, FLOAT, QUANTIZED

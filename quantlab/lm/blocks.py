@@ -1,13 +1,12 @@
 """Running the blocks of a model one by one: their inputs, and hooks on the layers inside."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from quantlab.gptq import Hessian
 from quantlab.lm.layers import blocks_of
+from quantlab.modules import hooked, linears_in
 
 
 class Stop(Exception):
@@ -55,25 +54,6 @@ def first(output):
     return output[0] if isinstance(output, tuple) else output
 
 
-def linears(block) -> dict[str, nn.Module]:
-    """The linear layers of a block, by their names in it."""
-    return {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-
-
-@contextmanager
-def hooked(hooks: dict[nn.Module, Callable], *, after: bool = False):
-    """Hooks before (or after) each of these modules runs, for a while."""
-    handles = [
-        module.register_forward_hook(hook) if after else module.register_forward_pre_hook(hook)
-        for module, hook in hooks.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def run(block, hidden: list[Tensor], arguments: dict) -> Iterator[Tensor]:
     """What the block gives out for each batch, one at a time."""
     for h in hidden:
@@ -88,7 +68,7 @@ def advance(block, hidden: list[Tensor], arguments: dict) -> None:
 
 def input_hessians(block, hidden: list[Tensor], arguments: dict) -> list[tuple[dict[str, nn.Module], Hessian]]:
     """One (layers, Hessian) for each distinct input in the block: layers handed the same tensor share it."""
-    layers = linears(block)
+    layers = linears_in(block)
     seen: dict[int, tuple[Tensor, list[str]]] = {}  # the tensor is kept, so that its id stays its own
 
     def look(name):

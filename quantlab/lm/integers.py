@@ -7,15 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantlab.linear import DynamicInt8Linear, Int8Linear, StaticInt8Linear
-from quantlab.lm.blocks import hooked, linears, run
-from quantlab.lm.layers import weight_of
+from quantlab.lm.blocks import run
 from quantlab.lm.report import LayerReport, QuantizeReport
+from quantlab.modules import as_linear, hooked, linears_in
 from quantlab.outliers import LLMInt8Linear
 
 
 def replace_block(prefix: str, block, hidden: list[Tensor], arguments: dict, report: QuantizeReport) -> list[Tensor]:
     """Put an integer layer in the place of every linear layer of a block; returns what the block gives out then."""
-    layers, settings = linears(block), report.settings
+    layers, settings = linears_in(block), report.settings
     static = report.method == "w8a8_static" or settings.get("per") == "static"
     observers = {name: settings["observer"]() for name in layers} if static else {}
 
@@ -28,7 +28,7 @@ def replace_block(prefix: str, block, hidden: list[Tensor], arguments: dict, rep
                 pass
     errors, hooks = {}, {}
     for name, layer in layers.items():
-        began, linear = time.perf_counter(), _as_linear(layer)
+        began, linear = time.perf_counter(), as_linear(layer)
         new = _integer_layer(linear, observers.get(name), settings)
         block.set_submodule(name, new)
         errors[name] = torch.zeros(2, dtype=torch.float64)
@@ -49,17 +49,6 @@ def _integer_layer(linear: nn.Linear, observer, settings: dict) -> Int8Linear:
     if observer is not None:
         return StaticInt8Linear.from_linear(linear, observer, activation_bits=bits)
     return DynamicInt8Linear.from_linear(linear, per=settings["per"], activation_bits=bits)
-
-
-def _as_linear(layer: nn.Module) -> nn.Linear:
-    """The layer as nn.Linear, sharing its memory; Conv1D stores its weight the other way round."""
-    if isinstance(layer, nn.Linear):
-        return layer
-    weight = weight_of(layer)
-    linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    linear.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
-    return linear
 
 
 def _compare(linear: nn.Linear, sums: Tensor):

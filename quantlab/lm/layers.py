@@ -2,9 +2,9 @@
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from quantlab.lm.measuring import checked_windows, evaluating
+from quantlab.lm.measuring import checked_windows
+from quantlab.modules import evaluating, hooked, is_linear
 
 
 def blocks_of(model) -> tuple[str, nn.ModuleList]:
@@ -19,16 +19,7 @@ def blocks_of(model) -> tuple[str, nn.ModuleList]:
 def linear_layers(model) -> dict[str, nn.Module]:
     """The linear layers inside the blocks by full name: nn.Linear, and GPT-2's Conv1D. Embeddings and head are not."""
     prefix, blocks = blocks_of(model)
-    return {f"{prefix}.{name}": m for name, m in blocks.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-
-
-def weight_of(layer: nn.Module) -> Tensor:
-    """The weight as (out, in). Conv1D stores it the other way round."""
-    return layer.weight.detach().T if isinstance(layer, Conv1D) else layer.weight.detach()
-
-
-def put_weight(layer: nn.Module, weight: Tensor) -> None:
-    layer.weight.data.copy_(weight.T if isinstance(layer, Conv1D) else weight)
+    return {f"{prefix}.{name}": m for name, m in blocks.named_modules() if is_linear(m)}
 
 
 def capture_inputs(model, tokens: Tensor, layers, *, window: int = 512) -> dict[str, Tensor]:
@@ -42,17 +33,10 @@ def capture_inputs(model, tokens: Tensor, layers, *, window: int = 512) -> dict[
         if name not in modules:
             raise ValueError(f"the model has no layer {name!r}; linear_layers(model) lists them")
 
-    def catch(name):
+    def keep(name):
         return lambda _module, inputs: caught[name].append(inputs[0].detach().float().flatten(0, -2).cpu())
 
-    hooks = [modules[name].register_forward_pre_hook(catch(name)) for name in caught]
-    try:
-        with torch.no_grad(), evaluating(model):
-            for ids in tokens.split(window):
-                model(ids[None].to(model.device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    _read(model, tokens, window, {modules[name]: keep(name) for name in caught})
     return {name: torch.cat(parts) for name, parts in caught.items()}
 
 
@@ -64,19 +48,19 @@ def activation_scales(model, tokens: Tensor, *, window: int = 512) -> dict[str, 
     window, _ = checked_windows(model, tokens, window, None)
     layers, largest = linear_layers(model), {}
 
-    def look(name):
+    def note(name):
         def hook(_module, inputs):
             peak = inputs[0].detach().float().abs().flatten(0, -2).amax(0).cpu()
             largest[name] = torch.maximum(largest[name], peak) if name in largest else peak
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(look(name)) for name, layer in layers.items()]
-    try:
-        with torch.no_grad(), evaluating(model):
-            for ids in tokens.split(window):
-                model(ids[None].to(model.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    _read(model, tokens, window, {layer: note(name) for name, layer in layers.items()})
     return {name: largest[name] for name in layers}
+
+
+def _read(model, tokens: Tensor, window: int, hooks: dict) -> None:
+    """Let the model read the tokens, window by window, with these hooks before its layers."""
+    with torch.no_grad(), evaluating(model), hooked(hooks):
+        for ids in tokens.split(window):
+            model(ids[None].to(model.device), use_cache=False)

@@ -2,16 +2,16 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantlab.affine import check_int
+from quantlab.arguments import check_int
 from quantlab.lm.loading import token_stream
 from quantlab.metrics import kl_per_position
+from quantlab.modules import evaluating
 
 
 class Perplexity(NamedTuple):
@@ -93,18 +93,6 @@ def checked_windows(model, tokens: Tensor, window: int, stride: int | None) -> t
     if not 1 <= stride <= window:
         raise ValueError(f"need 1 <= stride <= window, got stride={stride}, window={window}")
     return window, stride
-
-
-@contextmanager
-def evaluating(model):
-    """Dropout off for a while, and then every module as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _windows(tokens: Tensor, window: int, stride: int, batch: int = 8) -> Iterator[tuple[Tensor, Tensor]]:

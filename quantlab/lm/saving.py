@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from quantlab.lm.layers import linear_layers, put_weight, weight_of
+from quantlab.lm.layers import linear_layers
+from quantlab.modules import put_weight, weight_of
 from quantlab.storage import load_tensors, save_tensors
 
 WEIGHTS = "quantized.safetensors"

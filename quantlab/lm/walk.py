@@ -13,12 +13,13 @@ from quantlab.clipping import quantize_clipped
 from quantlab.codebook import CodebookTensor, nf4_levels, quantize_codebook
 from quantlab.gptq import Hessian, gptq_quantize
 from quantlab.granularity import QTensor, quantize_tensor, rows_or_groups, split_rows
-from quantlab.lm.blocks import advance, block_inputs, input_hessians, linears
+from quantlab.lm.blocks import advance, block_inputs, input_hessians
 from quantlab.lm.checkpoint import open_checkpoint
 from quantlab.lm.integers import replace_block
-from quantlab.lm.layers import activation_scales, blocks_of, linear_layers, put_weight, weight_of
+from quantlab.lm.layers import activation_scales, blocks_of, linear_layers
 from quantlab.lm.measuring import checked_windows
 from quantlab.lm.report import LayerReport, QuantizeReport, model_bytes
+from quantlab.modules import linears_in, put_weight, weight_of
 from quantlab.observers import MinMax
 from quantlab.outliers import smooth
 
@@ -118,7 +119,7 @@ def _quantize_block(
         else:
             report.qtensors |= qtensors
     else:
-        layers = linears(block)
+        layers = linears_in(block)
         for row in done:
             put_weight(layers[row.name.removeprefix(prefix)], checkpoint[row.name].dequantize())
     report.layers += done

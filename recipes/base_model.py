@@ -1,4 +1,4 @@
-"""Train the small Llama that the workbook ships:  python -m quantlab.training --help"""
+"""Train the small Llama that the workbook ships:  python -m recipes.base_model --help"""
 
 import argparse
 import json
@@ -227,7 +227,7 @@ RATES = {"rate": 4e-3, "weight_decay": 0.1, "dropout": 0.0}
 
 
 def parse(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m quantlab.training", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m recipes.base_model", description=__doc__)
     parser.add_argument("--train", nargs="+", required=True, help="text files, <|endoftext|> between documents")
     parser.add_argument("--out", required=True, help="folder for the model; OUT.checkpoint holds the way there")
     parser.add_argument("--start-from", help="folder of a model to go on from, instead of random weights")

@@ -1,6 +1,6 @@
 """QLoRA: a model frozen in NF4, and small trainable adapters (LoRA) beside its linear layers.
 
-python -m quantlab.qlora --out data/qlora  trains the adapters that notebook 15 shows, and writes the log of the run.
+python -m quantlab.train.lora --out data/checkpoints/lora  trains the adapters that notebook 15 shows, and writes the log of the run.
 """
 
 import argparse
@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantlab.affine import check_int
+from quantlab.arguments import check_int
 from quantlab.codebook import CodebookTensor, DoubleQuantized, nf4_levels, quantize_codebook
-from quantlab.finetune import finetune
 from quantlab.lm import divergence, linear_layers, load_lm, load_text, perplexity, token_stream, weight_of
 from quantlab.lm.measuring import checked_windows
 from quantlab.storage import load_tensors, save_tensors
+from quantlab.train.loop import finetune
 
 
 @contextmanager
@@ -302,7 +302,7 @@ def measure(model, reference, held: Tensor, stories: Tensor) -> dict:
 
 def main(argv=None) -> dict:
     """Train adapters of every rank and what they are compared with; write adapters and log.json; returns the log."""
-    parser = argparse.ArgumentParser(prog="python -m quantlab.qlora", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m quantlab.train.lora", description=__doc__)
     parser.add_argument("--out", required=True, help="folder for rank_*.safetensors and log.json")
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
     parser.add_argument("--steps", type=int, default=RECIPE["steps"])
@@ -318,7 +318,7 @@ def main(argv=None) -> dict:
     jobs["all weights"] = copy.deepcopy(model), train, {"learning_rate": FULL_RATE}
     jobs["shuffled tokens, rank 8"] = add_lora(base), shuffled, {}
     log = {
-        "command": shlex.join(["python", "-m", "quantlab.qlora", *(sys.argv[1:] if argv is None else argv)]),
+        "command": shlex.join(["python", "-m", "quantlab.train.lora", *(sys.argv[1:] if argv is None else argv)]),
         "on": f"torch {torch.__version__}, {threads} thread{'s' * (threads > 1)}",
         "recipe": recipe | {"full_rate": FULL_RATE},
     }

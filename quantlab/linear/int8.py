@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantlab.affine import QParams, check_int, check_real, choose_qparams, fake_quantize, quantize
+from quantlab.affine import QParams, choose_qparams, fake_quantize, quantize
+from quantlab.arguments import check_int, check_real
 from quantlab.granularity import Granularity, PerAxis, PerGroup, QTensor, quantize_tensor
 from quantlab.packing import unpack
 

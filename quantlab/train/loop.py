@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from quantlab.affine import check_int
+from quantlab.arguments import check_int
 from quantlab.lm.checkpoint import hash_tensors
-from quantlab.lm.measuring import checked_windows, divergence, evaluating, perplexity
+from quantlab.lm.measuring import checked_windows, divergence, perplexity
+from quantlab.modules import device_of, evaluating, in_mode
 
 
 @dataclass
@@ -106,7 +107,7 @@ def finetune(
         run.load(folder, fingerprint)
     began -= run.history.seconds
     with ExitStack() as stack:
-        stack.enter_context(_training(model))
+        stack.enter_context(in_mode(model, training=True))
         stack.enter_context(nullcontext() if teacher is None else evaluating(teacher))
         stack.callback(model.zero_grad)
         if held_out is not None and not run.history.held_out:
@@ -199,7 +200,7 @@ def sample_text_tokens(
             ids, cache = torch.full((min(batch, count - first), 1), start), None
             said = [ids]
             while len(said) < length:
-                out = model(ids.to(_device(model)), past_key_values=cache, use_cache=True)
+                out = model(ids.to(device_of(model)), past_key_values=cache, use_cache=True)
                 cache, logits = out.past_key_values, out.logits[:, -1].float().cpu()
                 ids = torch.multinomial((logits / temperature).softmax(-1), 1, generator=random)
                 said.append(ids)
@@ -221,7 +222,7 @@ class _Run:
 
     def step(self, ids: Tensor, teacher) -> float:
         """One step of the optimizer; returns the loss before it."""
-        step, device, settings = self.history.steps, _device(self.model), self.settings
+        step, device, settings = self.history.steps, device_of(self.model), self.settings
         for group in self.optimizer.param_groups:
             group["lr"] = rate_at(
                 step, peak=settings["learning_rate"], steps=settings["steps"], warmup=settings["warmup"]
@@ -311,7 +312,7 @@ def loss_on(model, ids: Tensor, teacher=None) -> Tensor:
     if teacher is None:
         return F.cross_entropy(logits, ids[:, 1:].flatten())
     with torch.no_grad():
-        said = teacher(ids.to(_device(teacher)), use_cache=False).logits[:, :-1].float().flatten(0, 1)
+        said = teacher(ids.to(device_of(teacher)), use_cache=False).logits[:, :-1].float().flatten(0, 1)
     log_p, log_q = said.to(logits.device).log_softmax(-1), logits.log_softmax(-1)
     return F.kl_div(log_q, log_p, reduction="sum", log_target=True) / len(logits)
 
@@ -388,22 +389,6 @@ def _fingerprint(model, tokens: Tensor, held_out: Tensor | None, teacher) -> str
 
 
 # --- small things -----------------------------------------------------------------------------------------------
-
-
-def _device(model) -> torch.device:
-    return next(model.parameters()).device
-
-
-@contextmanager
-def _training(model) -> Iterator[None]:
-    """Train mode for a while, and then every module as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

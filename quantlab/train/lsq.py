@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from quantlab.affine import check_real
+from quantlab.arguments import check_real
 from quantlab.granularity import (
     Granularity,
     PerTensor,

@@ -1,6 +1,6 @@
-"""Make what notebook 14 loads:  python data/qat14/make.py [lsq2 ternary ...]     (README.md here says what came of it)
+"""Make what notebook 14 loads:  python recipes/learned_steps.py [lsq2 ternary ...]     (README.md here says what came of it)
 
-The texts, the teacher and the loop are those of data/qat/make.py, so that its min-max rows can stand beside these.
+The texts, the teacher and the loop are those of recipes/minmax.py, so that its min-max rows can stand beside these.
 A run that is cut off goes on where it stopped if it is started again with the same --work folder.
 """
 
@@ -10,10 +10,10 @@ import runpy
 import time
 from pathlib import Path
 
-from quantlab.finetune import finetune
 from quantlab.lm import divergence, load_lm
 from quantlab.qat import convert, fake_quant_layers, prepare_qat
 from quantlab.storage import save_tensors
+from quantlab.train.loop import finetune
 
 HERE = Path(__file__).resolve().parent
 QAT = runpy.run_path(str(HERE.parent / "qat" / "make.py"))

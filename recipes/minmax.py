@@ -1,4 +1,4 @@
-"""Make what notebook 13 loads:  python data/qat/make.py [w2 w3 w4 texts]     (README.md here says what came of it)
+"""Make what notebook 13 loads:  python recipes/minmax.py [w2 w3 w4 texts]     (README.md here says what came of it)
 
 A run that is cut off goes on where it stopped if it is started again with the same --work folder.
 """
@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from quantlab.finetune import finetune, sample_text_tokens
 from quantlab.lm import divergence, load_lm, load_text, token_stream
 from quantlab.qat import convert, prepare_qat
 from quantlab.storage import save_tensors
+from quantlab.train.loop import finetune, sample_text_tokens
 
 HERE = Path(__file__).resolve().parent
 HELD_OUT = 4096  # the last tokens of the calibration text: not trained on, to choose settings by

@@ -1,0 +1,121 @@
+"""What a public function asks of its arguments: each check names the rule that broke and the value that broke it.
+
+A check returns what the function should go on with: numpy's and torch's whole numbers become an int, a float8 tensor
+becomes float32 (torch does not compute in 8 bits).
+"""
+
+import math
+import operator
+
+import torch
+from torch import Tensor, nn
+
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+def check_int(value, name: str, low: int | None = None, high: int | None = None) -> int:
+    """The value as an int; ValueError unless it is a whole number (no bool, no float) in low..high."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except (TypeError, RuntimeError):  # RuntimeError: a tensor on the meta device has no value
+        number = None
+    if number is None or (isinstance(value, Tensor) and (value.dtype == torch.bool or value.ndim)):
+        raise ValueError(f"{name} must be an int, got {kind(value)}")
+    if (low is not None and number < low) or (high is not None and number > high):
+        if high is None:
+            raise ValueError(f"{name} must be at least {low}, got {number}")
+        raise ValueError(f"{name} must be {low}..{high}, got {number}")
+    return number
+
+
+def check_number(value, name: str, *, above: float | None = None, low: float = -math.inf, high: float = math.inf):
+    """The value as an int or float; ValueError unless it is a finite number (no bool) above `above`, in low..high."""
+    number = (
+        value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 and not _is_meta(value) else value
+    )
+    if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+        raise ValueError(f"{name} must be a finite number, got {kind(value)}")
+    if (above is not None and not number > above) or not low <= number <= high:
+        parts = [f"above {above:g}"] if above is not None else []
+        parts += [f"at least {low:g}"] if low > -math.inf else []
+        parts += [f"at most {high:g}"] if high < math.inf else []
+        raise ValueError(f"{name} must be {' and '.join(parts)}, got {number!r}")
+    return number
+
+
+def check_choice(value, name: str, choices) -> str:
+    """The value; ValueError unless it is one of these words."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {kind(value)}")
+    return value
+
+
+def check_flag(value, name: str) -> bool:
+    """The value as a bool; ValueError unless it is True or False (numpy's count)."""
+    if not isinstance(value, bool) and type(value).__name__ not in ("bool_", "bool"):
+        raise ValueError(f"{name} must be True or False, got {kind(value)}")
+    return bool(value)
+
+
+def check_tensor(x, name: str = "x") -> Tensor:
+    """x; ValueError unless it is a dense tensor whose values are in memory."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {kind(x)}")
+    if x.layout != torch.strided or x.is_quantized:
+        raise ValueError(f"{name} must be a dense tensor, got {x.dtype} of layout {x.layout}; pass x.to_dense()")
+    if _is_meta(x):
+        raise ValueError(f"{name} is on the meta device: it has a shape {tuple(x.shape)} and no values")
+    return x
+
+
+def check_real(x, name: str = "x") -> Tensor:
+    """x, float8 as float32; ValueError unless it is a tensor of finite numbers within float32, at least one."""
+    check_tensor(x, name)
+    if not x.is_floating_point():
+        raise ValueError(f"{name} must be floating point, got {x.dtype}")
+    if x.numel() == 0:
+        raise ValueError(f"{name} is empty, shape {tuple(x.shape)}")
+    x = x.float() if x.element_size() == 1 else x
+    low, high = (bound.item() for bound in torch.aminmax(x.detach()))  # a tenth of the time that isfinite takes
+    if not math.isfinite(low + high) and not torch.isfinite(x).all():
+        raise ValueError(f"{name} must be finite, got {int((~torch.isfinite(x)).sum())} NaN or infinite values")
+    if max(-low, high) > FLOAT32_MAX:
+        raise ValueError(f"{name} must fit into float32, in which scales are kept; got {low:.4g}..{high:.4g}")
+    return x
+
+
+def check_codes(codes, name: str = "codes") -> Tensor:
+    """codes; ValueError unless they are a tensor of whole numbers."""
+    check_tensor(codes, name)
+    if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+        raise ValueError(f"{name} must be integers, got {codes.dtype}; were they rounded and not converted?")
+    return codes
+
+
+def check_model(model, name: str = "model") -> nn.Module:
+    """model; ValueError unless it is a language model of transformers: the model itself, not its name."""
+    if isinstance(model, str):
+        raise ValueError(f"{name} must be a model, got the name {model!r}; pass load_lm({model!r})[0]")
+    if isinstance(model, tuple):
+        raise ValueError(f"{name} must be a model, got a tuple; model, tokenizer = load_lm() gives both")
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise ValueError(f"{name} must be a language model of transformers, got {kind(model)}")
+    if next(model.parameters()).is_meta:
+        raise ValueError(f"{name} is on the meta device: its parameters have no values")
+    return model
+
+
+def kind(value) -> str:
+    """What a message says of a value: a tensor's dtype and shape, a short value itself, else its type.
+
+    >>> kind(torch.zeros(2, 3)), kind(None), kind([0] * 99)
+    ('a tensor (2, 3) of torch.float32', 'None', 'list')
+    """
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)} of {value.dtype}"
+    text = repr(value) if isinstance(value, str | int | float | bool | tuple | list | dict | None) else ""
+    return text if 0 < len(text) <= 60 else type(value).__name__
+
+
+def _is_meta(x) -> bool:
+    return isinstance(x, Tensor) and x.is_meta

@@ -1,0 +1,86 @@
+"""The modules of a model, whatever library they come from: which are linear, their weights, hooks, modes.
+
+A linear layer is an nn.Linear or GPT-2's Conv1D, which is told by its name, so that transformers need not be imported.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from quantlab.arguments import kind
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a float linear layer: nn.Linear, or transformers' Conv1D."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def check_linear(layer) -> nn.Module:
+    """layer; ValueError unless it is a float linear layer."""
+    if not isinstance(layer, nn.Module) or not is_linear(layer):
+        raise ValueError(f"need an nn.Linear or a Conv1D, got {kind(layer)}")
+    return layer
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weight as (out, in), sharing the layer's memory. Conv1D stores it the other way round."""
+    weight = check_linear(layer).weight.detach()
+    return weight if isinstance(layer, nn.Linear) else weight.T
+
+
+def put_weight(layer: nn.Module, weight: Tensor) -> None:
+    """Copy a weight (out, in) into a layer, in the layer's dtype."""
+    weight_of(layer).copy_(weight)
+
+
+def as_linear(layer: nn.Module) -> nn.Linear:
+    """The layer as an nn.Linear that shares its memory."""
+    if isinstance(layer, nn.Linear):
+        return layer
+    weight = weight_of(layer)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if layer.bias is not None:
+        linear.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
+    return linear
+
+
+def linears_in(module: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers inside a module, by their names in it."""
+    return {name: m for name, m in module.named_modules() if is_linear(m)}
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter lies."""
+    return next(model.parameters()).device
+
+
+@contextmanager
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Train or eval mode for a while, and then every module as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def evaluating(model: nn.Module):
+    """Dropout off for a while, and then every module as it was."""
+    return in_mode(model, training=False)
+
+
+@contextmanager
+def hooked(hooks: Mapping[nn.Module, Callable], *, after: bool = False, with_kwargs: bool = False) -> Iterator[None]:
+    """Hooks before (or after) each of these modules runs, for a while."""
+    register = "register_forward_hook" if after else "register_forward_pre_hook"
+    handles = [getattr(module, register)(hook, with_kwargs=with_kwargs) for module, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
