@@ -5,17 +5,42 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantlab.arguments import check_int, check_real
+from quantlab.arguments import FLOAT32_MAX, check_codes, check_flag, check_int, check_real, kind
 
 
 @dataclass(frozen=True, eq=False)
 class QParams:
     """One affine map per block: real ≈ scale * (code - zero_point). Both tensors broadcast against the data."""
 
-    scale: Tensor  # real units per step, > 0, float32
+    scale: Tensor  # real units per step, finite and > 0, float32
     zero_point: Tensor  # the code that stands for real 0.0, int32, same shape as scale
     qmin: int  # smallest code
     qmax: int  # largest code, inclusive
+
+    def __post_init__(self):
+        qmin, qmax = check_int(self.qmin, "qmin"), check_int(self.qmax, "qmax")
+        if qmin >= qmax:
+            raise ValueError(f"need qmin < qmax, got qmin={qmin}, qmax={qmax}")
+        vars(self).update(qmin=qmin, qmax=qmax)
+        check_real(self.scale, "scale")
+        if not (self.scale > 0).all():
+            raise ValueError(f"scale must be above 0, got {self.scale.min():.3g}")
+        check_codes(self.zero_point, "zero_point")
+        if self.zero_point.shape != self.scale.shape:
+            shapes = tuple(self.scale.shape), tuple(self.zero_point.shape)
+            raise ValueError(f"scale and zero_point must have one shape, got {shapes[0]} and {shapes[1]}")
+        low, high = (int(bound) for bound in torch.aminmax(self.zero_point))
+        if low < qmin or high > qmax:
+            raise ValueError(f"zero_point must be a code, {qmin}..{qmax}, got {low}..{high}")
+
+    def check_fits(self, x: Tensor) -> None:
+        """ValueError unless scale and zero_point broadcast against x without making it larger."""
+        try:
+            fits = torch.broadcast_shapes(x.shape, self.scale.shape) == x.shape
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise ValueError(f"scales {tuple(self.scale.shape)} do not fit a tensor {tuple(x.shape)}")
 
 
 def choose_qparams(min_val: Tensor, max_val: Tensor, *, qmin: int, qmax: int, symmetric: bool = False) -> QParams:
@@ -35,6 +60,7 @@ def choose_qparams(min_val: Tensor, max_val: Tensor, *, qmin: int, qmax: int, sy
     (1.0, 1)
     """
     _check_bounds(min_val, max_val, qmin, qmax)
+    symmetric = check_flag(symmetric, "symmetric")
     # In float64, so that a range near 3e38 does not overflow, and the one rounding is that of the result.
     low, high = min_val.detach().double().clamp(max=0.0), max_val.detach().double().clamp(min=0.0)
     if symmetric:
@@ -57,28 +83,27 @@ def quantize(x: Tensor, qp: QParams) -> Tensor:
     Rounding comes before adding zero_point: round(0.5) + 1 is 1, but round(0.5 + 1) is 2. This is the
     convention of torch.fake_quantize_per_channel_affine; libraries differ here, next to ties only.
 
-    Raises: ValueError if x is not floating point, is empty or holds NaN or infinity.
+    Raises: ValueError if x is not floating point, is empty, holds NaN or infinity, or the scales do not fit it.
 
     >>> qp = QParams(torch.tensor(0.5), torch.tensor(1, dtype=torch.int32), 0, 3)
     >>> quantize(torch.tensor([-9.0, 0.0, 0.6, 9.0]), qp).tolist()
     [0, 1, 2, 3]
     """
-    check_real(x)
-    return unclamped_codes(x, qp).clamp(qp.qmin, qp.qmax).to(torch.int32)
+    return unclamped_codes(check_real(x), qp).clamp(qp.qmin, qp.qmax).to(torch.int32)
 
 
 def dequantize(codes: Tensor, qp: QParams) -> Tensor:
     """The reals that the codes stand for, scale * (code - zero_point), float32.
 
-    Raises: ValueError if codes are not integers.
+    Raises: ValueError if codes are not integers, or the scales do not fit them.
 
     >>> qp = QParams(torch.tensor(0.5), torch.tensor(1, dtype=torch.int32), 0, 3)
     >>> dequantize(torch.tensor([0, 1, 2, 3]), qp).tolist()
     [-0.5, 0.0, 0.5, 1.0]
     """
-    if codes.is_floating_point() or codes.is_complex():
-        raise ValueError(f"codes must be integers, got {codes.dtype}; did you pass x instead of quantize(x, qp)?")
-    return qp.scale.float() * (codes.to(torch.int32) - qp.zero_point)
+    check_codes(codes)
+    check_qparams(qp).check_fits(codes)
+    return _reals(codes.to(torch.int32), qp)
 
 
 def fake_quantize(x: Tensor, qp: QParams) -> Tensor:
@@ -87,7 +112,7 @@ def fake_quantize(x: Tensor, qp: QParams) -> Tensor:
     The value is that of dequantize(quantize(x, qp), qp). The gradient is 1 where the code of x lies in
     qmin..qmax and 0 where it was clamped (Jacob et al. 2018, sec. 3; same mask as torch's own).
 
-    Raises: ValueError if x is not floating point, is empty or holds NaN or infinity.
+    Raises: ValueError if x is not floating point, is empty, holds NaN or infinity, or the scales do not fit it.
 
     >>> x = torch.tensor([0.3, 9.0], requires_grad=True)
     >>> y = fake_quantize(x, QParams(torch.tensor(0.5), torch.tensor(1, dtype=torch.int32), 0, 3))
@@ -95,27 +120,40 @@ def fake_quantize(x: Tensor, qp: QParams) -> Tensor:
     >>> y.tolist(), x.grad.tolist()
     ([0.5, 1.0], [1.0, 0.0])
     """
-    check_real(x)
-    return _StraightThrough.apply(x, qp)
+    return _StraightThrough.apply(check_real(x), qp)
 
 
-def _check_bounds(min_val: Tensor, max_val: Tensor, qmin: int, qmax: int) -> None:
-    for name, bound in (("qmin", qmin), ("qmax", qmax)):
-        check_int(bound, name)
-    if qmin >= qmax:
-        raise ValueError(f"need qmin < qmax, got qmin={qmin}, qmax={qmax}")
-    if min_val.shape != max_val.shape or min_val.numel() == 0:
-        raise ValueError(f"need bounds of one shape, got {tuple(min_val.shape)} and {tuple(max_val.shape)}")
-    if not (torch.isfinite(min_val.float()).all() and torch.isfinite(max_val.float()).all()):
-        raise ValueError("min_val and max_val must be finite float32 numbers; has the observer seen any data?")
-    if (min_val > max_val).any():
-        raise ValueError("need min_val <= max_val; are the two swapped?")
+def check_qparams(qp) -> QParams:
+    """qp; ValueError unless it is a QParams."""
+    if not isinstance(qp, QParams):
+        raise ValueError(f"qp must be a QParams, as choose_qparams gives it, got {kind(qp)}")
+    return qp
 
 
 def unclamped_codes(x: Tensor, qp: QParams) -> Tensor:
     """round(x / scale) + zero_point before clamping, float32 (exact: codes are far below 2**24)."""
+    check_qparams(qp).check_fits(x)
     x = x if x.dtype == torch.float64 else x.float()
     return torch.round(x * (1.0 / qp.scale).to(x.dtype)) + qp.zero_point
+
+
+def _reals(codes: Tensor, qp: QParams) -> Tensor:
+    """scale * (code - zero_point), float32; a product beyond float32 becomes its largest number, not infinity."""
+    reals = qp.scale.float() * (codes - qp.zero_point).float()
+    return reals.clamp_(-FLOAT32_MAX, FLOAT32_MAX)
+
+
+def _check_bounds(min_val: Tensor, max_val: Tensor, qmin: int, qmax: int) -> None:
+    if check_int(qmin, "qmin") >= check_int(qmax, "qmax"):
+        raise ValueError(f"need qmin < qmax, got qmin={qmin}, qmax={qmax}")
+    for name, bound in (("min_val", min_val), ("max_val", max_val)):
+        if isinstance(bound, Tensor) and bound.is_floating_point() and not torch.isfinite(bound.float()).all():
+            raise ValueError(f"{name} must be finite float32 numbers, got {bound}; has the observer seen any data?")
+        check_real(bound, name)
+    if min_val.shape != max_val.shape:
+        raise ValueError(f"need bounds of one shape, got {tuple(min_val.shape)} and {tuple(max_val.shape)}")
+    if (min_val > max_val).any():
+        raise ValueError("need min_val <= max_val; are the two swapped?")
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -123,7 +161,7 @@ class _StraightThrough(torch.autograd.Function):
     def forward(ctx, x, qp):
         steps = unclamped_codes(x, qp)
         ctx.save_for_backward((steps >= qp.qmin) & (steps <= qp.qmax))
-        return (qp.scale * (steps.clamp(qp.qmin, qp.qmax) - qp.zero_point)).to(x.dtype)
+        return _reals(steps.clamp(qp.qmin, qp.qmax), qp).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):

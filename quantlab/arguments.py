@@ -87,8 +87,8 @@ def check_real(x, name: str = "x") -> Tensor:
 def check_codes(codes, name: str = "codes") -> Tensor:
     """codes; ValueError unless they are a tensor of whole numbers."""
     check_tensor(codes, name)
-    if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
-        raise ValueError(f"{name} must be integers, got {codes.dtype}; were they rounded and not converted?")
+    if codes.is_floating_point() or codes.is_complex():
+        raise ValueError(f"{name} must be integers, got {codes.dtype}; did you pass x instead of its codes?")
     return codes
 
 

@@ -13,36 +13,53 @@ from torch import Tensor
 from quantlab.arguments import check_int, check_real
 from quantlab.gptq import Hessian, check_weight
 from quantlab.granularity import QTensor, quantize_tensor, rows_or_groups
+from quantlab.quantized import Quantized, smallest_exact
 
 
 @dataclass(frozen=True, eq=False)
-class ScaledQTensor:
-    """A quantized W · diag(s), and s: the layer computes (x / s) (W s)ᵀ. Deployed, 1 / s goes into the layer before."""
+class _Around(Quantized):
+    """A QTensor, and something beside it; codes, bits and dtype are those of the QTensor."""
 
-    q: QTensor  # codes of W · diag(s)
-    input_scale: Tensor  # s, (in,), float32
+    q: QTensor
+
+    codes = property(lambda self: self.q.codes)
+    bits = property(lambda self: self.q.bits)
+    dtype = property(lambda self: self.q.dtype)
+    first_code = property(lambda self: self.q.first_code)
+
+    def settings(self) -> dict:
+        return self.q.settings()
+
+
+@dataclass(frozen=True, eq=False)
+class ScaledQTensor(_Around):
+    """A quantized W · diag(s), and s: the layer computes (x / s) (W s)ᵀ. Deployed, 1 / s goes into the layer before.
+
+    s is stored in 16 bits (nothing, where it is folded into the layer before).
+    """
+
+    input_scale: Tensor  # s, (in,), float32, of numbers that float16 holds
 
     def dequantize(self) -> Tensor:
         """The weight that the layer acts with, Q(W s) / s, in the dtype of the original."""
         return (self.q.dequantize().float() / self.input_scale).to(self.q.dtype)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes to store it, with s in 16 bits (nothing, where it is folded into the layer before)."""
-        return self.q.nbytes + 2 * self.input_scale.numel()
+    def side_parts(self) -> dict[str, Tensor]:
+        return self.q.side_parts() | {"input_scale": self.input_scale.half()}
 
-    @property
-    def bits_per_element(self) -> float:
-        """True bits for each weight, s included."""
-        return 8 * self.nbytes / self.q.codes.numel()
+    @classmethod
+    def from_codes(cls, codes: Tensor, parts: dict[str, Tensor], settings: dict) -> "ScaledQTensor":
+        return cls(QTensor.from_codes(codes, parts, settings), parts["input_scale"].float())
 
 
 @dataclass(frozen=True, eq=False)
-class MixedQTensor:
-    """A quantized weight and, beside it, some of its columns in float: the experiment that AWQ started from."""
+class MixedQTensor(_Around):
+    """A quantized weight and, beside it, some of its columns in float: the experiment that AWQ started from.
 
-    q: QTensor  # codes of all columns; those that are kept go unused
-    columns: Tensor  # which are kept, (kept,), int64
+    Kept weights are stored in 16 bits where that loses nothing, the number of each kept column in 32.
+    """
+
+    columns: Tensor  # which are kept, (kept,), int64; their codes go unused
     values: Tensor  # what stands in them, (out, kept)
 
     def dequantize(self) -> Tensor:
@@ -51,15 +68,13 @@ class MixedQTensor:
         mixed[:, self.columns] = self.values
         return mixed
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes to store it: kept weights in 16 bits, each kept column's number in 32."""
-        return self.q.nbytes + 2 * self.values.numel() + 4 * len(self.columns)
+    def side_parts(self) -> dict[str, Tensor]:
+        return self.q.side_parts() | {"columns": self.columns.int(), "values": smallest_exact(self.values)}
 
-    @property
-    def bits_per_element(self) -> float:
-        """True bits for each weight, kept columns included."""
-        return 8 * self.nbytes / self.q.codes.numel()
+    @classmethod
+    def from_codes(cls, codes: Tensor, parts: dict[str, Tensor], settings: dict) -> "MixedQTensor":
+        q = QTensor.from_codes(codes, parts, settings)
+        return cls(q, parts["columns"].long(), parts["values"].to(q.dtype))
 
 
 def keep_columns(

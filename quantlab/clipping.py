@@ -7,7 +7,8 @@ from torch import Tensor
 
 from quantlab.affine import QParams, choose_qparams, dequantize, quantize
 from quantlab.arguments import check_int, check_real
-from quantlab.granularity import Granularity, QTensor, code_range, from_blocks, shape_qparams, to_blocks
+from quantlab.blocks import Granularity, to_blocks
+from quantlab.granularity import QTensor, code_range, qtensor_of_blocks
 
 
 def quantize_clipped(
@@ -26,8 +27,7 @@ def quantize_clipped(
     >>> round(q.dequantize()[0].item(), 2), round(q.dequantize()[-1].item(), 2)   # 1.33 and 4 without
     (1.1, 3.3)
     """
-    check_real(x)
-    check_int(steps, "steps", 1)
+    x, steps = check_real(x), check_int(steps, "steps", 1, 1000)
     qmin, qmax = code_range(bits, signed=signed, symmetric=symmetric)
     blocks = to_blocks(x.detach(), granularity)
     low, high = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
@@ -37,8 +37,7 @@ def quantize_clipped(
         qp = choose_qparams(ratio * low, ratio * high, qmin=qmin, qmax=qmax, symmetric=symmetric)
         error = (dequantize(quantize(blocks, qp), qp).double() - blocks).square().sum(1, keepdim=True)
         best, least = (qp, error) if best is None else _better(best, least, qp, error)
-    codes = from_blocks(quantize(blocks, best), granularity, x.shape).to(torch.int8 if signed else torch.uint8)
-    return QTensor(codes, shape_qparams(best, granularity, x.shape), bits, granularity, symmetric, x.dtype)
+    return qtensor_of_blocks(x, quantize(blocks, best), best, bits, granularity, symmetric)
 
 
 def _better(best: QParams, least: Tensor, qp: QParams, error: Tensor) -> tuple[QParams, Tensor]:

@@ -20,8 +20,8 @@ _NUMBERS = count()
 def write_whole(path, content: str | bytes | Callable[[Path], object]) -> int:
     """Write a file by way of one beside it, which reaches the disk and is renamed; returns its size in bytes.
 
-    content is a text (UTF-8), bytes, or a function that writes to the path it is given. Whatever ends the writing, Ctrl-C
-    included, the old file stays and nothing else does; what a process that was killed left beside is removed here.
+    content is a text (UTF-8), bytes, or a function that writes to the path it is given. Whatever ends the writing,
+    Ctrl-C included, the old file stays and nothing else does; what a process that was killed left beside is removed here.
 
     Raises: FileNotFoundError if there is no such folder, OSError with the file's name if the disk does not take it.
     """
@@ -41,7 +41,7 @@ def write_whole(path, content: str | bytes | Callable[[Path], object]) -> int:
     except SafetensorError as error:
         raise OSError(f"{path} could not be written: {error}") from error
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         part.unlink(missing_ok=True)
     return path.stat().st_size

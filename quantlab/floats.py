@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quantlab.arguments import check_int, check_real
-from quantlab.packing import pack
+from quantlab.quantized import DTYPES, Quantized
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def values(fmt: FloatFormat) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class BlockFloatTensor:
+class BlockFloatTensor(Quantized):
     """Small floats, and a scale of 8 bits for each block of neighbours in the last dimension."""
 
     codes: Tensor  # uint8, bit patterns of fmt, the shape of the original
@@ -185,20 +185,26 @@ class BlockFloatTensor:
         reals, limit = decode(self.codes, self.fmt) * self.real_scales()[..., index], torch.finfo(self.dtype)
         return reals.clamp(limit.min, limit.max).to(self.dtype)
 
-    def packed(self) -> Tensor:
-        """The codes as a stream of bits (see packing.pack); the scales are bytes already."""
-        return pack(self.codes, bits=self.fmt.bits)
-
     @property
-    def nbytes(self) -> int:
-        """Bytes to store it: packed codes, one byte a block, and the scale of the tensor if it has one."""
-        extra = 0 if self.tensor_scale is None else self.tensor_scale.element_size()
-        return -(-self.codes.numel() * self.fmt.bits // 8) + self.scales.numel() + extra
+    def bits(self) -> int:
+        """Bits of one code."""
+        return self.fmt.bits
 
-    @property
-    def bits_per_element(self) -> float:
-        """True bits for each element, scales included: 4.25 for MXFP4 where blocks are whole."""
-        return 8 * self.nbytes / self.codes.numel()
+    def side_parts(self) -> dict[str, Tensor]:
+        """One byte a block, and the scale of the tensor if it has one."""
+        extra = {} if self.tensor_scale is None else {"tensor_scale": self.tensor_scale}
+        return {"scales": self.scales} | extra
+
+    def settings(self) -> dict:
+        return super().settings() | {"fmt": vars(self.fmt), "block_size": self.block_size}
+
+    @classmethod
+    def from_codes(cls, codes: Tensor, parts: dict[str, Tensor], settings: dict) -> "BlockFloatTensor":
+        fmt, size, dtype = FloatFormat(**settings["fmt"]), settings["block_size"], DTYPES[settings["dtype"]]
+        if parts["scales"].shape != (*codes.shape[:-1], -(-codes.shape[-1] // size)):
+            got = tuple(parts["scales"].shape)
+            raise ValueError(f"scales {got} do not fit codes {tuple(codes.shape)} in blocks of {size}")
+        return cls(codes, parts["scales"], fmt, size, parts.get("tensor_scale"), dtype)
 
 
 def mx_quantize(x: Tensor, fmt: FloatFormat, *, block_size: int = 32) -> BlockFloatTensor:

@@ -1,52 +1,42 @@
-"""Which elements share one scale: the whole tensor, one index of an axis, or a group of neighbours."""
+"""Rounding to nearest, with one scale for each block of a tensor; what it gives is a QTensor."""
 
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from quantlab.affine import QParams, choose_qparams, dequantize, quantize
-from quantlab.arguments import check_int, check_real
-from quantlab.packing import pack
+from quantlab.arguments import FLOAT32_MAX, check_codes, check_flag, check_int, check_real
+from quantlab.blocks import (
+    Granularity,
+    PerAxis,
+    PerGroup,
+    PerTensor,
+    from_blocks,
+    rows_or_groups,
+    scale_shape,
+    to_blocks,
+)  # fmt: skip
+from quantlab.packing import pack, unpack
+from quantlab.quantized import DTYPES, Quantized
 
+__all__ = [
+    "Granularity", "PerAxis", "PerGroup", "PerTensor", "QTensor", "code_range", "qtensor_of_blocks", "quantize_tensor",
+    "rows_or_groups", "split_rows", "symmetric_qtensor",
+]  # fmt: skip
 
-@dataclass(frozen=True)
-class PerTensor:
-    """One scale for all elements."""
-
-
-@dataclass(frozen=True)
-class PerAxis:
-    """One scale for each index of `axis`, the dimension that is kept: PerAxis(0) is one per row of a matrix."""
-
-    axis: int
-
-
-@dataclass(frozen=True)
-class PerGroup:
-    """One scale for each run of group_size neighbours in the last dimension; the last run may be shorter."""
-
-    group_size: int
-
-    def __post_init__(self):
-        check_int(self.group_size, "group_size", 1)
-
-
-Granularity = PerTensor | PerAxis | PerGroup
-
-
-def rows_or_groups(group_size: int | None) -> Granularity:
-    """The granularity of a weight (out, in): one scale a row (None), or one for each group of so many inputs."""
-    return PerAxis(0) if group_size is None else PerGroup(group_size)
+_WORDS = {"tensor": PerTensor, "axis": PerAxis, "group": PerGroup}  # for granularities, in files
+_CODES = {"int8": torch.int8, "uint8": torch.uint8}
 
 
 @dataclass(frozen=True, eq=False)
-class QTensor:
+class QTensor(Quantized):
     """A quantized tensor: integer codes, and the affine map of each block.
 
     qparams.scale has the shape () for PerTensor, (1, .., n, .., 1) for PerAxis, (..., groups) for PerGroup.
     group_index says which group each position of the last dimension belongs to; None: groups are in order.
+
+    Raises: ValueError if scales or group_index do not fit the codes.
     """
 
     codes: Tensor  # int8 (signed) or uint8, the shape of the original
@@ -57,10 +47,31 @@ class QTensor:
     dtype: torch.dtype = torch.float32  # of the original, and of dequantize()
     group_index: Tensor | None = None  # (last dimension,), int32; from GPTQ with act_order
 
+    def __post_init__(self):
+        vars(self).update(bits=check_int(self.bits, "bits", 1, 8))
+        shape = scale_shape(check_codes(self.codes).shape, self.granularity)
+        if self.qparams.scale.shape != shape:
+            got = tuple(self.qparams.scale.shape)
+            raise ValueError(f"codes {tuple(self.codes.shape)} need scales {shape} for {self.granularity}, got {got}")
+        if self.group_index is not None and self.group_index.shape != self.codes.shape[-1:]:
+            raise ValueError(f"group_index {tuple(self.group_index.shape)} does not fit {tuple(self.codes.shape)}")
+
+    @property
+    def first_code(self) -> int:
+        return self.qparams.qmin
+
     def dequantize(self) -> Tensor:
         """The reals that the codes stand for, in the dtype of the original."""
-        values, limit = dequantize(self.codes, self.element_qparams()), torch.finfo(self.dtype)
-        return values.clamp(max(limit.min, -3.4e38), min(limit.max, 3.4e38)).to(self.dtype)
+        if isinstance(self.granularity, PerGroup) and self.group_index is None:
+            qp = replace(
+                self.qparams, scale=self.qparams.scale.reshape(-1, 1), zero_point=self.qparams.zero_point.reshape(-1, 1)
+            )
+            blocks = dequantize(to_blocks(self.codes, self.granularity), qp)
+            values = from_blocks(blocks, self.granularity, self.codes.shape)
+        else:
+            values = dequantize(self.codes, self.element_qparams())
+        limit = min(torch.finfo(self.dtype).max, FLOAT32_MAX)  # a finite number must not come back as infinity
+        return values.to(self.dtype) if limit == FLOAT32_MAX else values.clamp(-limit, limit).to(self.dtype)
 
     def element_qparams(self) -> QParams:
         """The maps with scale and zero_point broadcastable against the codes."""
@@ -72,26 +83,43 @@ class QTensor:
         qp = self.qparams
         return replace(qp, scale=qp.scale[..., index], zero_point=qp.zero_point[..., index])
 
-    def packed(self) -> Tensor:
-        """The codes, shifted to start at 0, as a stream of bits (see packing.pack)."""
-        return pack(self.codes.to(torch.int32) - self.qparams.qmin, bits=self.bits)
+    def side_parts(self) -> dict[str, Tensor]:
+        """Scales, packed zero points (none if symmetric), group index if any."""
+        qp, middle = self.qparams, _middle(self.qparams.qmin, self.qparams.qmax)
+        parts = {"scale": qp.scale}
+        if not self.symmetric:
+            parts["zero_point"] = pack(qp.zero_point - qp.qmin, bits=self.bits)
+        elif (qp.zero_point != middle).any():
+            raise ValueError(f"a symmetric tensor has the middle code {middle} as zero_point everywhere")
+        if self.group_index is not None:
+            parts["group_index"] = self.group_index
+        return parts
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes to store it: packed codes, scales, packed zero points (none if symmetric), group index if any."""
+    def settings(self) -> dict:
+        codes = str(self.codes.dtype).removeprefix("torch.")
+        if codes not in _CODES:
+            raise ValueError(f"codes of {codes} are not stored here; known are {', '.join(_CODES)}")
+        word = next(word for word, of in _WORDS.items() if isinstance(self.granularity, of))
+        return super().settings() | {
+            "qmin": self.qparams.qmin,
+            "qmax": self.qparams.qmax,
+            "symmetric": self.symmetric,
+            "granularity": [word, *vars(self.granularity).values()],
+            "codes": codes,
+        }
 
-        def packed(count: int) -> int:
-            return -(-count * self.bits // 8)
-
-        scales = self.qparams.scale
-        zeros = 0 if self.symmetric else packed(scales.numel())
-        index = 0 if self.group_index is None else self.group_index.numel() * self.group_index.element_size()
-        return packed(self.codes.numel()) + scales.numel() * scales.element_size() + zeros + index
-
-    @property
-    def bits_per_element(self) -> float:
-        """True bits for each element, scales and zero points included."""
-        return 8 * self.nbytes / self.codes.numel()
+    @classmethod
+    def from_codes(cls, codes: Tensor, parts: dict[str, Tensor], settings: dict) -> "QTensor":
+        bits, qmin, qmax, scale = settings["bits"], settings["qmin"], settings["qmax"], parts["scale"]
+        if settings["symmetric"]:
+            zero_point = torch.full_like(scale, _middle(qmin, qmax), dtype=torch.int32)
+        else:
+            zero_point = unpack(parts["zero_point"], bits=bits, count=scale.numel()).to(torch.int32) + qmin
+        codes = (codes.to(torch.int16) + qmin).to(_CODES[settings["codes"]])
+        word, *values = settings["granularity"]
+        qp = QParams(scale, zero_point.reshape(scale.shape), qmin, qmax)
+        how = _WORDS[word](*values), settings["symmetric"], DTYPES[settings["dtype"]]
+        return cls(codes, qp, bits, *how, parts.get("group_index"))
 
 
 def quantize_tensor(
@@ -108,14 +136,28 @@ def quantize_tensor(
     >>> q.codes.tolist(), q.qparams.scale.flatten().tolist(), q.bits_per_element
     ([[0, 3], [0, 3]], [1.0, 10.0], 20.0)
     """
-    check_real(x)
+    x = check_real(x)
     qmin, qmax = code_range(bits, signed=signed, symmetric=symmetric)
     blocks = to_blocks(x.detach(), granularity)
-    qp = choose_qparams(
-        blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True), qmin=qmin, qmax=qmax, symmetric=symmetric
-    )
-    codes = from_blocks(quantize(blocks, qp), granularity, x.shape).to(torch.int8 if signed else torch.uint8)
-    return QTensor(codes, shape_qparams(qp, granularity, x.shape), bits, granularity, symmetric, x.dtype)
+    low, high = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
+    qp = choose_qparams(low, high, qmin=qmin, qmax=qmax, symmetric=symmetric)
+    return qtensor_of_blocks(x, quantize(blocks, qp), qp, bits, granularity, symmetric)
+
+
+def qtensor_of_blocks(
+    x: Tensor, codes: Tensor, qp: QParams, bits: int, granularity: Granularity, symmetric: bool
+) -> QTensor:
+    """The QTensor of x from the codes of its blocks, (blocks, elements), and one map a block, (blocks, 1)."""
+    shape = scale_shape(x.shape, granularity)
+    qp = replace(qp, scale=qp.scale.reshape(shape), zero_point=qp.zero_point.reshape(shape))
+    codes = from_blocks(codes, granularity, x.shape).to(torch.int8 if qp.qmin < 0 else torch.uint8)
+    return QTensor(codes, qp, bits, granularity, symmetric, x.dtype)
+
+
+def symmetric_qtensor(x: Tensor, codes: Tensor, scale: Tensor, bits: int, granularity: Granularity) -> QTensor:
+    """Signed codes and scales of blocks as the QTensor of x, zero_point 0."""
+    qp = QParams(scale, torch.zeros_like(scale, dtype=torch.int32), *code_range(bits, symmetric=True))
+    return qtensor_of_blocks(x, codes, qp, bits, granularity, True)
 
 
 def split_rows(q: QTensor, rows: list[int]) -> list[QTensor]:
@@ -132,74 +174,13 @@ def code_range(bits: int, *, signed: bool = True, symmetric: bool = False) -> tu
     >>> code_range(8), code_range(8, signed=False)
     ((-128, 127), (0, 255))
     """
-    least = 2 if symmetric else 1
-    bits = check_int(bits, "bits")
-    if not least <= bits <= 8:
-        raise ValueError(f"bits must be {least}..8 for a {'symmetric' if symmetric else 'asymmetric'} grid, got {bits}")
-    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    smallest, bits = 2 if check_flag(symmetric, "symmetric") else 1, check_int(bits, "bits")
+    if not smallest <= bits <= 8:
+        grid = "symmetric" if symmetric else "asymmetric"
+        raise ValueError(f"bits must be {smallest}..8 for a {grid} grid, got {bits}")
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if check_flag(signed, "signed") else (0, 2**bits - 1)
 
 
-def to_blocks(x: Tensor, granularity: Granularity) -> Tensor:
-    """x as (blocks, elements): a row for each scale. A short last group is filled up with zeros.
-
-    >>> to_blocks(torch.arange(1.0, 6.0), PerGroup(2)).tolist()
-    [[1.0, 2.0], [3.0, 4.0], [5.0, 0.0]]
-    """
-    if isinstance(granularity, PerTensor):
-        return x.reshape(1, -1)
-    if isinstance(granularity, PerAxis):
-        axis = _checked_axis(x.ndim, granularity)
-        return x.movedim(axis, 0).flatten(1) if x.ndim > 1 else x[:, None]
-    if not isinstance(granularity, PerGroup):
-        raise ValueError(f"granularity must be PerTensor(), PerAxis(axis) or PerGroup(size), got {granularity!r}")
-    if x.ndim == 0:
-        raise ValueError("PerGroup needs at least one dimension, got a scalar")
-    size = min(granularity.group_size, x.shape[-1])
-    # Zeros do not change a block's range, which choose_qparams widens to hold 0 anyway.
-    return F.pad(x, (0, -x.shape[-1] % size)).reshape(-1, size)
-
-
-def from_blocks(blocks: Tensor, granularity: Granularity, shape: torch.Size) -> Tensor:
-    """The inverse of to_blocks for a tensor of this shape."""
-    if isinstance(granularity, PerTensor):
-        return blocks.reshape(shape)
-    if isinstance(granularity, PerAxis):
-        axis = _checked_axis(len(shape), granularity)
-        moved = (shape[axis], *shape[:axis], *shape[axis + 1 :])
-        return blocks.reshape(moved).movedim(0, axis)
-    return blocks.reshape(*shape[:-1], -1)[..., : shape[-1]]
-
-
-def block_sizes(x: Tensor, granularity: Granularity) -> Tensor:
-    """How many elements each block has, (blocks, 1); a short last group counts only its own."""
-    return to_blocks(torch.ones(x.shape, dtype=torch.float64, device=x.device), granularity).sum(1, keepdim=True)
-
-
-def mean_magnitude(x: Tensor, granularity: Granularity) -> Tensor:
-    """mean |x| of each block, (blocks, 1), float64."""
-    return to_blocks(x.double().abs(), granularity).sum(1, keepdim=True) / block_sizes(x, granularity)
-
-
-def symmetric_qtensor(x: Tensor, codes: Tensor, scale: Tensor, bits: int, granularity: Granularity) -> QTensor:
-    """Codes and scales of blocks as the QTensor of x: zero_point 0, and shapes as quantize_tensor has them."""
-    q = quantize_tensor(x.detach(), bits=bits, granularity=granularity)
-    qp = replace(q.qparams, scale=scale.reshape(q.qparams.scale.shape))
-    return replace(q, codes=from_blocks(codes, granularity, x.shape).to(torch.int8), qparams=qp)
-
-
-def _checked_axis(ndim: int, granularity: PerAxis) -> int:
-    if not -ndim <= check_int(granularity.axis, "axis") < ndim:
-        raise ValueError(f"PerAxis({granularity.axis}) names no dimension of a tensor with {ndim} dimensions")
-    return granularity.axis % ndim
-
-
-def shape_qparams(qp: QParams, granularity: Granularity, shape: torch.Size) -> QParams:
-    """One map a block, (blocks, 1), in the shape that QTensor promises."""
-    if isinstance(granularity, PerTensor):
-        new = ()
-    elif isinstance(granularity, PerAxis):
-        axis = _checked_axis(len(shape), granularity)
-        new = tuple(size if i == axis else 1 for i, size in enumerate(shape))
-    else:
-        new = (*shape[:-1], -1)
-    return replace(qp, scale=qp.scale.reshape(new), zero_point=qp.zero_point.reshape(new))
+def _middle(qmin: int, qmax: int) -> int:
+    """The zero_point of a symmetric grid."""
+    return (qmin + qmax + 1) // 2

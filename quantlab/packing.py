@@ -1,10 +1,11 @@
 """Codes of 1 to 8 bits in bytes and back."""
 
-import operator
 from functools import cache
 
 import torch
 from torch import Tensor
+
+from quantlab.arguments import check_codes, check_int, check_tensor
 
 # Codes worked on at a time: few enough for a core's cache, enough to make the cost of a torch call small.
 _CHUNK = 2**18
@@ -21,14 +22,12 @@ def pack(codes: Tensor, *, bits: int) -> Tensor:
     >>> pack(torch.tensor([1, 2, 3, 0, 1]), bits=2).tolist()   # 0b00_11_10_01, 0b01
     [57, 1]
     """
-    bits = _check_bits(bits)
-    if not isinstance(codes, Tensor) or codes.is_floating_point() or codes.is_complex():
-        raise ValueError(f"codes must be integers, got {_kind(codes)}")
-    flat = codes.reshape(-1)
-    packed = torch.empty(_bytes(len(flat), bits), dtype=torch.uint8, device=flat.device)
+    bits = check_int(bits, "bits", 1, 8)
+    flat = check_codes(codes).reshape(-1)
+    packed = torch.empty(packed_size(len(flat), bits), dtype=torch.uint8, device=flat.device)
     for start in range(0, len(flat), _CHUNK):
         part = _pack_chunk(flat[start : start + _CHUNK], bits)
-        packed[_bytes(start, bits) :][: len(part)] = part
+        packed[packed_size(start, bits) :][: len(part)] = part
     return packed
 
 
@@ -40,44 +39,35 @@ def unpack(packed: Tensor, *, bits: int, count: int) -> Tensor:
     >>> unpack(torch.tensor([57, 1], dtype=torch.uint8), bits=2, count=5).tolist()
     [1, 2, 3, 0, 1]
     """
-    bits = _check_bits(bits)
-    if not isinstance(packed, Tensor) or packed.dtype != torch.uint8:
-        raise ValueError(f"packed must be uint8, got {_kind(packed)}")
-    most = packed.numel() * 8 // bits
-    if isinstance(count, bool) or count not in range(most + 1):
-        raise ValueError(f"{packed.numel()} bytes hold at most {most} codes of {bits} bits, asked for {count}")
-    flat, codes = packed.reshape(-1), torch.empty(int(count), dtype=torch.uint8, device=packed.device)
+    bits = check_int(bits, "bits", 1, 8)
+    if check_tensor(packed, "packed").dtype != torch.uint8:
+        raise ValueError(f"packed must be uint8, got {packed.dtype}")
+    count, held = check_int(count, "count", 0), packed.numel() * 8 // bits
+    if count > held:
+        raise ValueError(f"{packed.numel()} bytes hold at most {held} codes of {bits} bits, asked for {count}")
+    flat, codes = packed.reshape(-1), torch.empty(count, dtype=torch.uint8, device=packed.device)
     for start in range(0, len(codes), _CHUNK):
         part = codes[start : start + _CHUNK]
-        part[:] = _unpack_chunk(flat[_bytes(start, bits) :][: _bytes(len(part), bits)], bits)[: len(part)]
+        part[:] = _unpack_chunk(flat[packed_size(start, bits) :][: packed_size(len(part), bits)], bits)[: len(part)]
     return codes
 
 
-def _check_bits(bits: int) -> int:
-    if isinstance(bits, bool) or not hasattr(bits, "__index__") or operator.index(bits) not in range(1, 9):
-        raise ValueError(f"bits must be 1..8, got {bits!r}")
-    return operator.index(bits)
-
-
-def _kind(x) -> str:
-    return str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
-
-
-def _bytes(count: int, bits: int) -> int:
+def packed_size(count: int, bits: int) -> int:
+    """Bytes of `count` packed codes."""
     return -(-count * bits // 8)
 
 
 def _pack_chunk(codes: Tensor, bits: int) -> Tensor:
     """Eight codes in the eight bytes of a word, pushed together in its low `bits` bytes; then those alone."""
     _check_range(codes, bits)
-    words = torch.zeros(_bytes(len(codes), 1), dtype=torch.int64, device=codes.device)
+    words = torch.zeros(packed_size(len(codes), 1), dtype=torch.int64, device=codes.device)
     words.view(torch.uint8)[: len(codes)] = codes
     for lane in (8, 16, 32) if bits < 8 else ():  # of two neighbours, `held` bits each, the upper moves down
         held = lane * bits // 8
         low = _mask(2 * lane, held)
         upper = (words >> (lane - held)).bitwise_and_(low << held)
         words.bitwise_and_(low).bitwise_or_(upper)
-    return _low_bytes(words, bits).contiguous().view(torch.uint8).flatten()[: _bytes(len(codes), bits)]
+    return _low_bytes(words, bits).contiguous().view(torch.uint8).flatten()[: packed_size(len(codes), bits)]
 
 
 def _unpack_chunk(packed: Tensor, bits: int) -> Tensor:

@@ -22,6 +22,7 @@ from quantlab.codebook import (
     normalize_blocks,
     quantize_codebook,
 )
+from quantlab.codebook_fast import fast_nearest
 
 # bitsandbytes, functional.py, get_4bit_type("nf4")
 PUBLISHED_NF4 = [
@@ -148,7 +149,7 @@ def test_the_fast_path_is_the_plain_one(levels, seed):
         [edges, *(torch.nextafter(edges, torch.tensor(to)) for to in (2.0, -2.0)), tensor(500, seed=seed, scale=0.4)]
     )
     x = x.clamp(-1, 1)
-    assert torch.equal(codebook._fast_nearest(levels)(x), nearest_level(x, levels))
+    assert torch.equal(fast_nearest(levels)(x), nearest_level(x, levels))
 
 
 @pytest.mark.parametrize(
@@ -158,13 +159,13 @@ def test_the_fast_path_on_every_sixteen_bit_number_and_its_neighbours(levels):
     x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
     x = x[x.abs() <= 1]
     x = torch.cat([x, torch.nextafter(x, torch.tensor(2.0)), torch.nextafter(x, torch.tensor(-2.0))]).clamp(-1, 1)
-    assert torch.equal(codebook._fast_nearest(levels)(x), nearest_level(x, levels))
+    assert torch.equal(fast_nearest(levels)(x), nearest_level(x, levels))
 
 
 def test_the_tables_people_use_take_the_fast_path_and_close_levels_do_not():
-    assert codebook._fast_nearest(nf4_levels()).__name__ == "nearest"
-    assert codebook._fast_nearest(fp4_levels(smallest=1 / 192)).__name__ == "nearest"
-    assert codebook._fast_nearest(dynamic_levels()).__name__ == "<lambda>"
+    assert fast_nearest(nf4_levels()) is not None
+    assert fast_nearest(fp4_levels(smallest=1 / 192)) is not None
+    assert fast_nearest(dynamic_levels()) is None
 
 
 def test_more_than_one_piece():
@@ -419,7 +420,7 @@ def test_bad_input_names_the_rule():
         quantize_codebook(torch.tensor([1]), nf4_levels())
     with pytest.raises(ValueError, match="empty"):
         quantize_codebook(torch.empty(0, 3), nf4_levels())
-    with pytest.raises(ValueError, match="must be a tensor, got list"):
+    with pytest.raises(ValueError, match="must be a tensor, got"):
         quantize_codebook([1.0], nf4_levels())
     for block_size in (0, -1, 64.0, True):
         with pytest.raises(ValueError, match="block_size must be"):

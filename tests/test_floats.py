@@ -401,7 +401,9 @@ def test_blocks_edges(quantizer):
         assert torch.equal(x, before)
         assert q.dequantize().shape == x.shape
         assert (q.dequantize() - x).abs().max() <= x.abs().max() / 4
-    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+    with pytest.raises(ValueError, match="fit into float32"):  # in which, at most, scales are kept
+        quantizer(torch.tensor([1e300], dtype=torch.float64))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
         x = torch.tensor([[torch.finfo(dtype).max, 1.0, -1.0]], dtype=dtype)
         back = quantizer(x).dequantize()
         assert back.dtype == dtype

