@@ -91,7 +91,7 @@ def steps(what: str, options: list) -> dict:
     if what == "bench":
         return {path.name: [path] for path in sorted(ROOT.glob("benchmarks/[!_]*.py"))}
     if what == "notebooks":
-        return {"notebooks": ["recipes/notebooks.py", *options]}
+        return {"notebooks": ["-m", "recipes.notebooks", *options]}
     if options:
         return {"tests": ["-m", "pytest", *options]}
     found = sorted(ROOT.glob("notebooks/*.ipynb"))

@@ -5,6 +5,8 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from quantlab.exercises import CHAPTERS
+
 
 class Wrong(Exception):
     """Raised by an exercise's test: the property that broke, what was got, and a likely cause."""
@@ -74,10 +76,9 @@ def solution(name: str) -> None:
 def find(name: str) -> Exercise:
     """The exercise of this name. Raises ValueError, listing the names there are, if there is none."""
     chapter = str(name).partition(".")[0]
-    try:
-        exercises = importlib.import_module(f"quantlab.exercises.n{int(chapter):02}").EXERCISES
-    except (ImportError, ValueError):
-        raise ValueError(f"no exercise {name!r}: there is no chapter {chapter!r}") from None
+    if chapter not in CHAPTERS:
+        raise ValueError(f"no exercise {name!r}: there is no chapter {chapter!r}")
+    exercises = importlib.import_module(f"quantlab.exercises.{CHAPTERS[chapter]}").EXERCISES
     if name not in exercises:
         raise ValueError(f"no exercise {name!r}; chapter {chapter} has {', '.join(exercises)}")
     return exercises[name]

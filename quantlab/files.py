@@ -21,7 +21,7 @@ def write_whole(path, content: str | bytes | Callable[[Path], object]) -> int:
     """Write a file by way of one beside it, which reaches the disk and is renamed; returns its size in bytes.
 
     content is a text (UTF-8), bytes, or a function that writes to the path it is given. Whatever ends the writing,
-    Ctrl-C included, the old file stays and nothing else does; what a process that was killed left beside is removed here.
+    Ctrl-C included, the old file stays and nothing else does; what a killed process left beside it is removed here.
 
     Raises: FileNotFoundError if there is no such folder, OSError with the file's name if the disk does not take it.
     """

@@ -1,21 +1,26 @@
 """The learner's ledger: one measured row for each way of quantizing the model, kept in a CSV file."""
 
 import csv
-import os
+import io
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import NamedTuple, get_args
 
 import torch
 from filelock import FileLock
 from torch import Tensor
 
+from quantlab.files import write_whole
 from quantlab.lm import QuantizeReport, divergence, model_bytes, perplexity
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way of quantizing a model, measured. Errors are standard errors, latencies ratios to the float model."""
+    """One way of quantizing a model, measured. Errors are standard errors, latencies ratios to the float model.
+
+    None: not measured, as latencies are not where the arithmetic is the float model's.
+    """
 
     method: str
     bits: int  # 32 for the float model
@@ -27,65 +32,74 @@ class Row:
     top1: float  # fraction of tokens
     bits_per_weight: float  # all bytes of the model over all parameters
     bytes: int  # packed layers, the rest in 16 bits
-    prefill: float  # time to read 256 tokens, over the float model's in the same run
-    decode: float  # time to say a token, likewise
-    seconds: float  # to quantize
-    calibration_tokens: int
+    prefill: float | None = None  # time to read 256 tokens, over the float model's in the same run
+    prefill_spread: float | None = None  # standard deviation over the rounds
+    decode: float | None = None  # time to write a token, likewise
+    decode_spread: float | None = None
+    seconds: float | None = None  # to quantize, or to train
+    calibration_tokens: int | None = None  # looked at to quantize, or to train
+
+
+class Latency(NamedTuple):
+    """Times over those of the float model in the same run, and their standard deviation over the rounds."""
+
+    prefill: float
+    prefill_spread: float
+    decode: float
+    decode_spread: float
 
 
 def measure(
-    reference,
-    model,
-    tokens: Tensor,
-    *,
-    method: str,
-    bits: int = 32,
-    group: str = "-",
-    report: QuantizeReport | None = None,
-    qtensors: dict | None = None,
-    window: int = 512,
-) -> Row:
+    reference, model, tokens: Tensor, *, method: str, bits: int = 32, group: str = "-",
+    report: QuantizeReport | None = None, qtensors: dict | None = None, window: int = 512,
+    seconds: float | None = None, calibration_tokens: int | None = None,
+) -> Row:  # fmt: skip
     """A ledger row: model against the float model `reference` on the same tokens, in the same run.
 
     report is what quantize_lm returned, or qtensors what quantize_weights did: the packed layers then count with
-    their own bytes, all else in 16 bits. Without either the whole model counts as 16-bit floats.
+    their own bytes, all else in 16 bits. Without either the whole model counts as 16-bit floats. Latencies are measured
+    where the model computes otherwise than the reference: weights that are floats on a grid take a float's time.
     """
     p, d = perplexity(model, tokens, window=window), divergence(reference, model, tokens, window=window)
-    slow, fast = _latencies(reference, model, tokens)
     size = report.nbytes if report else model_bytes(model, qtensors)
+    if report:
+        seconds, calibration_tokens = report.seconds, report.calibration_tokens
     return Row(
-        method,
-        bits,
-        group,
-        p.value,
-        p.stderr,
-        d.kl,
-        d.stderr,
-        d.top1,
-        8 * size / sum(w.numel() for w in reference.parameters()),
-        size,
-        slow,
-        fast,
-        report.seconds if report else 0.0,
-        report.calibration_tokens if report else 0,
+        method=method,
+        bits=bits,
+        group=group,
+        perplexity=p.value,
+        perplexity_error=p.stderr,
+        kl=d.kl,
+        kl_error=d.stderr,
+        top1=d.top1,
+        bits_per_weight=8 * size / sum(w.numel() for w in reference.parameters()),
+        bytes=size,
+        seconds=seconds,
+        calibration_tokens=calibration_tokens,
+        **(latency(reference, model, tokens)._asdict() if computes_otherwise(reference, model) else {}),
     )
 
 
-def _latencies(reference, model, tokens: Tensor) -> tuple[float, float]:
-    """Times of model over those of reference: (prefill, decode). The least of rounds taken in turns.
+def computes_otherwise(reference, model) -> bool:
+    """Whether the model has other kinds of layers than the reference."""
+    return {type(m) for m in model.modules()} != {type(m) for m in reference.modules()}
 
-    Whatever else runs on the machine only adds time, so the least is nearest to the truth.
+
+def latency(reference, model, tokens: Tensor, *, rounds: int = 6) -> Latency:
+    """Seconds of model over those of reference, to read 256 tokens and to write one: rounds in turns, after a warm-up.
+
+    Whatever else runs on the machine only adds time, so the ratio is that of the least times, nearest to the truth.
     """
-    prompt, least = tokens[None, :256].to(model.device), {}
-    for _ in range(5):
-        for name, m in (("reference", reference), ("model", model)):
-            times = _read_and_say(m, prompt)
-            least[name] = [min(pair) for pair in zip(times, least.get(name, times), strict=True)]
-    return tuple(m / r for m, r in zip(least["model"], least["reference"], strict=True))
+    prompt = tokens[None, :256].to(model.device)
+    times = [[_read_and_write(m, prompt) for m in (reference, model)] for _ in range(rounds + 1)][1:]
+    times = torch.tensor(times, dtype=torch.float64)  # (rounds, reference or model, prefill or decode)
+    ratio, spread = (times.amin(0)[1] / times.amin(0)[0]).tolist(), (times[:, 1] / times[:, 0]).std(0).tolist()
+    return Latency(ratio[0], spread[0], ratio[1], spread[1])
 
 
-def _read_and_say(model, prompt: Tensor) -> tuple[float, float]:
-    """Seconds to read the prompt, and to say a token after it (the least of four)."""
+def _read_and_write(model, prompt: Tensor) -> tuple[float, float]:
+    """Seconds to read the prompt, and to write a token after it (the least of four)."""
     with torch.no_grad():
         start = time.perf_counter()
         cache = model(prompt, use_cache=True).past_key_values
@@ -98,27 +112,44 @@ def _read_and_say(model, prompt: Tensor) -> tuple[float, float]:
 
 
 def append(row: Row, path="ledger.csv") -> list[Row]:
-    """Write a row to the ledger, in place of an older one of the same method, bits and group; returns all rows."""
+    """Write a row to the ledger, in place of an older one of the same method, bits and group; returns all rows.
+
+    Raises: FileNotFoundError if there is no such folder, ValueError if the file there is no ledger.
+    """
     path = Path(path)
-    row = Row(**{f.name: f.type(getattr(row, f.name)) for f in fields(Row)})  # as it will be read back
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no folder {path.parent}")
     with FileLock(f"{path}.lock"):  # two notebooks may write at the same time
-        rows = [r for r in (read(path) if path.exists() else []) if _key(r) != _key(row)] + [row]
-        part = path.with_suffix(".part")
-        with part.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [f.name for f in fields(Row)])
-            writer.writeheader()
-            writer.writerows(asdict(r) for r in rows)
-        os.replace(part, path)  # written whole or not at all
-    return rows
+        rows = [r for r in (read(path) if path.exists() else []) if _key(r) != _key(row)]
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, [f.name for f in fields(Row)])
+        writer.writeheader()
+        writer.writerows(asdict(r) for r in [*rows, row])
+        write_whole(path, text.getvalue())
+    return read(path)
 
 
 def read(path="ledger.csv") -> list[Row]:
-    """The rows of a ledger. Raises FileNotFoundError if there is none, ValueError if it is not a ledger."""
+    """The rows of a ledger. Raises FileNotFoundError if there is none, ValueError if it is not a ledger or damaged."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no ledger {path}")
     with Path(path).open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if reader.fieldnames != [f.name for f in fields(Row)]:
             raise ValueError(f"{path} is not a ledger: its columns are {reader.fieldnames}")
-        return [Row(**{f.name: f.type(line[f.name]) for f in fields(Row)}) for line in reader]
+        return [row_of(line, f"{path}, line {number}") for number, line in enumerate(reader, 2)]
+
+
+def row_of(values: dict, where: str = "a row") -> Row:
+    """A row from texts or numbers by column. Raises ValueError, naming where, if one is missing or no number."""
+    found = {}
+    for field in fields(Row):
+        kinds, value = get_args(field.type) or (field.type,), values.get(field.name)
+        try:
+            found[field.name] = None if value in ("", None) and type(None) in kinds else kinds[0](value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where} is damaged: {field.name} is {value!r}") from error
+    return Row(**found)
 
 
 def compare(row: Row, other: Row) -> dict[str, float]:
@@ -129,19 +160,11 @@ def compare(row: Row, other: Row) -> dict[str, float]:
     """
     if other.kl == 0:
         raise ValueError(f"{other.method} is the float model: its KL of 0 leaves no ratio")
-    ratios = {name: getattr(row, name) / getattr(other, name) for name in ("kl", "perplexity", "bytes", "prefill")}
+    names = ("kl", "perplexity", "bytes", "prefill")
+    both = [name for name in names if None not in (getattr(row, name), getattr(other, name))]
+    ratios = {name: getattr(row, name) / getattr(other, name) for name in both}
     spread = (row.kl_error**2 + other.kl_error**2) ** 0.5
     return ratios | {"kl_sigmas": (row.kl - other.kl) / spread if spread else float("nan")}
-
-
-def pareto(rows: list[Row]) -> list[Row]:
-    """The rows worth having, smallest first: no other is at most as large and loses at most as much."""
-    best, least = [], float("inf")
-    for row in sorted(rows, key=lambda r: (r.bits_per_weight, r.kl)):
-        if row.kl < least:
-            best.append(row)
-            least = row.kl
-    return best
 
 
 def _key(row: Row) -> tuple:
@@ -155,13 +178,20 @@ class Table:
     rows: list
 
     def __repr__(self) -> str:
-        head = ("method", "bits", "group", "perplexity ±", "KL ±", "top-1", "bits/w", "kB", "prefill", "decode", "s")
-        widths = (max([12, *(len(r.method) for r in self.rows)]), 4, 6, 13, 16, 6, 6, 6, 7, 6, 5)
+        head = ("method", "bits", "group", "perplexity ±", "KL ±", "top-1", "bits/w", "kB", "prefill", "decode", "s",
+                "tokens")  # fmt: skip
+        widths = (max([12, *(len(r.method) for r in self.rows)]), 4, 6, 13, 16, 6, 6, 6, 12, 12, 6, 7)
         lines = [
             (r.method, f"{r.bits}", r.group, f"{r.perplexity:.2f} {r.perplexity_error:.2f}",
              f"{r.kl:.4f} {r.kl_error:.4f}", f"{r.top1:.1%}", f"{r.bits_per_weight:.2f}", f"{r.bytes / 1000:.0f}",
-             f"{r.prefill:.2f}x", f"{r.decode:.2f}x", f"{r.seconds:.1f}")
+             _ratio(r.prefill, r.prefill_spread), _ratio(r.decode, r.decode_spread),
+             "–" if r.seconds is None else f"{r.seconds:.2f}" if r.seconds < 10 else f"{r.seconds:.0f}",
+             "–" if r.calibration_tokens is None else f"{r.calibration_tokens}")
             for r in self.rows
         ]  # fmt: skip
         lines = ["  ".join(f"{text:>{w}}" for text, w in zip(row, widths, strict=True)) for row in (head, *lines)]
         return "\n".join(lines)
+
+
+def _ratio(value: float | None, spread: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}x" if spread is None else f"{value:.2f}x ±{spread:.2f}"

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from quantlab.arguments import check_int
-from quantlab.gptq import Hessian, gptq_quantize
-from quantlab.granularity import QTensor, quantize_tensor, rows_or_groups
+from quantlab.arguments import check_choice, check_int
+from quantlab.gptq import Hessian
+from quantlab.granularity import QTensor
 from quantlab.lm import blocks_of, linear_layers, weight_of
 from quantlab.lm.blocks import advance, block_inputs, input_hessians
+from quantlab.lm.layers import float_layers
 from quantlab.lm.measuring import checked_windows
+from quantlab.methods import GPTQ, RTN
 from quantlab.metrics import kl_per_position
 from quantlab.modules import hooked, put_weight
 
@@ -75,7 +77,7 @@ def sensitivity(
     bits = _checked_bits(bits)
     new = copy.deepcopy(model).eval()
     prefix, blocks = blocks_of(new)
-    layers = linear_layers(new)
+    layers = float_layers(new)
     choices = _quantized(new, tokens, method, bits, group_size, window)
     found: dict[str, dict[int, list[Tensor]]] = {name: {b: [] for b in bits} for name in layers}
     batches = _batches(tokens, window, model.config.vocab_size)
@@ -124,18 +126,11 @@ def _batches(tokens: Tensor, window: int, vocabulary: int) -> list[Tensor]:
 
 def _quantized(model, tokens, method, bits, group_size, window) -> dict[str, dict[int, QTensor]]:
     """Every linear layer's weight at each of these bits: {layer: {bits: QTensor}}."""
-    if method not in ("rtn", "gptq"):
-        raise ValueError(f"method must be rtn or gptq, got {method!r}")
-    granularity = rows_or_groups(group_size)
-    if method == "gptq":
-        hessians = _hessians(model, tokens, window)
-        return {
-            name: {b: gptq_quantize(weight_of(layer), hessians[name], bits=b, group_size=group_size) for b in bits}
-            for name, layer in linear_layers(model).items()
-        }
-    granularity = rows_or_groups(group_size)
+    of = {"rtn": RTN, "gptq": GPTQ}[check_choice(method, "method", ("rtn", "gptq"))]
+    ways = {b: of(bits=b, group_size=group_size) for b in bits}
+    hessians = _hessians(model, tokens, window) if of.needs_data else {}
     return {
-        name: {b: quantize_tensor(weight_of(layer), bits=b, granularity=granularity, symmetric=False) for b in bits}
+        name: {b: way.round([weight_of(layer)], hessians.get(name))[0] for b, way in ways.items()}
         for name, layer in linear_layers(model).items()
     }
 

@@ -7,11 +7,10 @@ import argparse
 import hashlib
 import itertools
 import json
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -22,19 +21,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from quantlab import ledger
+from quantlab.files import read_json, write_json
 from quantlab.ledger import Row
-from quantlab.lm import OPTIONS, linear_layers, load_lm, load_text, quantize_lm, token_stream
+from quantlab.lm import linear_layers, load_lm, load_text, quantize_lm, token_stream
 from quantlab.lm.checkpoint import fingerprint, hash_tensors
+from quantlab.methods import AWQ, GPTQ, NF4, RTN, Method, method_of, plain, settings_of
 
-# What the notebooks' ledger calls these ways; any other setting is added to the name of the method.
-_SHORT = {"clip_search": "clip", "act_order": "act-order", "double_quant": "double"}
+# What --methods offers: the short names of methods that round weights alone, with a word for a setting.
 NAMED = {
-    "rtn": {"method": "rtn"},
-    "rtn clip": {"method": "rtn", "clip_search": True},
-    "nf4": {"method": "nf4"},
-    "gptq": {"method": "gptq"},
-    "gptq act-order": {"method": "gptq", "act_order": True},
-    "awq": {"method": "awq"},
+    "rtn": RTN(),
+    "rtn clip": RTN(clip_search=True),
+    "nf4": NF4(),
+    "gptq": GPTQ(),
+    "gptq act-order": GPTQ(act_order=True),
+    "awq": AWQ(),
 }
 
 
@@ -50,14 +50,14 @@ def grid(**lists: Sequence) -> list[dict]:
     for name, values in lists.items():
         if isinstance(values, str | Mapping) or not isinstance(values, Sequence):
             raise ValueError(f"{name} must be a list of what to try, got {values!r}")
-    taken = {"method"}.union(*(_options(method).keys() for method in lists.get("method", [])))
+    taken = {"method"}.union(*(settings_of(method) for method in lists.get("method", [])))
     unknown = sorted(lists.keys() - taken)
     if "method" not in lists or unknown:
         raise ValueError(f"no method here takes {', '.join(unknown)}" if unknown else "method=[...] is missing")
     jobs = []
     for values in itertools.product(*lists.values()):
         job = dict(zip(lists, values, strict=True))
-        job = {name: v for name, v in job.items() if name == "method" or name in _options(job["method"])}
+        job = {name: v for name, v in job.items() if name == "method" or name in settings_of(job["method"])}
         if job not in jobs:
             jobs.append(job)
     return jobs
@@ -74,7 +74,7 @@ def sweep(
     n_jobs: int = -1,
     progress: bool = True,
 ) -> list[Row]:
-    """A ledger row for each job, in the order of the jobs. A job is what quantize_lm takes, as a dict: method, bits ...
+    """A ledger row for each job, in the order of the jobs: methods, GPTQ(bits=3), or dicts of what quantize_lm takes.
 
     model is a name for load_lm. Each process loads it once, needs the memory of two models, and computes on one thread;
     n_jobs of them run side by side through joblib, -1 as many as there are cores. More machines: with a
@@ -89,19 +89,21 @@ def sweep(
     calibration and tokens (n,): by default the first 16,384 and 4,096 of the bundled texts.
     Raises: ValueError for an unknown method or option, before anything runs, and what quantize_lm raises.
     """
-    settings = [_settings(job) for job in jobs]
+    methods = [_method(job) for job in jobs]
+    settings = [_settings(method) for method in methods]
     calibration, tokens, weights = _inputs(model, calibration, tokens)
     texts = hash_tensors({"calibration": calibration, "tokens": tokens})
     shared = [weights, texts, window, _sources()]
     keys = [hashlib.sha256(json.dumps([shared, s], sort_keys=True).encode()).hexdigest() for s in settings]
     folder = Path(folder)
     rows = {key: row for key in set(keys) if (row := _read(folder / f"{key}.json")) is not None}
-    todo = {key: (job, s) for key, job, s in zip(keys, jobs, settings, strict=True) if key not in rows}
+    pairs = zip(keys, methods, settings, strict=True)
+    todo = {key: (method, s) for key, method, s in pairs if key not in rows}
     if todo:
         folder.mkdir(parents=True, exist_ok=True)
         work = (
-            delayed(_measure)(key, model, weights, dict(job), calibration, tokens, window)
-            for key, (job, _) in todo.items()
+            delayed(_measure)(key, model, weights, method, calibration, tokens, window)
+            for key, (method, _) in todo.items()
         )
         done = Parallel(n_jobs=n_jobs, return_as="generator_unordered")(work)
         for key, row in tqdm(done, total=len(todo), desc="sweep", disable=not progress, leave=False):
@@ -110,59 +112,35 @@ def sweep(
     return [rows[key] for key in keys]
 
 
-def label(job: dict, model=None) -> tuple[str, int, str]:
+def label(job, model=None) -> tuple[str, int, str]:
     """(method, bits, group) of a job as the ledger names it; the model only for bits that differ by layer.
 
     With {layer: bits} it is "mixed ..." and bits the mean over the weights, rounded.
 
-    >>> label({"method": "gptq", "bits": 3, "act_order": True}), label({"method": "rtn", "group_size": None})
+    >>> label(GPTQ(bits=3, act_order=True)), label({"method": "rtn", "group_size": None})
     (('gptq act-order', 3, '128'), ('rtn', 4, 'row'))
     """
-    method, own = job["method"], _options(job["method"])
-    settings = own | job
-    words = [method]
-    for name in own:
-        if name not in ("bits", "group_size", "per") and settings[name] != own[name]:
-            value = settings[name]
-            words.append(_SHORT.get(name, name) if value is True else f"{name}={_plain(value)}")
-    bits = settings.get("bits", 4 if method == "nf4" else 8)
+    method = _method(job)
+    name, bits = method.label, method.ledger_bits
     if isinstance(bits, Mapping):
-        words.insert(0, "mixed")
-        counts = {name: layer.weight.numel() for name, layer in linear_layers(model).items()}
-        bits = round(sum(bits[name] * n for name, n in counts.items()) / sum(counts.values()))
-    if "group_size" in settings:
-        group = str(settings["group_size"] or "row")
-    else:
-        group = settings.get("per", {"llm_int8": "split"}.get(method, "static"))
-    return " ".join(words), bits, group
+        counts = {layer: m.weight.numel() for layer, m in linear_layers(model).items()}
+        bits = round(sum(bits[layer] * n for layer, n in counts.items()) / sum(counts.values()))
+        name = f"mixed {name}"
+    return name, bits, method.ledger_group
 
 
-def _options(method: str) -> dict:
-    if method not in OPTIONS:
-        raise ValueError(f"method must be one of {', '.join(OPTIONS)}, got {method!r}")
-    return OPTIONS[method]
-
-
-def _settings(job: dict) -> dict:
-    """All settings of a job, those that it leaves out too, as JSON can hold them."""
+def _method(job) -> Method:
+    """The method of a job: one already, or a dict like {"method": "rtn", "bits": 3}."""
+    if isinstance(job, Method):
+        return job
     if not isinstance(job, Mapping) or "method" not in job:
-        raise ValueError(f'a job is a dict like {{"method": "rtn", "bits": 3}}, got {job!r}')
-    own = _options(job["method"])
-    unknown = sorted(job.keys() - own.keys() - {"method"})
-    if unknown:
-        raise ValueError(f"{job['method']} takes {', '.join(own)}; got {', '.join(unknown)}")
-    return {name: _plain(value) for name, value in (own | dict(job)).items()}
+        raise ValueError(f'a job is a method or a dict like {{"method": "rtn", "bits": 3}}, got {job!r}')
+    return method_of(**{"name" if key == "method" else key: value for key, value in job.items()})
 
 
-def _plain(value):
-    if isinstance(value, Mapping):
-        return {str(name): _plain(v) for name, v in value.items()}
-    if not callable(value):
-        return value
-    name = getattr(value, "__qualname__", "<")
-    if "<" in name:
-        raise ValueError(f"a cached result must know its settings by name; {value!r} has none")
-    return f"{value.__module__}.{name}"
+def _settings(method: Method) -> dict:
+    """All settings of a method, as JSON can hold them."""
+    return {"method": method.name} | {name: plain(value) for name, value in method.settings.items()}
 
 
 def _inputs(name: str, calibration, tokens) -> tuple[Tensor, Tensor, str]:
@@ -185,14 +163,14 @@ def _loaded(name: str, weights: str):
 
 
 def _measure(
-    key: str, name: str, weights: str, job: dict, calibration: Tensor, tokens: Tensor, window: int
+    key: str, name: str, weights: str, method: Method, calibration: Tensor, tokens: Tensor, window: int
 ) -> tuple[str, Row]:
     """Runs in a worker: one way of quantizing, measured."""
     model = _loaded(name, weights)
-    method, bits, group = label(job, model)
+    label_, bits, group = label(method, model)
     with _one_thread():
-        new, report = quantize_lm(model, calibration, window=window, progress=False, **job)
-        row = ledger.measure(model, new, tokens, method=method, bits=bits, group=group, report=report, window=window)
+        new, report = quantize_lm(model, calibration, method, window=window, progress=False)
+        row = ledger.measure(model, new, tokens, method=label_, bits=bits, group=group, report=report, window=window)
     return key, row
 
 
@@ -212,7 +190,9 @@ def _sources() -> str:
     """Of everything in quantlab that computes, and the versions of what it computes with."""
     here = Path(__file__).parent
     whole = hashlib.sha256(f"{version('torch')} {version('transformers')}".encode())
-    for path in sorted([*here.glob("*.py"), *here.glob("lm/*.py")]):
+    for path in sorted(
+        [*here.glob("*.py"), *(path for room in ("linear", "lm", "methods") for path in here.glob(f"{room}/*.py"))]
+    ):
         whole.update(path.read_bytes())
     return whole.hexdigest()
 
@@ -222,11 +202,9 @@ def _digest(row: dict) -> str:
 
 
 def _write(path: Path, row: Row, settings: dict) -> None:
-    """Written beside and renamed: the file is whole, or not there."""
-    part = path.with_suffix(f".{os.getpid()}.part")
+    """Whole, or not there."""
     content = {"settings": settings, "row": asdict(row), "sha256": _digest(asdict(row))}
-    part.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(part, path)
+    write_json(path, content)
 
 
 def _read(path: Path) -> Row | None:
@@ -234,12 +212,12 @@ def _read(path: Path) -> Row | None:
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, {"row": dict, "sha256": str})
         row = content["row"]
         if content["sha256"] != _digest(row):
             raise ValueError("its row does not match its hash")
-        return Row(**{f.name: f.type(row[f.name]) for f in fields(Row)})
-    except (ValueError, KeyError, TypeError) as error:
+        return ledger.row_of(row)
+    except ValueError as error:
         warnings.warn(f"{path} is damaged and is measured again ({error!r})", stacklevel=3)
         return None
 
@@ -257,8 +235,10 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     chosen = parser.parse_args(arguments)
     jobs = []
     for name in chosen.methods:
-        sizes = {} if name == "nf4" else {"bits": chosen.bits, "group_size": [chosen.group]}
-        jobs += grid(**{setting: [value] for setting, value in NAMED[name].items()}, **sizes)
+        if name == "nf4":
+            jobs.append(NAMED[name])
+        else:
+            jobs += [replace(NAMED[name], bits=bits, group_size=chosen.group) for bits in chosen.bits]
     rows = sweep(chosen.model, jobs, folder=chosen.cache, n_jobs=chosen.n_jobs)
     for row in rows:
         ledger.append(row, chosen.out)

@@ -3,19 +3,21 @@
 import argparse
 import json
 import math
-import os
 import time
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from quantlab.lm import SEPARATOR, load_lm, read_documents, token_stream
+from quantlab.files import write_json
+from quantlab.lm import SEPARATOR, load_lm, perplexity, read_documents, token_stream
+from quantlab.train.loop import batch_at, loss_on
+from quantlab.train.run import Run
 
 
 def train_tokenizer(documents, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -82,20 +84,6 @@ def add_dropout(model, p: float) -> None:
     model.model.embed_tokens.register_forward_hook(drop)
 
 
-def batch_at(stream: Tensor, step: int, *, batch: int, context: int, seed: int) -> Tensor:
-    """The batch of a step, (batch, context + 1): a function of (seed, step) alone, so a resumed run sees the same.
-
-    Each epoch cuts the stream at a new random offset into windows and deals them out in a new random order.
-    """
-    per_epoch = max(1, (len(stream) - context - 1) // context // batch)
-    epoch, index = divmod(step, per_epoch)
-    random = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    windows = (len(stream) - 1) // context - 1
-    offset = torch.randint(context, (1,), generator=random)
-    chosen = torch.randperm(windows, generator=random)[index * batch : (index + 1) * batch]
-    return stream[(offset + chosen * context)[:, None] + torch.arange(context + 1)]
-
-
 def learning_rate(step: int, *, peak: float, steps: int, warmup: int = 100, decay: float = 0.4) -> float:
     """Up in a line, level, then down in a line over the last `decay` of the steps.
 
@@ -104,18 +92,10 @@ def learning_rate(step: int, *, peak: float, steps: int, warmup: int = 100, deca
     return peak * min(1.0, (step + 1) / warmup, (steps - step) / (decay * steps))
 
 
-@torch.no_grad()
 def bits_per_character(model, tokenizer, documents, *, context: int) -> float:
     """Negative log-likelihood of the documents (one stream, windows of `context`), in bits per character."""
-    device, was_training = next(model.parameters()).device, model.training
-    model.eval()
-    stream, nll = token_stream(tokenizer, documents), 0.0
-    for window in stream.split(context):
-        ids = window[None].to(device)
-        logits = model(ids).logits[0, :-1].float()
-        nll += F.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
-    model.train(was_training)
-    return nll / math.log(2) / sum(len(d) for d in documents)
+    found = perplexity(model, token_stream(tokenizer, documents), window=context)
+    return found.nll * found.tokens / math.log(2) / sum(len(d) for d in documents)
 
 
 def make_optimizers(model, weight_decay: float) -> list[torch.optim.Optimizer]:
@@ -132,93 +112,30 @@ def make_optimizers(model, weight_decay: float) -> list[torch.optim.Optimizer]:
     ]
 
 
-def save_checkpoint(folder: Path, model, optimizers, tokenizer, step: int, log: list) -> None:
-    """Weights and optimizer state (safetensors), then progress (json), which makes the new step count.
-
-    Each file is written whole and renamed, so a run that is cut off goes on from the last complete checkpoint.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    moments = {
-        f"{n}.{i}.{key}": value.contiguous().cpu()
-        for n, optimizer in enumerate(optimizers)
-        for i, state in optimizer.state_dict()["state"].items()
-        for key, value in state.items()
-    }
-    weights = {name: p.detach().contiguous().cpu() for name, p in model.named_parameters()}
-    for name, tensors in {"optimizer": moments, "weights": weights}.items():
-        save_file(tensors, folder / f"{name}.part")
-        os.replace(folder / f"{name}.part", folder / f"{name}.{step}.safetensors")
-    tokenizer.save_pretrained(folder / "tokenizer")
-    (folder / "progress.part").write_text(json.dumps({"step": step, "log": log}))
-    os.replace(folder / "progress.part", folder / "progress.json")
-    for old in folder.glob("*.safetensors"):
-        if old.name.split(".")[1] != str(step):
-            old.unlink()
-
-
-def load_checkpoint(folder: Path, model, optimizers) -> tuple[int, list]:
-    """Put a checkpoint's weights and optimizer state into place; returns (steps done, log)."""
-    progress = json.loads((folder / "progress.json").read_text())
-    step = progress["step"]
-    weights = load_file(folder / f"weights.{step}.safetensors")
-    for name, parameter in model.named_parameters():
-        parameter.data.copy_(weights[name])
-    states: list[dict] = [{} for _ in optimizers]
-    for key, value in load_file(folder / f"optimizer.{step}.safetensors").items():
-        n, index, name = key.split(".", 2)
-        states[int(n)].setdefault(int(index), {})[name] = value
-    for optimizer, state in zip(optimizers, states, strict=True):
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return step, progress["log"]
-
-
-def next_token_loss(model, ids: Tensor) -> Tensor:
-    """Mean negative log-likelihood of ids[:, 1:], in nats per token, computed in bfloat16 autocast."""
+def mixed_loss(model, ids: Tensor) -> Tensor:
+    """The loss of the training loop, computed in bfloat16 autocast."""
     with torch.autocast(ids.device.type, dtype=torch.bfloat16):
-        logits = model(ids[:, :-1], use_cache=False).logits
-    return F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
-
-
-def train_step(model, optimizers, ids: Tensor, rate: float, loss_of=next_token_loss) -> float:
-    """One step of every optimizer at this learning rate; returns the loss before it."""
-    loss = loss_of(model, ids)
-    model.zero_grad(set_to_none=True)
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-    return loss.item()
+        return loss_on(model, ids)
 
 
 def train(model, tokenizer, documents, args: argparse.Namespace) -> list:
     """Train in place, checkpoints in `args.out`.checkpoint; the log: (step, train loss, held-out bits per character).
 
-    The last `args.hold_out` documents are never trained on; they measure progress.
+    The last `args.hold_out` documents are never trained on; they measure progress. A run that goes on may have other
+    settings than it had before.
     """
-    folder, context = Path(f"{args.out}.checkpoint"), args.context
-    model.to(args.device).train()
+    model.to(args.device)
     add_dropout(model, args.dropout)
-    optimizers = make_optimizers(model, args.weight_decay)
-    start, log = load_checkpoint(folder, model, optimizers) if (folder / "progress.json").exists() else (0, [])
     held, documents = documents[len(documents) - args.hold_out :], documents[: len(documents) - args.hold_out]
     stream = token_stream(tokenizer, documents)
-    torch.manual_seed(args.seed + start)
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=f"{len(stream):,} tokens an epoch")
-    losses, loss_of = [], torch.compile(next_token_loss) if args.compile else next_token_loss
-    for step in bar:
-        ids = batch_at(stream, step, batch=args.batch, context=context, seed=args.seed).to(args.device)
-        losses.append(
-            train_step(model, optimizers, ids, learning_rate(step, peak=args.rate, steps=args.steps), loss_of)
-        )
-        if (step + 1) % args.every == 0 or step + 1 == args.steps:
-            bits = bits_per_character(model, tokenizer, held, context=context)
-            log.append((step + 1, sum(losses) / len(losses), bits))
-            losses = []
-            bar.set_postfix(loss=f"{log[-1][1]:.3f}", bits_per_char=f"{bits:.4f}")
-            save_checkpoint(folder, model, optimizers, tokenizer, step + 1, log)
-    return log
+    loss = partial(torch.compile(mixed_loss) if args.compile else mixed_loss, model)
+    rate = partial(learning_rate, peak=args.rate, steps=args.steps)
+    run = Run(model, make_optimizers(model, args.weight_decay), rate=rate, loss=loss, seed=args.seed)
+    batch_of = partial(batch_at, stream, batch=args.batch, window=args.context, seed=args.seed)
+    measure = partial(bits_per_character, model, tokenizer, held, context=args.context)
+    history = run.go(batch_of, args.steps, args.every, measure=measure, folder=f"{args.out}.checkpoint")
+    measured = zip(pairwise(history.checked_at), history.held_out[1:], strict=True)
+    return [(end, sum(history.losses[begin:end]) / (end - begin), bits) for (begin, end), bits in measured]
 
 
 SIZES = {"hidden": 256, "intermediate": 768, "layers": 4, "heads": 8, "kv_heads": 4, "vocab": 2048}
@@ -264,7 +181,7 @@ def main(argv=None) -> dict:
     if args.test:
         test = read_documents([args.test])[:300]
         report["test_bits_per_character"] = bits_per_character(model.float(), tokenizer, test, context=args.context)
-    (out / "training.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_json(out / "training.json", report)
     return report
 
 

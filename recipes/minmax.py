@@ -1,10 +1,9 @@
-"""Make what notebook 13 loads:  python recipes/minmax.py [w2 w3 w4 texts]     (README.md here says what came of it)
+"""Make what notebook 13 loads:  python -m recipes.minmax [w2 w3 w4 texts]     (README.md there: what came of it)
 
 A run that is cut off goes on where it stopped if it is started again with the same --work folder.
 """
 
 import argparse
-import json
 import os
 import platform
 import time
@@ -12,12 +11,13 @@ from pathlib import Path
 
 import torch
 
-from quantlab.lm import divergence, load_lm, load_text, token_stream
+from quantlab.files import write_json
+from quantlab.lm import DATA, divergence, load_lm, load_text, token_stream
 from quantlab.qat import convert, prepare_qat
 from quantlab.storage import save_tensors
 from quantlab.train.loop import finetune, sample_text_tokens
 
-HERE = Path(__file__).resolve().parent
+OUT = DATA / "checkpoints/minmax"
 HELD_OUT = 4096  # the last tokens of the calibration text: not trained on, to choose settings by
 # How they were chosen: README.md. The more bits, the less there is to repair, and the smaller the steps that do it.
 RUNS = {
@@ -37,28 +37,24 @@ def texts(model, tokenizer) -> dict[str, torch.Tensor]:
     return {"stories": stories, "own": own, "both": torch.cat([stories] * 3 + [own]), "held out": held_out}
 
 
-def train(model, text: dict, stream: str, *, bits, steps, learning_rate, distill=True, folder=None):
-    """(trained model, log): the loss of every step, and the KL on the held-out tokens."""
-    student, began = prepare_qat(model, bits=bits, group_size=GROUP), time.process_time()
-    history = finetune(
-        student,
-        text[stream],
-        steps=steps,
-        batch=BATCH,
-        window=WINDOW,
-        learning_rate=learning_rate,
-        teacher=model if distill else None,
-        held_out=text["held out"],
-        folder=folder,
-    )
+def fit(model, student, text: dict, stream: str, *, steps, learning_rate, distill=True, folder=None) -> dict:
+    """Train the student in place; the log: the loss of every step, and the KL on the held-out tokens."""
+    settings = {"steps": steps, "batch": BATCH, "window": WINDOW, "learning_rate": learning_rate}
+    teacher, held_out, began = model if distill else None, text["held out"], time.process_time()
+    history = finetune(student, text[stream], teacher=teacher, held_out=held_out, folder=folder, **settings)
     # held out: KL(float || student), or the negative log-likelihood where there is no teacher
-    kl = divergence(model, convert(student)[0], text["held out"]).kl
-    log = {"bits": bits, "group_size": GROUP, "steps": steps, "batch": BATCH, "window": WINDOW}
-    log |= {"learning_rate": learning_rate, "text": stream, "teacher": distill, "seed": 0}
+    kl = divergence(model, convert(student)[0], held_out).kl
+    log = settings | {"text": stream, "teacher": distill, "seed": 0}
     log |= {"kl_held_out": kl, "seconds": history.seconds, "cpu_seconds": time.process_time() - began}
     log |= {"losses": [round(loss, 4) for loss in history.losses]}
     log |= {"held_out": [round(loss, 4) for loss in history.held_out], "checked_at": history.checked_at}
-    return student, log | machine()
+    return log | machine()
+
+
+def train(model, text: dict, stream: str, *, bits: int, **settings):
+    """(trained model, log) at so many bits."""
+    student = prepare_qat(model, bits=bits, group_size=GROUP)
+    return student, {"bits": bits, "group_size": GROUP} | fit(model, student, text, stream, **settings)
 
 
 def machine() -> dict:
@@ -84,16 +80,16 @@ def main() -> None:
     parser.add_argument("what", nargs="*", default=[*RUNS, "texts"], help="w2, w3, w4, texts (default: all)")
     parser.add_argument("--work", type=Path, help="a folder for checkpoints, to go on from")
     arguments = parser.parse_args()
-    model, tokenizer = load_lm(HERE.parent / "model")
+    model, tokenizer = load_lm(DATA / "model")
     text = texts(model, tokenizer)
     for what in arguments.what:
         if what == "texts":
-            (HERE / "texts.json").write_text(json.dumps(compare_texts(model, text), indent=1) + "\n")
+            write_json(OUT / "texts.json", compare_texts(model, text))
             continue
         folder = arguments.work and arguments.work / what
         student, log = train(model, text, "both", **RUNS[what], folder=folder)
-        size = save_tensors(HERE / f"{what}.safetensors", convert(student)[1])
-        (HERE / f"{what}.json").write_text(json.dumps(log, indent=1) + "\n")
+        size = save_tensors(OUT / f"{what}.safetensors", convert(student)[1])
+        write_json(OUT / f"{what}.json", log)
         print(what, f"{size} bytes, KL on the held-out tokens {log['kl_held_out']:.4f}", flush=True)
 
 

@@ -1,10 +1,9 @@
-"""Run notebooks/src/*.py and store them with their outputs as notebooks/*.ipynb:  build.py --help"""
+"""Run notebooks/src/*.py and store them with their outputs as notebooks/*.ipynb:  python run.py notebooks --help"""
 
 import argparse
 import base64
 import copy
 import io
-import os
 import re
 import sys
 import time
@@ -21,7 +20,9 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 from nbformat import NotebookNode
 from PIL import Image, ImageChops
 
-HERE = Path(__file__).resolve().parent
+from quantlab.files import write_whole
+
+HERE = Path(__file__).resolve().parent.parent / "notebooks"
 METADATA = {
     "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -218,7 +219,7 @@ def problems(text: str, source: Path) -> list[str]:
     if [essence(cell) for cell in notebook.cells] != [essence(cell) for cell in cells_of(source).cells]:
         found.append("its cells differ from the source")
     elif text != as_text(normal_form(notebook)):
-        found.append("it is not as build.py writes it")
+        found.append("it is not as recipes/notebooks.py writes it")
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     if not any(cell.outputs for cell in code):
         found.append("it has no outputs, so nbval would compare nothing")
@@ -255,13 +256,6 @@ def as_text(notebook: NotebookNode) -> str:
 
 def without_colours(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The whole file or, when interrupted, the old one."""
-    part = path.with_suffix(".part")
-    part.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(part, path)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The notebooks are what build.py makes of their sources, and build.py keeps its promises."""
+"""The notebooks are what recipes/notebooks.py makes of their sources, and it keeps its promises."""
 
 import base64
 import io
@@ -9,7 +9,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
-from notebooks import build
+from recipes import notebooks as build
 
 TOY = f"""\
 # %% [markdown]
@@ -225,7 +225,9 @@ def test_a_notebook_saved_by_jupyterlab_or_never_run_is_told(tmp_path):
     for change in ({"id": "f00"}, {"execution_count": None}, {"metadata": {"scrolled": True}}):
         saved = build.normal_form(notebook)
         saved.cells[0].update(nbformat.from_dict(change))
-        assert "not as build.py writes it" in build.problems(build.as_text(saved), tmp_path / "01_toy.py")[0]
+        assert (
+            "not as recipes/notebooks.py writes it" in build.problems(build.as_text(saved), tmp_path / "01_toy.py")[0]
+        )
 
 
 def test_a_lonely_file_is_told(tmp_path):

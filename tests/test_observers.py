@@ -379,7 +379,7 @@ def test_expected_error_is_the_integral_over_each_bin():
     qp = choose_qparams(torch.tensor([[-2.0]]), torch.tensor([[4.0]]), qmin=-4, qmax=3)
     fine = (torch.arange(500, dtype=torch.float64) + 0.5) / 500 * observer.width
     points = torch.cat([edge + fine for edge, c in zip(observer.edges(), observer.counts, strict=False) if c])
-    by_sum = (fake_quantize(points, qp) - points).square().mean().item()
+    by_sum = (fake_quantize(points[None], qp) - points).square().mean().item()
     assert observer.expected_error(qp).item() == pytest.approx(by_sum, rel=1e-4)
 
 

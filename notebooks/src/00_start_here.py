@@ -253,9 +253,12 @@ ledger.Table([row])
 # - **KL**: how far the predictions are from the float model's. **top-1**: how often both say the same
 #   token.
 # - **bits, group**: the settings of a quantizer; 32 and - for the float model as it computes.
-# - **bits/w, kB**: of the file, scales and all; 16 bits a weight here. **s**: seconds to quantize.
-# - **prefill, decode**: time to read and to write, over the float model's. Here both are the same model:
-#   what is not 1 is the noise of the clock.
+# - **bits/w, kB**: of the file, scales and all; 16 bits a weight here.
+# - **prefill, decode**: time to read and to write, over the float model's, ± its spread over some rounds.
+# - **s, tokens**: seconds to quantize (or train), and the tokens it looked at.
+#
+# A dash is a number that was not measured. Here it is time: a model that computes as the float model does
+# takes as long.
 #
 # ## 7. Myth: "FP32 to INT8 is 8 times smaller"
 # **Predict** the factor, for one layer and for the whole model. A quantized layer also stores a scale

@@ -466,10 +466,10 @@ check("3.5", my_unpack3)
 # For the practice layer below: an **output error of at most 0.0055 at no more than 5.2 true bits** per
 # weight (float32 scales, as `quantize_tensor` counts them; min-max grids). Return the settings.
 # %% tags=["exercise"]
-from quantlab.exercises.n03 import practice_layer
+from quantlab.exercises.material import layer_in_runs
 
 def my_settings():
-    practice_weight, practice_x = practice_layer()
+    practice_weight, practice_x = layer_in_runs()
     raise NotImplementedError  # return {"bits": ..., "group_size": ... or None for a row, "symmetric": ...}
 # %%
 check("3.6", my_settings)

@@ -303,7 +303,7 @@ def lead(x, size, rival):  # how many dB NF4 is above INT4 of the same true bits
     assert abs(table.bits_per_element - grid.bits_per_element) < 0.001
     return sqnr_db(x, table.dequantize()) - sqnr_db(x, grid.dequantize())
 # %% tags=["nbval-ignore-output"]
-from quantlab.exercises.n04 import student_t
+from quantlab.exercises.material import student_t
 
 data = {"normal": normal, "t, ν = 5": student_t(5, 4096 * 72, seed=0), "the layer": weight}
 sizes = [2**k for k in range(4, 13)]
@@ -374,8 +374,7 @@ f"ν = 3, blocks of 16: k-means {odd['k-means']:.2f} dB, NF4 {odd['NF4']:.2f} dB
 # %% [markdown]
 # ## 9. The whole model
 # Five ways to spend 4 bits; all keep the embedding in 16. **Predict** their order by KL. (The weights are
-# run as floats here: the columns prefill and decode show how much timings of the *same* work differ, no
-# more.)
+# run as floats here, which takes a float's time: prefill and decode stay empty.)
 # %%
 makers = {
     ("nf4", "64"): lambda w: quantize_codebook(w, nf4),

@@ -33,7 +33,7 @@ calibration = token_stream(tokenizer, load_text("calibration"))
 quantized, reports = {}, {}
 for bits in (8, 6, 5, 4, 3, 2):
     quantized[bits], reports[bits] = quantize_lm(
-        model, calibration[:512], method="rtn", bits=bits, group_size=128, progress=False)
+        model, method="rtn", bits=bits, group_size=128, progress=False)
 # %% [markdown]
 # Three of the models tell a story: the float model, the one with 4 bits, and the one with 3 bits, in an
 # order that we keep to ourselves. **Predict**: which is which?

@@ -32,12 +32,12 @@ from quantlab.lm import linear_layers, load_lm, load_text, quantize_lm, token_st
 
 model, tokenizer = load_lm()
 tokens = token_stream(tokenizer, load_text("eval"))[:4096]
-eight, report = quantize_lm(model, tokens[:512], method="rtn", bits=8, progress=False)
+eight, report = quantize_lm(model, method="rtn", bits=8, progress=False)
 name = list(linear_layers(model))[5]
 layer, rounded = linear_layers(model)[name], linear_layers(eight)[name].weight
-row = ledger.measure(model, eight, tokens[:1024], method="rtn", bits=8, report=report)
+took = ledger.latency(model, eight, tokens)
 assert rounded.dtype == layer.weight.dtype == torch.float32
-f"{name}: {rounded.dtype}, {rounded.nbytes:,} bytes, as before; time to decode {row.decode:.2f} × the float's"
+f"{name}: {rounded.dtype}, {rounded.nbytes:,} bytes, as before; time to decode {took.decode:.2f} × the float's"
 # %% [markdown]
 # It holds float32 numbers that happen to lie on a grid, and multiplies them like any others. That is **fake
 # quantization** (伪量化): right for measuring damage, useless for a small or fast model. Two ways are real:
@@ -339,7 +339,7 @@ from quantlab.linear import WeightOnlyLinear
 packed = WeightOnlyLinear.from_linear(layer, bits=8, granularity=PerAxis(0), symmetric=True)
 x_hat = fake_quantize(x, qp)
 fake = F.linear(x_hat, w_hat)
-assert torch.equal(packed.weight(), w_hat)  # packed bytes: the last bit
+assert torch.equal(packed.weight, w_hat)  # packed bytes: the last bit
 assert torch.equal(packed(x_hat), fake)
 from_kernel = torch.round(int8(x) / (qp.scale * int8.weight_scale)).int()
 assert torch.equal(from_kernel, sums)  # integers: every sum
@@ -551,7 +551,7 @@ explorer
 rows = [ledger.measure(model, model, tokens, method="float")]
 rows.append(ledger.measure(model, eight, tokens, method="rtn", bits=8, group="128", report=report))
 for per in ("tensor", "token"):
-    new, made = quantize_lm(model, tokens[:512], method="w8a8_dynamic", per=per, activation_bits=bits, progress=False)
+    new, made = quantize_lm(model, method="w8a8_dynamic", per=per, activation_bits=bits, progress=False)
     rows.append(ledger.measure(model, new, tokens, method="w8a8_dynamic", bits=8, group=per, report=made))
 for row in rows:
     ledger.append(row)

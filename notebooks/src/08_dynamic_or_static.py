@@ -298,7 +298,7 @@ assert loud[2] < 1.5 * home[2] < loud[1] / 3 < loud[0]
 import inspect
 
 import quantlab.affine
-from quantlab.exercises.n08 import CHINESE
+from quantlab.exercises.material import CHINESE
 
 german = "Es war einmal ein kleines Mädchen, das ging jeden Tag in den Wald. Da traf es einen Bären. "
 capitals = tokenizer.decode(stories[:600], skip_special_tokens=True).upper()
@@ -533,7 +533,7 @@ print((quantize_dynamic.__doc__ or "" if quantize_dynamic else "gone from this t
 # writes the float weight). W4 is 4-bit weights in groups of 128 and float activations, the last two rows
 # are W8A8.
 # %% tags=["nbval-ignore-output"]
-four, report = quantize_lm(model, calibration[:512], bits=4, progress=False)
+four, report = quantize_lm(model, bits=4, progress=False)
 packed = sum(q.nbytes for q in report.qtensors.values())
 int8 = sum(q.nbytes for q in reports["minmax"].qtensors.values())
 stored = {"float": sum(m.weight.nbytes for m in layers.values()), "W4": packed, "static": int8 + 8 * len(layers),
@@ -583,7 +583,7 @@ from quantlab.outliers import plant_outliers
 planted = plant_outliers(model, channels=range(0, 240, 40), factor=100)
 ruined = {"float": divergence(model, planted, test[:1024]).kl}
 for per in ("tensor", "token"):
-    new, _ = quantize_lm(planted, calibration[:512], method="w8a8_dynamic", per=per, progress=False)
+    new, _ = quantize_lm(planted, method="w8a8_dynamic", per=per, progress=False)
     ruined[per] = divergence(model, new, test[:1024]).kl
 assert abs(ruined["float"]) < 1e-4
 assert min(ruined[per] / kl[per] for per in ("tensor", "token")) > 50

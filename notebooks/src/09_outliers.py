@@ -119,7 +119,8 @@ check("9.1", my_plant)
 # The library does it to all norms of a model. Six channels, as at 6.7 billion parameters, and a factor of
 # 100:
 # %%
-from quantlab.exercises.n09 import alpha_solution, plant_solution, practice_layer, smoothing_solution, split_solution
+from quantlab.exercises.material import layer_with_outliers
+from quantlab.exercises.outliers import alpha_solution, plant_solution, smoothing_solution, split_solution
 from quantlab.lm import weight_of
 from quantlab.outliers import LLMInt8Linear, plant_outliers, smoothing_scales
 
@@ -461,7 +462,7 @@ assert helped["six others"] > 0.7 * lost["w8a8 tensor"]
 # columns go to float and the output error is **at most 1.05 times** that of the default, 6.0.
 # `LLMInt8Linear.from_linear(practice, threshold=...)` has `outlier_columns(x)`.
 # %% tags=["exercise"]
-practice, practice_x = practice_layer()
+practice, practice_x = layer_with_outliers()
 
 def my_threshold():
     raise NotImplementedError  # return a number

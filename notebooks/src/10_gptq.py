@@ -508,9 +508,9 @@ f"the loudest: {moved[loudest].mean():.2f} times rounding's error, {beside:.2f} 
 # error of at most **1/8 of round-to-nearest's at 4 bits per row**, with at most **4.5 bits** for each weight, scales
 # included.
 # %% tags=["exercise"]
-from quantlab.exercises.n10 import practice_layer
+from quantlab.exercises.material import layer_with_hessian
 
-practice_weight, practice_hessian = practice_layer()
+practice_weight, practice_hessian = layer_with_hessian()
 
 def my_settings():
     raise NotImplementedError  # return {"bits": ..., ...}

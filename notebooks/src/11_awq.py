@@ -78,7 +78,7 @@ from quantlab.checks import check, hint, solution
 check("11.1", my_keep)
 # %%
 from quantlab.awq import keep_columns
-from quantlab.exercises.n11 import keep_solution
+from quantlab.exercises.awq import keep_solution
 
 kept = keep_columns(weight, x.abs().mean(0).topk(8).indices, bits=4)  # the library counts their bytes too
 assert torch.equal(kept.dequantize(), keep_solution(weight, nearest(weight, 4), x, 0.01))
@@ -207,7 +207,7 @@ def my_scale_and_round(weight, s, bits, group_size):
 check("11.2", my_scale_and_round)
 # %%
 from quantlab.awq import scale_and_round, scales_of
-from quantlab.exercises.n11 import scaling_solution
+from quantlab.exercises.awq import scaling_solution
 
 s = scales_of(x.abs().mean(0), alpha=0.5)  # the library keeps the codes of W·s, and s
 assert torch.allclose(scale_and_round(weight, s, bits=3, group_size=128).dequantize(),
@@ -395,7 +395,6 @@ from quantlab import ledger
 from quantlab.lm import quantize_lm
 
 def measure(m, method, bits, read=8192, title=None, **options):
-    read = 512 if method == "rtn" else read  # rtn learns nothing from its text
     new, report = quantize_lm(m, calibration[:read], method=method, bits=bits, **options)
     return new, report, ledger.measure(model, new, tokens[:4096], method=title or method, bits=bits,
                                        group="128", report=report)
@@ -473,9 +472,9 @@ assert count[0] == sum(weight_of(layer).numel() for layer in layers.values())
 # error at most **a third** of that of keeping none, at most **4.55 bits** for each weight
 # (`.bits_per_element`). To be loud is not all.
 # %% tags=["exercise"]
-from quantlab.exercises.n11 import practice_layer
+from quantlab.exercises.material import layer_with_peaks
 
-practice_weight, practice_x = practice_layer()
+practice_weight, practice_x = layer_with_peaks()
 
 def my_columns():
     raise NotImplementedError  # return a list of columns
@@ -487,7 +486,7 @@ check("11.4", my_columns)
 # error is at most **0.85 times** that of AWQ's own search. The check brings two such layers, at 4 and 3
 # bits, groups of 128.
 # %% tags=["exercise"]
-from quantlab.exercises.n11 import planted_layer
+from quantlab.exercises.material import planted_layer
 
 def my_scales(weight, x, bits, group_size):
     raise NotImplementedError  # return s, (in,)

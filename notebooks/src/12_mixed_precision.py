@@ -35,7 +35,7 @@ names = list(linear_layers(model))
 tuple(linear_layers(model)[names[0]].weight.shape), tuple(linear_layers(model)[names[3]].weight.shape)
 # %% tags=["nbval-ignore-output"]
 def kl_with(bits, tokens):
-    new, _ = quantize_lm(model, calibration[:512], bits=bits, progress=False)  # rounding looks at no data
+    new, _ = quantize_lm(model, bits=bits, progress=False)  # rounding looks at no data
     return divergence(model, new, tokens).kl
 
 text = calibration[:1024]
@@ -90,7 +90,7 @@ table = sensitivity(model, text, bits=(2, 3, 4, 5))
 # %%
 import torch
 
-from quantlab.exercises.n12 import cost_solution
+from quantlab.exercises.mixed import cost_solution
 
 def logits():
     with torch.no_grad():
@@ -207,7 +207,7 @@ check("12.3", my_knapsack)
 # The library's versions on the real table, with the bytes that uniform 3 bits need, are the same as the
 # solutions:
 # %%
-from quantlab.exercises.n12 import greedy_solution, knapsack_solution
+from quantlab.exercises.mixed import greedy_solution, knapsack_solution
 
 budget = {bits: sum(row[bits] for row in table.sizes.values()) for bits in (2, 3, 4, 5)}
 assert greedy(table.costs, table.sizes, budget[3]).bits == greedy_solution(table.costs, table.sizes, budget[3])
@@ -318,8 +318,9 @@ for (way, bits), ratio in gain.items():
 # within a few percent, on text that played no part in the choice. **With GPTQ it gives less.** Why? Compare
 # what GPTQ leaves of each layer's output error:
 # %% tags=["nbval-ignore-output"]
-rtn, gptq = (quantize_lm(model, calibration[:2048], method=way, bits=3, progress=False)[1].layers
-             for way in ("rtn", "gptq"))
+rtn, gptq = (
+    quantize_lm(model, calibration[:2048], method=way, bits=3, output_errors=True, progress=False)[1].layers
+    for way in ("rtn", "gptq"))
 left = [after.output_error / before.output_error for before, after in zip(rtn, gptq, strict=True)]
 assert max(left) > 3 * min(left)
 f"GPTQ leaves between {min(left):.2f} and {max(left):.2f} of a layer's output error"
@@ -354,7 +355,7 @@ assert all(kl["gptq", b] < kl["mixed rtn", b] for b in (3, 4))
 # %% tags=["nbval-ignore-output"]
 errors = {name: {} for name in names}
 for bits in (2, 3, 4, 5):
-    for row in quantize_lm(model, text[:512], bits=bits, progress=False)[1].layers:
+    for row in quantize_lm(model, text[:512], bits=bits, output_errors=True, progress=False)[1].layers:
         errors[row.name][bits] = row.output_error
 by_error = knapsack(errors, table.sizes, budget[3]).bits
 # %% tags=["nbval-ignore-output"]

@@ -140,7 +140,7 @@ from quantlab.checks import check, hint, solution
 
 check("13.1", my_fake_quantize)
 # %%
-from quantlab.exercises.n13 import distill_solution, ste_solution
+from quantlab.exercises.qat import distill_solution, ste_solution
 
 for way in (ste_solution(x, 0.5, 0, -2, 1), torch.fake_quantize_per_tensor_affine(x, 0.5, 0, -2, 1)):
     assert torch.equal(way, y)
@@ -282,7 +282,7 @@ with torch.no_grad():
 # With a teacher the text needs no labels, and not even an author: the float model can write it (LLM-QAT,
 # Liu et al. 2023). The next cell shows two beginnings, drawn token by token from its own distribution.
 #
-# Which text teaches better? `python recipes/minmax.py texts` trained the bundled model at 2 bits four times,
+# Which text teaches better? `python -m recipes.minmax texts` trained the bundled model at 2 bits four times,
 # with the same number of steps, and measured the KL on *held-out* calibration stories: trained on the other
 # calibration stories, on the model's own, on both; and on the stories without a teacher, for the next
 # token.
@@ -386,9 +386,9 @@ f"distance {before:.3f} → {after:.3f} steps; {moved:.1%} of the weights are ro
 # which.
 #
 # ## 10. The whole model
-# Sixty steps are a taste. `python recipes/minmax.py` trained longer, at 2, 3 and 4 bits; packed layers and
-# the log of each run are in `data/checkpoints/minmax`. They belong to the bundled model. What they cost comes first, then
-# the comparison. **Predict:** at which bits does QAT beat GPTQ most, and is it ahead at 4 bits?
+# Sixty steps are a taste. `python -m recipes.minmax` trained longer, at 2, 3 and 4 bits; packed layers and
+# the log of each run are in `data/checkpoints/minmax`. They belong to the bundled model. What they cost comes
+# first, then the comparison. **Predict:** at which bits does QAT beat GPTQ most, and is it ahead at 4 bits?
 # %%
 logs = {bits: json.loads((DATA / f"checkpoints/minmax/w{bits}.json").read_text()) for bits in (4, 3, 2)}
 tokens_read = {bits: log["steps"] * log["batch"] * log["window"] for bits, log in logs.items()}
@@ -438,8 +438,8 @@ print("2 bits, QAT:", generate(qat_models[2], its_tokenizer, "Once upon a time",
 # (`data/checkpoints/minmax/README.md`).
 #
 # Nor is the race even. QAT read over nine times GPTQ's 16,384 tokens, and was trained on the number in the
-# table. The last column has its seconds; in memory it holds at least the weight, its gradient and Adam's
-# two moments.
+# table. The last columns have its seconds and its tokens; in memory it holds at least the weight, its
+# gradient and Adam's two moments.
 #
 # ### Myth: "Its perplexity is lower, so the 2-bit model is better than the float one"
 # **Predict** the *float* model's perplexity if all its logits are divided by 1.2: less sure of everything.

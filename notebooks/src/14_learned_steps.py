@@ -99,7 +99,7 @@ check("14.1", my_lsq)
 # The library's `LSQ` (`quantlab/lsq.py`) holds the step as a parameter, and autograd gives it the sum of
 # these derivatives, times a factor `gradient_scale`, to which we come in section 4.
 # %%
-from quantlab.exercises.n14 import lsq_solution, scale_solution, ternary_solution, unpack_solution
+from quantlab.exercises.learned_steps import lsq_solution, scale_solution, ternary_solution, unpack_solution
 from quantlab.train.lsq import LSQ
 
 values, by_v, by_step = lsq_solution(v, s, qmin, qmax)
@@ -241,9 +241,9 @@ for method in ("minmax", "lsq"):
 plot_curves(curves, xlabel="step of training", ylabel="KL to the teacher")
 assert not bundled or curves["lsq"][1][0] < curves["minmax"][1][0]
 # %% [markdown]
-# LSQ starts lower, since its first step already clips. The long runs were made once, by `python
-# recipes/learned_steps.py` for LSQ, three and two values, and by `recipes/minmax.py` for min-max, with the same
-# text, teacher, steps of training and rate; packed layers and logs lie beside the scripts. (Min-max has a
+# LSQ starts lower, since its first step already clips. The long runs were made once, by
+# `recipes/learned_steps.py` for LSQ, three and two values, and by `recipes/minmax.py` for min-max, with the same
+# text, teacher, steps of training and rate; packed layers and logs lie in `data/checkpoints`. (Min-max has a
 # zero point too, LSQ's grid has none.) **Predict**, for 2 bits and for 3: does LSQ end below min-max?
 # %%
 import json
@@ -251,10 +251,10 @@ from quantlab.lm import DATA
 from quantlab.storage import load_tensors
 
 def log(run):
-    return json.loads((DATA / f"{run}.json").read_text())
+    return json.loads((DATA / f"checkpoints/{run}.json").read_text())
 
-reached = {"min-max": {"2 bits": log("checkpoints/minmax/w2")["held_out"][-1], "3 bits": log("checkpoints/minmax/w3")["held_out"][-1]},
-           "LSQ": {"2 bits": log("checkpoints/lsq/lsq2")["held_out"][-1], "3 bits": log("checkpoints/lsq/lsq3")["held_out"][-1]}}
+reached = {"min-max": {"2 bits": log("minmax/w2")["held_out"][-1], "3 bits": log("minmax/w3")["held_out"][-1]},
+           "LSQ": {"2 bits": log("lsq/lsq2")["held_out"][-1], "3 bits": log("lsq/lsq3")["held_out"][-1]}}
 assert reached["LSQ"]["2 bits"] < reached["min-max"]["2 bits"]
 assert reached["LSQ"]["3 bits"] > reached["min-max"]["3 bits"]
 reached
@@ -278,7 +278,7 @@ f"median {moved.median():.2f}, from {moved.min():.2f} to {moved.max():.2f}"
 reached["LSQ, finer"] = {f"{bits} bits": log(f"checkpoints/lsq/lsq{bits}_finer")["held_out"][-1] for bits in (2, 3)}
 plot_bars(reached, ylabel="KL on held-out stories")
 plt.show()
-assert log("checkpoints/minmax/w2")["steps"] == log("checkpoints/lsq/lsq2")["steps"] == log("checkpoints/lsq/lsq2_finer")["steps"]
+assert log("minmax/w2")["steps"] == log("lsq/lsq2")["steps"] == log("lsq/lsq2_finer")["steps"]
 for bits in ("2 bits", "3 bits"):
     assert min(reached, key=lambda way: reached[way][bits]) == "LSQ, finer"
 # %% [markdown]
@@ -374,15 +374,15 @@ from quantlab import ledger
 
 text, known = token_stream(its_tokenizer, load_text("eval"))[:4096], ledger.read(DATA / "ledger.csv")
 def trained(run):
-    new, packed = copy.deepcopy(base), load_tensors(DATA / f"{run}.safetensors")
+    new, packed = copy.deepcopy(base), load_tensors(DATA / f"checkpoints/{run}.safetensors")
     for name, layer in linear_layers(new).items():
         layer.weight.data = packed[name].dequantize()
     return new, packed
 # %% tags=["nbval-ignore-output"]
 from dataclasses import replace
 
-runs = {("lsq finer", 3): "checkpoints/lsq/lsq3_finer", ("lsq finer", 2): "checkpoints/lsq/lsq2_finer", ("lsq", 2): "checkpoints/lsq/lsq2",
-        ("ternary", 2): "checkpoints/ternary/ternary", ("binary", 1): "checkpoints/binary/binary"}
+runs = {("lsq finer", 3): "lsq/lsq3_finer", ("lsq finer", 2): "lsq/lsq2_finer", ("lsq", 2): "lsq/lsq2",
+        ("ternary", 2): "ternary/ternary", ("binary", 1): "binary/binary"}
 rows = {"float": next(row for row in known if row.method == "float")}
 for (method, bits), run in runs.items():
     new, packed = trained(run)
@@ -411,7 +411,7 @@ kl = {way: {row.bits: row.kl for row in known if (row.method, row.group) == (way
       for way in ("rtn", "gptq")}
 kl["1.58 and 1, untrained"] = {1.58: untrained(quantize_ternary), 1: untrained(quantize_binary)}
 kl["1.58 and 1, trained"] = {1.58: rows["ternary", 2].kl, 1: rows["binary", 1].kl}
-kl["min-max, trained"] = {bits: divergence(base, trained(f"checkpoints/minmax/w{bits}")[0], text).kl for bits in (4, 3, 2)}
+kl["min-max, trained"] = {bits: divergence(base, trained(f"minmax/w{bits}")[0], text).kl for bits in (4, 3, 2)}
 kl["LSQ finer, trained"] = {bits: rows["lsq finer", bits].kl for bits in (3, 2)}
 # %% tags=["nbval-ignore-output"]
 plot_curves({way: (list(points), list(points.values())) for way, points in kl.items()},

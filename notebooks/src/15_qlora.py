@@ -25,7 +25,8 @@
 import torch
 
 from quantlab.lm import load_lm, load_text, perplexity, token_stream
-from quantlab.train.lora import style_tokens, training_memory
+from quantlab.train.lora import style_tokens
+from quantlab.train.memory import training_memory
 
 model, tokenizer = load_lm()
 days, (log, held) = load_text("style"), style_tokens(tokenizer)
@@ -136,7 +137,7 @@ trained, whole, round(whole / trained)
 # **Predict:** training with 8 windows of 128 tokens, what is more: the weights, or the activations (激活值)
 # that wait? Does QLoRA make those fewer?
 # %% tags=["nbval-ignore-output"]
-from quantlab.train.lora import saved_bytes
+from quantlab.train.memory import saved_bytes
 
 ids = log[:1024].view(8, 128)
 ways = {"all weights": model, "LoRA, float base": add_lora(model, rank=8), "LoRA, NF4 base": learner}
@@ -369,7 +370,8 @@ f"rank 1 has {share:.0%} of rank 16's gain, in nats; each doubling adds {', '.jo
 import copy
 
 from quantlab.lm import divergence, model_bytes
-from quantlab.train.lora import NF4Linear, merge
+from quantlab.linear import PackedLinear
+from quantlab.train.lora import merge, nf4_linear
 
 graft = add_lora(model, rank=8)
 graft.load_state_dict({name: t for name, t in learner.state_dict().items() if "lora_" in name}, strict=False)
@@ -380,7 +382,7 @@ kinds = {"adapters beside NF4": learner, "merged, 16 bits": half, "merged, NF4 a
 # %% tags=["nbval-ignore-output"]
 cost = {}
 for name, one in kinds.items():
-    size = model_bytes(one, {n: m for n, m in one.named_modules() if isinstance(m, NF4Linear)})
+    size = model_bytes(one, {n: m for n, m in one.named_modules() if isinstance(m, PackedLinear)})
     cost[name] = divergence(learner, one, held, window=128), perplexity(one, held, window=128), size
     print(f"{name:24} {size / 1e6:.2f} MB   KL {cost[name][0].kl:.5f}   perplexity {cost[name][1].value:.1f}")
 # %% tags=["nbval-ignore-output"]
@@ -433,13 +435,13 @@ print(f"stories we measure on: {before['stories'].value:.0f} -> {own.value:.0f},
 # %% [markdown]
 # ## 11. The ledger
 # The workbook's usual row, on the usual stories: it says how far teaching has moved the model, not what it
-# gave. (The last column is the seconds of training.)
+# gave. (The last columns are the seconds and the tokens of training.)
 # %% tags=["nbval-ignore-output"]
 from dataclasses import replace
 
 from quantlab import ledger
 
-packed_layers = {n: m for n, m in learner.named_modules() if isinstance(m, NF4Linear)}
+packed_layers = {n: m for n, m in learner.named_modules() if isinstance(m, PackedLinear)}
 row = ledger.measure(model, learner, stories, method="qlora", bits=4, group="64", qtensors=packed_layers)
 row = replace(row, seconds=history.seconds, calibration_tokens=40 * 8 * 128)  # of training
 ledger.append(row)
@@ -465,7 +467,7 @@ def fastest(f, x, repeats=7):
     return min(times)
 
 dense = torch.nn.Linear(1024, 1024, bias=False).requires_grad_(False)
-coded, sizes = NF4Linear.from_linear(dense), [1, 4, 16, 64, 256, 1024]
+coded, sizes = nf4_linear(dense), [1, 4, 16, 64, 256, 1024]
 ratios = [fastest(coded, x) / fastest(dense, x) for x in (torch.ones(size, 1024) for size in sizes)]
 # %% tags=["nbval-ignore-output"]
 plot_curves({"NF4 layer": (sizes, ratios)}, xlabel="tokens at once", ylabel="time, float layer = 1", log="x")

@@ -1,1 +1,21 @@
-"""One file a notebook: its exercises, with hints, solutions and the tests that judge answers."""
+"""One file a chapter: its exercises, with hints, solutions and the tests that judge answers."""
+
+# chapter: its file, in reading order; material.py is what several of them, or a notebook, work on
+CHAPTERS = {
+    "0": "start",
+    "1": "affine",
+    "2": "calibration",
+    "3": "granularity",
+    "4": "codebooks",
+    "5": "floats",
+    "6": "measuring",
+    "7": "integers",
+    "8": "dynamic_static",
+    "9": "outliers",
+    "10": "gptq",
+    "11": "awq",
+    "12": "mixed",
+    "13": "qat",
+    "14": "learned_steps",
+    "15": "qlora",
+}

@@ -1,5 +1,6 @@
 """Sliders around pictures, one file a subject. Nothing here computes what it shows beyond calling the library."""
 
+from quantlab.explorers.accumulator import explore_accumulator
 from quantlab.explorers.awq import explore_scaling
 from quantlab.explorers.base import Explorer
 from quantlab.explorers.calibration import explore_calibration
@@ -7,13 +8,13 @@ from quantlab.explorers.codebook import explore_codebook
 from quantlab.explorers.floats import explore_float_format
 from quantlab.explorers.gptq import explore_columns, explore_gptq
 from quantlab.explorers.granularity import explore_groups
-from quantlab.explorers.integers import explore_accumulator, explore_speed
 from quantlab.explorers.lora import explore_rank
 from quantlab.explorers.mixed import explore_budget
 from quantlab.explorers.model import explore_bits, explore_temperature
 from quantlab.explorers.outliers import explore_smoothing, explore_threshold
 from quantlab.explorers.ranges import clipping_curves, explore_affine, explore_clipping
 from quantlab.explorers.shift import explore_shift
+from quantlab.explorers.speed import explore_speed
 from quantlab.explorers.steps import explore_step
 from quantlab.explorers.training import explore_training
 

@@ -14,18 +14,13 @@ from dataclasses import dataclass
 
 import ipywidgets as widgets
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
-from torch import Tensor
-
-from quantlab.arguments import check_real
 
 # Callbacks may come on a second thread, and matplotlib's font cache is one for the whole process.
 DRAWING = threading.RLock()
-_MOST = 20_000  # elements looked at while dragging; more would not change the picture
 
 
 @dataclass(frozen=True)
@@ -100,23 +95,26 @@ class Canvas:
         return out.getvalue()
 
 
-def tie(controls: dict, ax: Axes, moving: list, update: Callable[..., str], *, few_colours: bool = True) -> Explorer:
-    """Tie controls to a figure: update(**values) moves the artists and returns the line of numbers (or more lines)."""
-    update(**{name: control.value for name, control in controls.items()})  # the colours of a first picture
-    canvas = Canvas(ax.figure, moving, few_colours)
-    image = widgets.Image(format="png", layout={"max_width": "100%"})
-    line, said = widgets.HTML(), [""]
+def bind(controls: dict, ax: Axes, moving: list, update: Callable[..., str], *, few_colours: bool = True) -> Explorer:
+    """Bind controls to a figure: update(**values) moves the artists and returns the line of numbers (or more lines)."""
+    update(**_values(controls))  # the colours of a first picture
+    canvas, text = Canvas(ax.figure, moving, few_colours), [""]
+    image, line = widgets.Image(format="png", layout={"max_width": "100%"}), widgets.HTML()
 
     def draw(_change=None) -> None:
-        said[0] = update(**{name: control.value for name, control in controls.items()})
+        text[0] = update(**_values(controls))
         image.value = canvas.png()
-        line.value = f'<div style="white-space: pre-wrap; line-height: 1.4">{html.escape(said[0])}</div>'
+        line.value = f'<div style="white-space: pre-wrap; line-height: 1.4">{html.escape(text[0])}</div>'
 
     for control in controls.values():
         control.observe(draw, names="value")
     draw()
     row = widgets.HBox(list(controls.values()), layout={"flex_flow": "row wrap"})
-    return Explorer(View([row, image, line], lambda: image.value, lambda: said[0]), controls, ax, lambda: said[0])
+    return Explorer(View([row, image, line], lambda: image.value, lambda: text[0]), controls, ax, lambda: text[0])
+
+
+def _values(controls: dict) -> dict:
+    return {name: control.value for name, control in controls.items()}
 
 
 def figure(columns: int = 1, rows: int = 1, height: float = 3.4, **options):
@@ -125,11 +123,4 @@ def figure(columns: int = 1, rows: int = 1, height: float = 3.4, **options):
     return fig, fig.subplots(rows, columns, **options)
 
 
-def sample(x: Tensor) -> Tensor:
-    """At most _MOST values, evenly picked, and the smallest and largest, which set the range."""
-    check_real(x)
-    flat = x.detach().float().flatten()
-    if len(flat) <= _MOST:
-        return flat
-    some = torch.linspace(0, len(flat) - 1, _MOST - 2, dtype=torch.float64).long()
-    return torch.cat([flat[some], flat.amin()[None], flat.amax()[None]])
+tie = bind

@@ -1,12 +1,13 @@
-"""A slider on the rank of LoRA adapters: what each rank has learnt and forgotten, and what its updates look like."""
+"""A slider on the rank of LoRA adapters: what each rank has learned and forgotten, and what its updates look like."""
 
 import ipywidgets as widgets
 import numpy as np
 import torch
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.axes import Axes
 
-from quantlab.explorers.base import Explorer, figure, tie
-from quantlab.plots import ERROR, FLOAT, OTHER, QUANTIZED
+from quantlab.explorers.base import Explorer, bind, figure
+from quantlab.explorers.drawing import draw_ring, plain_ticks
+from quantlab.plots import ERROR, FLOAT, QUANTIZED
 
 
 def explore_rank(results: list[dict], *, rank: int | None = None) -> Explorer:
@@ -28,51 +29,22 @@ def explore_rank(results: list[dict], *, rank: int | None = None) -> Explorer:
         for row in results
         for name in layers
     }
+    picture = _Picture(results, spectra)
     controls = {
         "rank": widgets.SelectionSlider(options=ranks, value=ranks[-1] if rank is None else rank, description="rank"),
         "layer": widgets.Dropdown(options=layers, value=layers[0], description="layer"),
     }
-    fig, (left, middle, right) = figure(columns=3, height=3.2, gridspec_kw={"width_ratios": [4, 3, 3]})
-    stems, dots, widest = _draw_spectrum(left, ranks[-1], spectra)
-    places, heights = range(len(ranks)), [row["perplexity"] for row in results]
-    middle.errorbar(places, heights, yerr=[r["stderr"] for r in results], marker="o", color=QUANTIZED, capsize=3)
-    right.plot(places, [r["kl"] for r in results], "s-", color=ERROR)
-    middle.set(yscale="log", title="new text: perplexity", ylim=(min(heights) / 1.4, max(heights) * 1.4))
-    middle.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    middle.yaxis.set_major_formatter("{x:g}")
-    middle.yaxis.set_minor_formatter(NullFormatter())
-    right.set(title="old text: KL, nats", ylim=(0, 1.1 * max(r["kl"] for r in results) + 1e-6))
-    marks = []
-    for ax in (middle, right):
-        ax.set(xticks=places, xticklabels=ranks, xlabel="rank", xlim=(-0.5, len(ranks) - 0.5))
-        marks += ax.plot([0], [1], "o", markersize=13, fillstyle="none", markeredgewidth=2.5, color=OTHER)
-    fig.subplots_adjust(left=0.075, right=0.985, top=0.9, bottom=0.16, wspace=0.3)
 
     def update(rank, layer) -> str:
-        row, values, at = results[ranks.index(rank)], spectra[rank, layer], ranks.index(rank)
-        stems.set_segments([[(i + 1, 0), (i + 1, v)] for i, v in enumerate(values)])
-        dots.set_data(range(1, len(values) + 1), values)
-        widest.set_ydata(spectra[ranks[-1], layer])
-        for mark, value in zip(marks, (row["perplexity"], row["kl"]), strict=True):
-            mark.set_data([at], [value])
+        picture.show(rank, layer)
+        row = results[ranks.index(rank)]
         return (
             f"rank {rank}: {row['trained']:,} trained numbers   new text: perplexity {row['perplexity']:.1f} ± "
             f"{row['stderr']:.1f}   old text: KL {row['kl']:.3f}\n"
-            f"{layer}: {_said(values)}\nit writes: {' '.join(row['text'].split())}"
+            f"{layer}: {_describe(spectra[rank, layer])}\nit writes: {' '.join(row['text'].split())}"
         )
 
-    return tie(controls, left, [stems, dots, widest, *marks], update)
-
-
-def _draw_spectrum(ax, most: int, spectra: dict) -> tuple:
-    (widest,) = ax.plot(range(1, most + 1), [0] * most, "_", color=FLOAT, markersize=10, label=f"rank {most}")
-    stems = ax.vlines([], 0, 1, colors=QUANTIZED, linewidth=2.5)
-    (dots,) = ax.plot([], [], "o", color=QUANTIZED, markersize=5, label="this rank")
-    highest = max(values.max(initial=0.0) for values in spectra.values())
-    ax.set(xlim=(0.3, most + 0.7), ylim=(0, 1.15 * highest + 1e-9), xlabel="which, largest first")
-    ax.set(title="singular values of the layer's update")
-    ax.legend(loc="upper right", fontsize="small")
-    return stems, dots, widest
+    return bind(controls, picture.left, picture.moving, update)
 
 
 def _singular_values(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
@@ -82,7 +54,7 @@ def _singular_values(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
     return torch.linalg.svdvals(left @ right.T).numpy()
 
 
-def _said(values: np.ndarray) -> str:
+def _describe(values: np.ndarray) -> str:
     if not len(values):
         return "no update"
     share = np.cumsum(values**2) / max((values**2).sum(), 1e-30)
@@ -90,3 +62,48 @@ def _said(values: np.ndarray) -> str:
         f"update of size {np.sqrt((values**2).sum()):.3g}; one direction holds {share[0]:.0%} of its square, "
         f"{int((share < 0.9 - 1e-9).sum()) + 1} of {len(values)} hold 90%"
     )
+
+
+class _Picture:
+    """Left, the spectrum of a layer's update; then the perplexity of the new text and the KL of the old, by rank."""
+
+    def __init__(self, results: list[dict], spectra: dict):
+        fig, (self.left, middle, right) = figure(columns=3, height=3.2, gridspec_kw={"width_ratios": [4, 3, 3]})
+        self.results, self.spectra, self.ranks = results, spectra, [row["rank"] for row in results]
+        self.stems, self.dots, self.widest = _draw_spectrum(self.left, self.ranks[-1], spectra)
+        _draw_perplexity(middle, results)
+        right.plot(range(len(results)), [row["kl"] for row in results], "s-", color=ERROR)
+        right.set(title="old text: KL, nats", ylim=(0, 1.1 * max(row["kl"] for row in results) + 1e-6))
+        for ax in (middle, right):
+            ax.set(xticks=range(len(results)), xticklabels=self.ranks, xlabel="rank", xlim=(-0.5, len(results) - 0.5))
+        self.rings = [draw_ring(ax, markersize=13) for ax in (middle, right)]
+        fig.subplots_adjust(left=0.075, right=0.985, top=0.9, bottom=0.16, wspace=0.3)
+        self.moving = [self.stems, self.dots, self.widest, *self.rings]
+
+    def show(self, rank: int, layer: str) -> None:
+        at, values = self.ranks.index(rank), self.spectra[rank, layer]
+        self.stems.set_segments([[(i + 1, 0), (i + 1, value)] for i, value in enumerate(values)])
+        self.dots.set_data(range(1, len(values) + 1), values)
+        self.widest.set_ydata(self.spectra[self.ranks[-1], layer])
+        for ring, name in zip(self.rings, ("perplexity", "kl"), strict=True):
+            ring.set_data([at], [self.results[at][name]])
+
+
+def _draw_spectrum(ax: Axes, widest_rank: int, spectra: dict) -> tuple:
+    """Stems and dots of one update, and marks for that of the largest rank."""
+    ranks = range(1, widest_rank + 1)
+    (widest,) = ax.plot(ranks, [0] * widest_rank, "_", color=FLOAT, markersize=10, label=f"rank {widest_rank}")
+    stems = ax.vlines([], 0, 1, colors=QUANTIZED, linewidth=2.5)
+    (dots,) = ax.plot([], [], "o", color=QUANTIZED, markersize=5, label="this rank")
+    highest = max(values.max(initial=0.0) for values in spectra.values())
+    ax.set(xlim=(0.3, widest_rank + 0.7), ylim=(0, 1.15 * highest + 1e-9), xlabel="which, largest first")
+    ax.set(title="singular values of the layer's update")
+    ax.legend(loc="upper right", fontsize="small")
+    return stems, dots, widest
+
+
+def _draw_perplexity(ax: Axes, results: list[dict]) -> None:
+    heights, errors = ([row[name] for row in results] for name in ("perplexity", "stderr"))
+    ax.errorbar(range(len(results)), heights, yerr=errors, marker="o", color=QUANTIZED, capsize=3)
+    ax.set(yscale="log", title="new text: perplexity", ylim=(min(heights) / 1.4, max(heights) * 1.4))
+    plain_ticks(ax.yaxis)

@@ -3,18 +3,19 @@
 import random
 import re
 from bisect import bisect_right
-from functools import cache
 
 import ipywidgets as widgets
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.patches import Patch
 
-from quantlab.explorers.base import Explorer, figure, tie
+from quantlab.explorers.base import Explorer, bind, figure
+from quantlab.explorers.drawing import draw_ring
 from quantlab.mixed import Allocation, Sensitivity, frontier, greedy
-from quantlab.plots import ERROR, OTHER, QUANTIZED
+from quantlab.plots import ERROR, QUANTIZED
 
-_MOST_DIGITS = 12  # blocks side by side whose bits can still be read as digits
+_DIGITS = 12  # blocks side by side whose bits can still be read as digits
 
 
 def explore_budget(sensitivity: Sensitivity, *, steps: int = 60, budget: int | None = None) -> Explorer:
@@ -24,56 +25,54 @@ def explore_budget(sensitivity: Sensitivity, *, steps: int = 60, budget: int | N
     same size, so that the bytes stay. Every allocation is computed before the slider moves. budget: the bytes it starts
     at; the bytes of each uniform bit width are among the slider's stops.
     """
-    costs, sizes, count = sensitivity.costs, sensitivity.sizes, sum(sensitivity.weights.values())
-    best = frontier(costs, sizes)
-    reached = [found.nbytes for found in best]
-    uniform = _uniform(costs, sizes)
-    stops = {round(1000 * kb) for kb, _ in uniform.values()} | ({budget} if budget else set())
-    stops |= set(np.linspace(reached[0], reached[-1], steps).astype(int).tolist())
-    stops = sorted(stop for stop in stops if reached[0] <= stop <= reached[-1])
-    rules = {
-        "exact": [best[bisect_right(reached, stop) - 1] for stop in stops],
-        "greedy": [greedy(costs, sizes, stop) for stop in stops],
-    }
-    rules["by chance"] = [_dealt(found, costs, sizes) for found in rules["exact"]]
-    start = len(stops) // 3 if budget is None else max(0, bisect_right(stops, budget) - 1)
+    plans = _Plans(sensitivity, steps, budget)
+    picture = _Picture(plans)
     controls = {
         "budget": widgets.SelectionSlider(
-            options=[(f"{stop / 1000:.0f} kB", i) for i, stop in enumerate(stops)], value=start, description="budget"
+            options=[(f"{stop / 1000:.0f} kB", i) for i, stop in enumerate(plans.stops)],
+            value=len(plans.stops) // 3 if budget is None else max(0, bisect_right(plans.stops, budget) - 1),
+            description="budget",
         ),
-        "rule": widgets.Dropdown(options=list(rules), value="exact", description="rule"),
+        "rule": widgets.Dropdown(options=list(plans.rules), value="exact", description="rule"),
     }
-    fig, (left, right) = figure(columns=2, height=3.6, gridspec_kw={"width_ratios": [4, 5]})
-    picture, digits = _draw_table(left, costs)
-    right.plot([a.nbytes / 1000 for a in best], [a.kl for a in best], color=QUANTIZED, label="exact")
-    right.plot(*zip(*uniform.values(), strict=True), "s", color=ERROR, label="the same bits everywhere")
-    (here,) = right.plot([1], [1], "o", color=OTHER, markersize=11, fillstyle="none", markeredgewidth=2.5)
-    room = 0.05 * (stops[-1] - stops[0]) / 1000 + 1e-3
-    right.set(xlabel="kB of the linear layers", ylabel="predicted KL, nats", yscale="log")
-    right.set(xlim=(stops[0] / 1000 - room, stops[-1] / 1000 + room))
-    right.legend(loc="upper right", fontsize="small")
-    fig.subplots_adjust(left=0.17, right=0.98, top=0.92, bottom=0.15, wspace=0.26)
 
-    @cache
-    def said(budget, rule) -> str:
-        found, same = rules[rule][budget], _uniform_at(uniform, rules[rule][budget].nbytes / 1000)
-        exact = rules["exact"][budget].kl
+    def update(budget, rule) -> str:
+        picture.show(plans.rules[rule][budget])
+        return plans.describe(budget, rule)
+
+    return bind(controls, picture.left, picture.moving, update)
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------
+
+
+class _Plans:
+    """The allocation of every rule at every stop of the slider, and the uniform ones."""
+
+    def __init__(self, sensitivity: Sensitivity, steps: int, budget: int | None):
+        self.costs, self.sizes = sensitivity.costs, sensitivity.sizes
+        self.weights = sum(sensitivity.weights.values())
+        self.best, self.uniform = frontier(self.costs, self.sizes), _uniform(self.costs, self.sizes)
+        reached = [found.nbytes for found in self.best]
+        stops = {round(1000 * kb) for kb, _ in self.uniform.values()} | ({budget} if budget else set())
+        stops |= set(np.linspace(reached[0], reached[-1], steps).astype(int).tolist())
+        self.stops = sorted(stop for stop in stops if reached[0] <= stop <= reached[-1])
+        exact = [self.best[bisect_right(reached, stop) - 1] for stop in self.stops]
+        self.rules = {
+            "exact": exact,
+            "greedy": [greedy(self.costs, self.sizes, stop) for stop in self.stops],
+            "by chance": [_dealt(found, self.costs, self.sizes) for found in exact],
+        }
+
+    def describe(self, budget: int, rule: str) -> str:
+        found, exact = self.rules[rule][budget], self.rules["exact"][budget].kl
+        same = _uniform_at(self.uniform, found.nbytes / 1000)
         beside = "" if same is None else f"   with the same bits everywhere about {same:.3g} ({found.kl / same:.2f} ×)"
         compared = "" if rule == "exact" else f"   {found.kl / exact:.3f} × the exact one"
         return (
-            f"budget {stops[budget]:,} bytes, used {found.nbytes:,}: {8 * found.nbytes / count:.2f} bits a weight   "
-            f"predicted KL {found.kl:.3g}{compared}{beside}"
+            f"budget {self.stops[budget]:,} bytes, used {found.nbytes:,}: {8 * found.nbytes / self.weights:.2f} bits "
+            f"a weight   predicted KL {found.kl:.3g}{compared}{beside}"
         )
-
-    def update(budget, rule) -> str:
-        found = rules[rule][budget]
-        picture.set_data(_table({name: found.bits[name] for name in costs}))
-        for name, digit in digits.items():
-            digit.set_text(str(found.bits[name]))
-        here.set_data([found.nbytes / 1000], [found.kl])
-        return said(budget, rule)
-
-    return tie(controls, left, [picture, *digits.values(), here], update)
 
 
 def _uniform(costs: dict, sizes: dict) -> dict[int, tuple[float, float]]:
@@ -104,45 +103,78 @@ def _dealt(found: Allocation, costs: dict, sizes: dict) -> Allocation:
     return Allocation(bits, sum(costs[name][b] for name, b in bits.items()), found.nbytes)
 
 
+# --- picture ----------------------------------------------------------------------------------------------------
+
+
+class _Picture:
+    """Left, the bits of each layer; right, the best KL for each size, that of uniform bits, and the chosen place."""
+
+    def __init__(self, plans: _Plans):
+        fig, (self.left, right) = figure(columns=2, height=3.6, gridspec_kw={"width_ratios": [4, 5]})
+        self.names, self.bits = list(plans.costs), _draw_table(self.left, plans.costs)
+        self.digits = _draw_digits(self.left, plans.costs)
+        right.plot([a.nbytes / 1000 for a in plans.best], [a.kl for a in plans.best], color=QUANTIZED, label="exact")
+        right.plot(*zip(*plans.uniform.values(), strict=True), "s", color=ERROR, label="the same bits everywhere")
+        self.here = draw_ring(right, markersize=11)
+        first, last = plans.stops[0] / 1000, plans.stops[-1] / 1000
+        room = 0.05 * (last - first) + 1e-3
+        right.set(xlim=(first - room, last + room), xlabel="kB of the linear layers")
+        right.set(yscale="log", ylabel="predicted KL, nats")
+        right.legend(loc="upper right", fontsize="small")
+        fig.subplots_adjust(left=0.17, right=0.98, top=0.92, bottom=0.15, wspace=0.26)
+        self.moving = [self.bits, *self.digits.values(), self.here]
+
+    def show(self, found: Allocation) -> None:
+        self.bits.set_data(_table({name: found.bits[name] for name in self.names}))
+        for name, digit in self.digits.items():
+            digit.set_text(str(found.bits[name]))
+        self.here.set_data([found.nbytes / 1000], [found.kl])
+
+
 def _place(name: str) -> tuple[int, str]:
     """(block, name in the block) of a layer: "model.layers.3.mlp.up_proj" is up_proj of block 3."""
     block = re.search(r"\.(\d+)\.", name)
     return (int(block[1]) if block else 0), name.rpartition(".")[2] if block else name
 
 
+def _rows_and_columns(names) -> tuple[list[str], list[int]]:
+    """The kinds of layers, as they come, and the numbers of the blocks."""
+    places = [_place(name) for name in names]
+    return list(dict.fromkeys(kind for _, kind in places)), sorted({block for block, _ in places})
+
+
 def _table(values: dict) -> np.ndarray:
     """A row for each kind of layer, a column for each block; nan where a block has none of the kind."""
-    places = {name: _place(name) for name in values}
-    kinds = list(dict.fromkeys(kind for _, kind in places.values()))
-    blocks = sorted({block for block, _ in places.values()})
+    kinds, blocks = _rows_and_columns(values)
     table = np.full((len(kinds), len(blocks)), np.nan)
-    for name, (block, kind) in places.items():
-        table[kinds.index(kind), blocks.index(block)] = values[name]
+    for name, value in values.items():
+        block, kind = _place(name)
+        table[kinds.index(kind), blocks.index(block)] = value
     return table
 
 
-def _draw_table(ax, costs: dict) -> tuple:
-    """The picture of bits and, where they can be read, a digit for each layer."""
+def _draw_table(ax: Axes, costs: dict):
+    """The picture of bits: a row for each kind of layer, a column for each block."""
     widths = sorted({b for row in costs.values() for b in row})
     shades = _blues(len(widths))
     edges = [widths[0] - 0.5, *((a + b) / 2 for a, b in zip(widths, widths[1:], strict=False)), widths[-1] + 0.5]
+    colours = {"cmap": ListedColormap(shades), "norm": BoundaryNorm(edges, len(widths))}
     table = _table({name: widths[0] for name in costs})
-    picture = ax.imshow(
-        table,
-        aspect="auto",
-        cmap=ListedColormap(shades),
-        norm=BoundaryNorm(edges, len(widths)),
-        interpolation="nearest",
-    )
-    kinds = list(dict.fromkeys(_place(name)[1] for name in costs))
-    blocks = sorted({_place(name)[0] for name in costs})
+    picture = ax.imshow(table, aspect="auto", interpolation="nearest", **colours)
+    kinds, _ = _rows_and_columns(costs)
     ax.set(title="bits of each layer, by block", yticks=range(len(kinds)), xticks=[])
+    ax.set_yticklabels(kinds, fontsize="small")
     keys = [Patch(color=shade, label=str(b)) for shade, b in zip(shades, widths, strict=True)]
     place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.07), "ncols": len(keys)}
     ax.legend(handles=keys, fontsize="small", frameon=False, columnspacing=1, handlelength=1, **place)
-    ax.set_yticklabels(kinds, fontsize="small")
-    if len(blocks) > _MOST_DIGITS:
-        return picture, {}
+    return picture
+
+
+def _draw_digits(ax: Axes, costs: dict) -> dict:
+    """A digit for each layer, and the numbers of the blocks; nothing where there are too many to be read."""
+    kinds, blocks = _rows_and_columns(costs)
+    if len(blocks) > _DIGITS:
+        return {}
     ax.set(xticks=range(len(blocks)))
     ax.set_xticklabels([str(block) for block in blocks])
     digits = {}
@@ -150,7 +182,7 @@ def _draw_table(ax, costs: dict) -> tuple:
         block, kind = _place(name)
         place = blocks.index(block), kinds.index(kind)
         digits[name] = ax.text(*place, "", ha="center", va="center", fontsize="small", color="black")
-    return picture, digits
+    return digits
 
 
 def _blues(count: int) -> list:

@@ -1,4 +1,4 @@
-"""Linear layers on integers: weight-only, dynamic and static int8, and the integer product under them.
+"""Linear layers that compute in integers: dynamic and static int8, and the integer product under them.
 
 The exact integers are the definition. The fast kernel (oneDNN's, which ships in torch) is used only where it gives the
 same integers; simulating the layer in floating point gives the same outputs up to float rounding.
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from quantlab.affine import QParams, choose_qparams, fake_quantize, quantize
 from quantlab.arguments import check_int, check_real
-from quantlab.granularity import Granularity, PerAxis, PerGroup, QTensor, quantize_tensor
-from quantlab.packing import unpack
+from quantlab.granularity import PerAxis, quantize_tensor
+from quantlab.linear.packed import KeepsScales
+from quantlab.modules import check_linear, weight_of
 
 
 def int_linear(x_codes: Tensor, x_zero, w_codes: Tensor, w_zero=0) -> Tensor:
@@ -56,75 +57,12 @@ def _check_zero(zero, name: str, shape: tuple) -> None:
         )
 
 
-class _KeepsScales(nn.Module):
-    """A module whose float buffers stay float32 under .half(), .to(dtype): a rounded scale would be another grid."""
-
-    def _apply(self, fn, *arguments, **options):
-        floats = {name: b for name, b in self.named_buffers(recurse=False) if b.is_floating_point()}
-        super()._apply(fn, *arguments, **options)
-        for name, value in floats.items():
-            setattr(self, name, value.to(getattr(self, name).device))
-        return self
-
-
-class WeightOnlyLinear(_KeepsScales):
-    """A linear layer that stores its weight packed, and makes it float again in every call for a float product.
-
-    It is smaller, and by itself no faster: each call unpacks and writes the whole float weight.
-    """
-
-    def __init__(self, weight: QTensor, bias: Tensor | None = None):
-        super().__init__()
-        for name, value in (
-            ("packed", weight.packed()),
-            ("scale", weight.qparams.scale),
-            ("zero_point", weight.qparams.zero_point),
-            ("group_index", weight.group_index),
-            ("bias", bias),
-        ):
-            self.register_buffer(name, value)
-        self.out_features, self.in_features = weight.codes.shape
-        self.bits, self.granularity, self.symmetric = weight.bits, weight.granularity, weight.symmetric
-        self.dtype, self.qmin, self.qmax = weight.dtype, weight.qparams.qmin, weight.qparams.qmax
-
-    @classmethod
-    def from_linear(
-        cls, linear: nn.Linear, *, bits: int = 4, granularity: Granularity | None = None, symmetric: bool = False
-    ) -> "WeightOnlyLinear":
-        """A new layer with linear's weight rounded to nearest (default: groups of 128); linear is not changed."""
-        weight = quantize_tensor(
-            _weight(linear), bits=bits, granularity=granularity or PerGroup(128), symmetric=symmetric
-        )
-        return cls(weight, _bias(linear))
-
-    def weight(self) -> Tensor:
-        """The float weight, (out, in), unpacked and dequantized."""
-        count = self.out_features * self.in_features
-        codes = unpack(self.packed, bits=self.bits, count=count).to(torch.int16) + self.qmin
-        qp = QParams(self.scale, self.zero_point, self.qmin, self.qmax)
-        shaped = codes.view(self.out_features, self.in_features)
-        return QTensor(
-            shaped, qp, self.bits, self.granularity, self.symmetric, self.dtype, self.group_index
-        ).dequantize()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the stored weight: codes, scales, zero points (packed, unless symmetric), group index."""
-        zeros = 0 if self.symmetric else -(-self.zero_point.numel() * self.bits // 8)
-        index = 0 if self.group_index is None else self.group_index.nbytes
-        return self.packed.nbytes + self.scale.nbytes + zeros + index
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight().to(x.dtype), bias)
-
-
-class Int8Linear(_KeepsScales):
+class Int8Linear(KeepsScales):
     """int8 weight, one symmetric scale a row; a subclass says which QParams its input gets. It has no gradient."""
 
     def __init__(self, linear: nn.Linear, activation_bits: int = 8):
         super().__init__()
-        codes, scale = self.quantized_rows(_weight(linear))
+        codes, scale = self.quantized_rows(weight_of(check_linear(linear)))
         self.activation_bits = check_int(activation_bits, "activation_bits", 2, 8)
         self.out_features, self.in_features = codes.shape
         self.register_buffer("codes", codes.contiguous())  # the kernel reads them row by row
@@ -309,12 +247,6 @@ def _choose_numbers(low: float, high: float, *, qmax: int, symmetric: bool) -> t
     info = torch.finfo(torch.float32)
     scale = torch.tensor(min(max((high - low) / qmax, info.tiny), info.max)).item()  # rounded to float32
     return scale, (qmax + 1) // 2 if symmetric else min(max(-round(low / scale), 0), qmax)
-
-
-def _weight(linear: nn.Module) -> Tensor:
-    if not isinstance(linear, nn.Linear):
-        raise ValueError(f"need an nn.Linear, got {type(linear).__name__}")
-    return linear.weight.detach()
 
 
 def _bias(linear: nn.Linear) -> Tensor | None:

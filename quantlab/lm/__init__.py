@@ -5,12 +5,11 @@ from quantlab.lm.loading import DATA, SEPARATOR, load_lm, load_text, read_docume
 from quantlab.lm.measuring import Divergence, Perplexity, divergence, generate, perplexity
 from quantlab.lm.report import LayerReport, QuantizeReport, model_bytes
 from quantlab.lm.saving import load_quantized, save_quantized
-from quantlab.lm.walk import OPTIONS, quantize_lm, quantize_weights
+from quantlab.lm.walk import quantize_lm, quantize_weights
 from quantlab.modules import weight_of
 
 __all__ = [
     "DATA",
-    "OPTIONS",
     "SEPARATOR",
     "Divergence",
     "LayerReport",

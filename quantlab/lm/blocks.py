@@ -67,31 +67,44 @@ def advance(block, hidden: list[Tensor], arguments: dict) -> None:
 
 
 def input_hessians(block, hidden: list[Tensor], arguments: dict) -> list[tuple[dict[str, nn.Module], Hessian]]:
-    """One (layers, Hessian) for each distinct input in the block: layers handed the same tensor share it."""
-    layers = linears_in(block)
-    seen: dict[int, tuple[Tensor, list[str]]] = {}  # the tensor is kept, so that its id stays its own
+    """One (layers, Hessian) for each distinct input in the block: layers handed the same tensor share it.
 
-    def look(name):
-        return lambda _module, inputs: seen.setdefault(id(inputs[0]), (inputs[0], []))[1].append(name)
+    The first batch shows which layers share an input; of the others only the first layer of each group is asked.
+    """
+    layers, groups = linears_in(block), {}  # by the id of the tensor, which is kept so that its id stays its own
 
-    with hooked({m: look(name) for name, m in layers.items()}):
+    def join(name):
+        def hook(_module, inputs):
+            x = inputs[0]
+            if id(x) not in groups:
+                groups[id(x)] = x, {}, Hessian(x.shape[-1]).add(x)
+            groups[id(x)][1][name] = layers[name]
+
+        return hook
+
+    with hooked({layer: join(name) for name, layer in layers.items()}):
         list(run(block, hidden[:1], arguments))
-    groups = [(names, Hessian(x.shape[-1])) for x, names in seen.values()]
-    seen.clear()
+    found = [(some, hessian) for _, some, hessian in groups.values()]
+    groups.clear()
+    _add_batches(block, hidden[1:], arguments, {next(iter(some.values())): hessian for some, hessian in found})
+    return found
 
-    def add(hessian, last):
+
+def _add_batches(block, hidden: list[Tensor], arguments: dict, hessians: dict[nn.Module, Hessian]) -> None:
+    """Count in what these layers read in further batches."""
+    last = list(hessians.values())[-1]
+
+    def add(hessian):
         def hook(_module, inputs):
             hessian.add(inputs[0])
-            if last:
+            if hessian is last:
                 raise Stop  # nobody needs what the last layer makes of it
 
         return hook
 
-    ordered = {layers[names[0]]: add(hessian, names is groups[-1][0]) for names, hessian in groups}
-    with hooked(ordered):
+    with hooked({layer: add(hessian) for layer, hessian in hessians.items()}):
         for h in hidden:
             try:
                 block(h, **arguments)
             except Stop:
                 pass
-    return [({name: layers[name] for name in names}, hessian) for names, hessian in groups]

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from quantlab.files import read_json, write_json
 from quantlab.lm.report import LayerReport
 from quantlab.storage import load_tensors, save_tensors
 
@@ -29,14 +29,14 @@ class Checkpoint(Mapping):
         path = self._path(i)
         if not path.exists():
             return None
-        rows = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        self.files |= {row[0]: path for row in rows}
-        return [LayerReport(*row) for row in rows]
+        rows = _rows(path.with_suffix(".json"))
+        self.files |= {row.name: path for row in rows}
+        return rows
 
     def save(self, i: int, qtensors: dict, rows: list[LayerReport]) -> None:
         """Write block i. The tensors come last, whole or not at all: they are the sign that the block is done."""
         path = self._path(i)
-        _write(path.with_suffix(".json"), json.dumps(rows))
+        write_json(path.with_suffix(".json"), rows)
         save_tensors(path, qtensors)
         self.files |= {name: path for name in qtensors}
 
@@ -67,14 +67,14 @@ def open_checkpoint(folder, model, tokens: Tensor, what: dict) -> Checkpoint:
     wanted = json.loads(json.dumps(what | {"model": fingerprint(model), "tokens": hash_tensors({"tokens": tokens})}))
     path = folder / WALK
     if path.exists():
-        there = json.loads(path.read_text(encoding="utf-8"))
+        there = read_json(path, {"model": str, "tokens": str})
         other = sorted(key for key in wanted.keys() | there.keys() if wanted.get(key) != there.get(key))
         if other:
             raise ValueError(f"{folder} holds a walk with another {', '.join(other)}; choose an empty folder")
     elif any(file.suffix != ".part" for file in folder.iterdir()):
         raise ValueError(f"{folder} holds files, but no {WALK}; choose an empty folder")
     else:
-        _write(path, json.dumps(wanted))
+        write_json(path, wanted)
     return Checkpoint(folder)
 
 
@@ -94,7 +94,12 @@ def hash_tensors(tensors: Mapping[str, Tensor | None], *, about: str = "") -> st
     return digest.hexdigest()
 
 
-def _write(path: Path, text: str) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)  # whole or not at all
+def _rows(path: Path) -> list[LayerReport]:
+    """The report's rows in a file. Raises ValueError with its name if it is damaged."""
+    try:
+        rows = [LayerReport(*row) for row in read_json(path)]
+        if not rows or not all(isinstance(row.name, str) for row in rows):
+            raise TypeError("a row has no name")
+    except TypeError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return rows

@@ -6,49 +6,47 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantlab.linear import DynamicInt8Linear, Int8Linear, StaticInt8Linear
+from quantlab.linear import Int8Linear
 from quantlab.lm.blocks import run
 from quantlab.lm.report import LayerReport, QuantizeReport
 from quantlab.modules import as_linear, hooked, linears_in
-from quantlab.outliers import LLMInt8Linear
 
 
-def replace_block(prefix: str, block, hidden: list[Tensor], arguments: dict, report: QuantizeReport) -> list[Tensor]:
-    """Put an integer layer in the place of every linear layer of a block; returns what the block gives out then."""
-    layers, settings = linears_in(block), report.settings
-    static = report.method == "w8a8_static" or settings.get("per") == "static"
-    observers = {name: settings["observer"]() for name in layers} if static else {}
+def replace_block(prefix: str, block, hidden: list[Tensor] | None, arguments: dict, report: QuantizeReport) -> None:
+    """Put an integer layer in the place of every linear layer of a block, and measure their output errors on hidden."""
+    method, layers = report.method, {name: as_linear(layer) for name, layer in linears_in(block).items()}
+    observers = _observed(block, hidden, arguments, method.observer) if method.observes else {}
+    rows, sums, hooks = [], {}, {}
+    for name, linear in layers.items():
+        began = time.perf_counter()
+        new = method.layer(linear, observers.get(name))
+        seconds = time.perf_counter() - began
+        block.set_submodule(name, new)
+        sums[name] = torch.zeros(2, dtype=torch.float64)
+        hooks[new] = _compare(linear, sums[name])
+        report.qtensors[prefix + name] = new
+        rows.append(_report_row(prefix + name, linear, new, seconds))
+    if hidden is not None:
+        with hooked(hooks, after=True):
+            for _ in run(block, hidden, arguments):
+                pass
+        errors = [(lost / whole.clamp(min=torch.finfo(torch.float64).tiny)).item() for lost, whole in sums.values()]
+        rows = [row._replace(output_error=error) for row, error in zip(rows, errors, strict=True)]
+    report.layers += rows
+
+
+def _observed(block, hidden: list[Tensor], arguments: dict, observer) -> dict:
+    """An observer for each linear layer of the block, which has seen all that the layer reads."""
+    layers = linears_in(block)
+    observers = {name: observer() for name in layers}
 
     def observe(name):
         return lambda _module, inputs: observers[name].update(inputs[0]) and None
 
-    if observers:
-        with hooked({m: observe(name) for name, m in layers.items()}):
-            for _ in run(block, hidden, arguments):
-                pass
-    errors, hooks = {}, {}
-    for name, layer in layers.items():
-        began, linear = time.perf_counter(), as_linear(layer)
-        new = _integer_layer(linear, observers.get(name), settings)
-        block.set_submodule(name, new)
-        errors[name] = torch.zeros(2, dtype=torch.float64)
-        hooks[new] = _compare(linear, errors[name])
-        report.qtensors[prefix + name] = new
-        report.layers.append(_report_row(prefix + name, linear, new, time.perf_counter() - began))
-    with hooked(hooks, after=True):
-        out = list(run(block, hidden, arguments))
-    for row, (error, energy) in zip(range(-len(layers), 0), errors.values(), strict=True):
-        report.layers[row] = report.layers[row]._replace(output_error=(error / energy.clamp(min=1e-38)).item())
-    return out
-
-
-def _integer_layer(linear: nn.Linear, observer, settings: dict) -> Int8Linear:
-    if "threshold" in settings:
-        return LLMInt8Linear.from_linear(linear, threshold=settings["threshold"])
-    bits = settings["activation_bits"]
-    if observer is not None:
-        return StaticInt8Linear.from_linear(linear, observer, activation_bits=bits)
-    return DynamicInt8Linear.from_linear(linear, per=settings["per"], activation_bits=bits)
+    with hooked({layer: observe(name) for name, layer in layers.items()}):
+        for _ in run(block, hidden, arguments):
+            pass
+    return observers
 
 
 def _compare(linear: nn.Linear, sums: Tensor):
@@ -64,6 +62,7 @@ def _compare(linear: nn.Linear, sums: Tensor):
 
 
 def _report_row(name: str, linear: nn.Linear, new: Int8Linear, seconds: float) -> LayerReport:
-    difference = linear.weight.detach() - new.dequantized_weight()
-    error = (difference.square().sum() / linear.weight.detach().square().sum().clamp(min=1e-38)).item()
-    return LayerReport(name, 0.0, error, 8 * new.nbytes / linear.weight.numel(), seconds)
+    weight = linear.weight.detach()
+    lost, whole = (w.float().square().sum(dtype=torch.float64) for w in (weight - new.dequantized_weight(), weight))
+    error = (lost / whole.clamp(min=torch.finfo(torch.float64).tiny)).item()
+    return LayerReport(name, None, error, 8 * new.nbytes / weight.numel(), seconds)

@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor, nn
 
+from quantlab.arguments import check_model
 from quantlab.lm.measuring import checked_windows
 from quantlab.modules import evaluating, hooked, is_linear
 
 
 def blocks_of(model) -> tuple[str, nn.ModuleList]:
     """The name and list of the decoder blocks: the one list of modules as long as the config says."""
-    depth = model.config.num_hidden_layers
+    depth = check_model(model).config.num_hidden_layers
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return name, module
@@ -20,6 +21,14 @@ def linear_layers(model) -> dict[str, nn.Module]:
     """The linear layers inside the blocks by full name: nn.Linear, and GPT-2's Conv1D. Embeddings and head are not."""
     prefix, blocks = blocks_of(model)
     return {f"{prefix}.{name}": m for name, m in blocks.named_modules() if is_linear(m)}
+
+
+def float_layers(model) -> dict[str, nn.Module]:
+    """linear_layers of a model; ValueError if it has none, as an int8 model has not."""
+    layers = linear_layers(check_model(model))
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no float linear layers in its blocks; is it quantized already?")
+    return layers
 
 
 def capture_inputs(model, tokens: Tensor, layers, *, window: int = 512) -> dict[str, Tensor]:
@@ -46,7 +55,7 @@ def activation_scales(model, tokens: Tensor, *, window: int = 512) -> dict[str, 
     Bounded memory: one maximum a channel is kept, however many tokens there are. SmoothQuant and AWQ start from it.
     """
     window, _ = checked_windows(model, tokens, window, None)
-    layers, largest = linear_layers(model), {}
+    layers, largest = float_layers(model), {}
 
     def note(name):
         def hook(_module, inputs):

@@ -3,44 +3,46 @@
 import csv
 import io
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+
+from quantlab.files import write_whole
+from quantlab.methods import Method, plain
 
 
 class LayerReport(NamedTuple):
     """What quantizing did to one layer."""
 
     name: str
-    output_error: float  # ‖X(W - Ŵ)ᵀ‖² / ‖XWᵀ‖² on the calibration tokens
+    output_error: float | None  # ‖X(W - Ŵ)ᵀ‖² / ‖XWᵀ‖² on the tokens; None: not measured
     weight_error: float  # ‖W - Ŵ‖² / ‖W‖²
     bits_per_weight: float
-    seconds: float
+    seconds: float  # to round it
 
 
 @dataclass
 class QuantizeReport:
-    """What quantize_lm did: the settings, a row for each layer, the codes, and the bytes of the whole model."""
+    """What quantize_lm did: the method, a row for each layer, the codes, and the bytes of the whole model."""
 
-    method: str
-    settings: dict
-    calibration_tokens: int
+    method: Method
+    calibration_tokens: int  # that the method looked at; 0 for one that needs no data
     layers: list[LayerReport] = field(default_factory=list)
     qtensors: Mapping = field(default_factory=dict, repr=False)  # by layer: QTensors or integer layers
-    seconds: float = 0.0
+    seconds: float = 0.0  # of the whole walk; of the rounding alone where no data are needed
     nbytes: int = 0  # of the whole model: packed layers, everything else in 16 bits
     bits_per_parameter: float = 0.0  # 8 * nbytes / parameters
 
     def __str__(self) -> str:
         lines = [f"{'layer':44}{'output error':>13}{'weight error':>13}{'bits':>7}{'ms':>7}"]
         lines += [
-            f"{r.name:44}{r.output_error:13.2e}{r.weight_error:13.2e}{r.bits_per_weight:7.2f}{r.seconds * 1e3:7.0f}"
+            f"{r.name:44}{_number(r.output_error):>13}{r.weight_error:13.2e}{r.bits_per_weight:7.2f}"
+            f"{r.seconds * 1e3:7.0f}"
             for r in self.layers
         ]
         lines.append(
-            f"{self.method}: {self.nbytes:,} bytes, {self.bits_per_parameter:.2f} bits per parameter, "
+            f"{self.method.name}: {self.nbytes:,} bytes, {self.bits_per_parameter:.2f} bits per parameter, "
             f"{self.seconds:.1f} s"
         )
         return "\n".join(lines)
@@ -53,16 +55,14 @@ class QuantizeReport:
         path = Path(path)
         if path.suffix not in (".json", ".csv"):
             raise ValueError(f"a report is saved as .json or .csv, got {path.name!r}")
-        text = self._json() if path.suffix == ".json" else self._csv()
-        part = path.with_suffix(".part")
-        part.write_text(text, encoding="utf-8", newline="")
-        os.replace(part, path)
+        write_whole(path, self._json() if path.suffix == ".json" else self._csv())
         return path
 
     def _json(self) -> str:
-        whole = {name: value for name, value in vars(self).items() if name != "qtensors"}
-        whole["layers"] = [row._asdict() for row in self.layers]
-        return json.dumps(whole, indent=1, default=lambda x: getattr(x, "__name__", repr(x)))  # an observer
+        whole = {name: value for name, value in vars(self).items() if name not in ("qtensors", "method", "layers")}
+        settings = {name: plain(value) for name, value in self.method.settings.items()}
+        layers = [row._asdict() for row in self.layers]
+        return json.dumps({"method": self.method.name, "settings": settings, **whole, "layers": layers}, indent=1)
 
     def _csv(self) -> str:
         file = io.StringIO()
@@ -70,8 +70,15 @@ class QuantizeReport:
         return file.getvalue()
 
 
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2e}"
+
+
 def model_bytes(model, qtensors: Mapping | None = None) -> int:
-    """Bytes to store a model: its quantized layers as they say (nbytes), every other parameter in 16 bits."""
-    packed = qtensors or {}
+    """Bytes to store a model: its quantized layers as they say (nbytes), every other parameter in 16 bits.
+
+    qtensors are quantized weights by layer name; layers that hold packed or int8 weights count by themselves.
+    """
+    packed = {name: m for name, m in model.named_modules() if hasattr(m, "nbytes")} | dict(qtensors or {})
     others = (p for name, p in model.named_parameters() if name.removesuffix(".weight") not in packed)
     return sum(2 * p.numel() for p in others) + sum(q.nbytes for q in packed.values())

@@ -1,14 +1,19 @@
 """A quantized model as a folder that loads by itself: configuration, tokenizer, and one file of packed weights."""
 
-import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.initialization import no_init_weights
 
+from quantlab.arguments import check_model
+from quantlab.files import new_folder, settle
+from quantlab.linear import PackedLinear, packed_layers
 from quantlab.lm.layers import linear_layers
 from quantlab.modules import put_weight, weight_of
+from quantlab.quantized import smallest_exact
 from quantlab.storage import load_tensors, save_tensors
 
 WEIGHTS = "quantized.safetensors"
@@ -18,60 +23,53 @@ TOKENIZER_FILES = {  # what transformers writes for a tokenizer, of one kind or 
 }
 
 
-def save_quantized(folder, model, qtensors: dict, tokenizer=None) -> int:
+def save_quantized(folder, model, qtensors: Mapping | None = None, tokenizer=None) -> int:
     """Save a quantized model as a folder; returns the bytes of its weights file, quantized.safetensors.
 
     qtensors is what quantize_weights gave, or the report of a method of quantize_lm for weights only: stored packed.
+    The layers of a packed model (load_quantized(folder, packed=True)) bring their own.
     Every other tensor is stored in the first of bfloat16, float16 and its own dtype that holds its values exactly, so
     the model that load_quantized gives back is equal bit by bit. The folder is written beside and renamed: it is whole,
     or not there.
 
     Raises: ValueError if a layer of qtensors does not exist or holds other weights, or if the folder holds other files.
     """
-    folder = Path(folder)
+    folder, stored = Path(folder), _stored(check_model(model), qtensors)
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if (there and WEIGHTS not in there) or folder.is_file():
         raise ValueError(f"{folder} exists and holds no quantized model; nothing was written")
-    _check_layers(model, qtensors)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=folder.name) as beside:
-        new = Path(beside) / "new"
+    with new_folder(folder) as new:
         model.config.save_pretrained(new)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
-        size = save_tensors(new / WEIGHTS, _stored(model, qtensors))
+        size = save_tensors(new / WEIGHTS, stored)
         foreign = sorted(there - {path.name for path in new.iterdir()} - TOKENIZER_FILES)
         if foreign:
             raise ValueError(f"{folder} also holds {', '.join(foreign)}; nothing was written")
-        _put_in_place(new, folder, Path(beside) / "old")
     return size
 
 
-def _put_in_place(new: Path, folder: Path, old: Path) -> None:
-    """Rename new to folder; what was there before moves out of the way, and back if that fails."""
-    if folder.exists():
-        folder.rename(old)
-    try:
-        new.rename(folder)
-    except OSError:
-        if old.exists():
-            old.rename(folder)
-        raise
-
-
-def load_quantized(folder):
+def load_quantized(folder, *, packed: bool = False):
     """(model, tokenizer) of a folder that save_quantized wrote; the tokenizer is None if none was saved.
+
+    packed: the weights stay packed, in layers that decode them in each call (quantlab.linear.PackedLinear): the model
+    needs the memory that its file has, and packed_layers gives the codes. Else they become floats, on their grids.
 
     Raises: FileNotFoundError if there is no such folder, ValueError if its weights are damaged or of another model.
     """
     folder = Path(folder)
+    settle(folder)
     if not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"{folder} holds no {WEIGHTS}; load_lm loads models that are not quantized")
     stored = load_tensors(folder / WEIGHTS)
-    with torch.random.fork_rng():  # a new model draws random weights: the caller's seed stays as it is
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with no_init_weights():  # memory that nothing has been written to: no random weights that are overwritten at once
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
-    _put_stored(model, stored)
+    model.tie_weights()
+    try:
+        _put_stored(model, stored, packed)
+    except RuntimeError as error:  # of copy_: another width
+        raise ValueError(f"{folder} holds weights of another model than its configuration says: {error}") from error
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if has_tokenizer else None
 
@@ -87,27 +85,25 @@ def _check_layers(model, qtensors: dict) -> None:
             raise ValueError(f"the weights of {name} are not those of its quantized tensor; is it another model's?")
 
 
-def _stored(model, qtensors: dict) -> dict:
+def _stored(model, qtensors: Mapping | None) -> dict:
     """What goes into the file: the quantized weights by layer name, everything else by its own."""
-    packed = {f"{name}.weight" for name in qtensors}
-    return {**qtensors, **{n: _smallest(t) for n, t in _own_tensors(model).items() if n not in packed}}
+    own, layers = _own_tensors(model), packed_layers(model)
+    _check_layers(model, qtensors or {})
+    quantized = dict(qtensors or {}) | {name: layer.q for name, layer in layers.items()}
+    if not quantized:
+        raise ValueError("there is no quantized layer to save; pass the qtensors of quantize_weights or of the report")
+    weights = {f"{name}.weight" for name in quantized}
+    return {**quantized, **{name: smallest_exact(t) for name, t in own.items() if name not in weights}}
 
 
 def _own_tensors(model) -> dict[str, Tensor]:
-    """Parameters, a shared one once, and the buffers that a checkpoint holds."""
-    buffers = {name: b for name, b in model.named_buffers() if name in model.state_dict()}
+    """Parameters, a shared one once, and the buffers that a checkpoint holds, but for the parts of packed layers."""
+    kept, parts = model.state_dict(), tuple(f"{name}." for name in packed_layers(model))
+    buffers = {n: b for n, b in model.named_buffers() if n in kept and not n.startswith(parts or ("\0",))}
     return {**dict(model.named_parameters()), **buffers}
 
 
-def _smallest(x: Tensor) -> Tensor:
-    """x in 16 bits where that loses nothing."""
-    if not x.is_floating_point():
-        return x
-    fits = (d for d in (torch.bfloat16, torch.float16) if torch.equal(x.to(d).to(x.dtype), x))
-    return x.to(next(fits, x.dtype))
-
-
-def _put_stored(model: nn.Module, stored: dict) -> None:
+def _put_stored(model: nn.Module, stored: dict, packed: bool) -> None:
     layers, own = linear_layers(model), _own_tensors(model)
     missing = own.keys() - {f"{n}.weight" if n in layers else n for n in stored}
     unknown = stored.keys() - layers.keys() - own.keys()
@@ -116,7 +112,13 @@ def _put_stored(model: nn.Module, stored: dict) -> None:
         raise ValueError(f"the weights are those of another model: {which} missing or unknown")
     with torch.no_grad():
         for name, value in stored.items():
-            if name in layers:
-                put_weight(layers[name], value.dequantize())
-            else:
+            if name not in layers:
                 own[name].copy_(value)
+            elif value.shape != weight_of(layers[name]).shape:
+                shapes = tuple(value.shape), tuple(weight_of(layers[name]).shape)
+                raise ValueError(f"{name} is stored as {shapes[0]}, and the configuration says {shapes[1]}")
+            elif not packed:
+                put_weight(layers[name], value.dequantize())
+        for name in layers if packed else ():
+            bias = layers[name].bias
+            model.set_submodule(name, PackedLinear(stored[name], bias).eval())

@@ -4,12 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantlab.arguments import check_int, check_real
+from quantlab.arguments import check_codes, check_int, check_real, kind
 from quantlab.blocks import from_blocks, mean_magnitude, to_blocks
 from quantlab.codebook import CodebookTensor
 from quantlab.granularity import Granularity, PerAxis, PerGroup, PerTensor, QTensor, symmetric_qtensor
 
-TINY = torch.finfo(torch.float32).tiny  # the least scale, so that 1 / scale stays finite
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # the smallest normal number: 1 / scale stays finite
 
 
 def ternary(x: Tensor, granularity: Granularity | None = None) -> Tensor:
@@ -24,28 +24,22 @@ def ternary(x: Tensor, granularity: Granularity | None = None) -> Tensor:
     >>> ternary(torch.tensor([0.1, -0.9, 0.4, 1.0])).tolist()
     [0.0, -0.6000000238418579, 0.6000000238418579, 0.6000000238418579]
     """
-    granularity = granularity or PerTensor()
-    codes, scale = _ternary_codes(x.detach() if isinstance(x, Tensor) else x, granularity)
+    x, granularity = check_real(x), granularity or PerTensor()
+    codes, scale = _ternary_codes(x.detach(), granularity)
     return _PassThrough.apply(x, from_blocks(scale * codes, granularity, x.shape).to(x.dtype))
 
 
 def quantize_ternary(x: Tensor, granularity: Granularity | None = None) -> QTensor:
     """The values of ternary(x) as codes -1, 0, 1 and scales. nbytes counts 2 bits a code, as they are stored.
 
-    Five codes fit a byte (pack_ternary, 1.6 bits); the least possible is log2(3) = 1.585 bits if all are as frequent.
+    Five codes fit a byte (pack_ternary, 1.6 bits); the limit is log2(3) = 1.585 bits if all are as frequent.
 
     >>> quantize_ternary(torch.tensor([0.1, -0.9, 0.4, 1.0])).codes.tolist()
     [0, -1, 1, 1]
     """
-    granularity = granularity or PerTensor()
-    codes, scale = _ternary_codes(x.detach() if isinstance(x, Tensor) else x, granularity)
+    x, granularity = check_real(x).detach(), granularity or PerTensor()
+    codes, scale = _ternary_codes(x, granularity)
     return symmetric_qtensor(x, codes, scale, 2, granularity)
-
-
-def _ternary_codes(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
-    check_real(x)
-    scale = mean_magnitude(x, granularity).clamp(min=TINY).float()
-    return torch.round(to_blocks(x, granularity).float() * (1 / scale)).clamp(-1, 1), scale
 
 
 def pack_ternary(codes: Tensor) -> Tensor:
@@ -54,9 +48,7 @@ def pack_ternary(codes: Tensor) -> Tensor:
     >>> pack_ternary(torch.tensor([-1, 0, 1, 1, 0, 1])).tolist()      # 0 + 3 + 18 + 54 + 81, 2 + 3 + 9 + 27 + 81
     [156, 122]
     """
-    if not isinstance(codes, Tensor) or codes.is_floating_point() or codes.is_complex():
-        raise ValueError(f"codes must be integers, got {getattr(codes, 'dtype', type(codes).__name__)}")
-    digits = codes.reshape(-1).to(torch.int64)
+    digits = check_codes(codes).reshape(-1).to(torch.int64)
     if digits.numel() and digits.abs().max() > 1:
         raise ValueError(f"ternary codes are -1, 0 and 1, got {digits.min().item()}..{digits.max().item()}")
     digits = F.pad(digits, (0, -len(digits) % 5)).view(-1, 5) + 1
@@ -70,10 +62,10 @@ def unpack_ternary(packed: Tensor, *, count: int) -> Tensor:
     [-1, 0, 1, 1, 0, 1]
     """
     if not isinstance(packed, Tensor) or packed.dtype != torch.uint8:
-        raise ValueError(f"packed must be uint8, got {getattr(packed, 'dtype', type(packed).__name__)}")
+        raise ValueError(f"packed must be uint8, got {kind(packed)}")
     if packed.numel() and packed.max() > 242:
         raise ValueError(f"five ternary codes make 0..242, got {packed.max().item()}")
-    check_int(count, "count", 0, 5 * packed.numel())
+    count = check_int(count, "count", 0, 5 * packed.numel())
     digits = packed.reshape(-1, 1).to(torch.int64) // 3 ** torch.arange(5, device=packed.device) % 3
     return (digits - 1).to(torch.int8).view(-1)[:count]
 
@@ -83,15 +75,14 @@ def binary(x: Tensor, granularity: Granularity | None = None) -> Tensor:
 
         s = mean |x|      x̂ = s * sign(x), sign(0) = +1      XNOR-Net, Rastegari et al. 2016, eq. 6
 
-    This s has the least ‖x - x̂‖. The gradient passes unchanged everywhere: nothing is masked, none flows through s.
+    No other s has as small a ‖x - x̂‖. The gradient passes unchanged everywhere: nothing is masked, none flows through s.
 
     Raises: ValueError if x is not floating point, is empty or holds NaN or infinity.
 
     >>> binary(torch.tensor([0.0, -0.5, 1.0])).tolist()
     [0.5, -0.5, 0.5]
     """
-    granularity = granularity or PerTensor()
-    check_real(x)
+    x, granularity = check_real(x), granularity or PerTensor()
     scale = mean_magnitude(x.detach(), granularity).float()
     value = torch.where(to_blocks(x.detach(), granularity) < 0, -scale, scale)
     return _PassThrough.apply(x, from_blocks(value, granularity, x.shape).to(x.dtype))
@@ -108,18 +99,29 @@ def quantize_binary(x: Tensor, granularity: Granularity | None = None) -> Codebo
     >>> q.codes.tolist(), q.absmax.tolist()
     ([[1, 0, 1, 1]], [0.25, 2.75])
     """
-    granularity = granularity or PerTensor()
-    check_real(x)
-    size = to_blocks(x.detach(), granularity).shape[1]
+    x, granularity = check_real(x).detach(), granularity or PerTensor()
+    size = to_blocks(x, granularity).shape[1]
     if isinstance(granularity, PerGroup) and x.shape[-1] % size:
         raise ValueError(
             f"binary blocks run on over the rows: group_size must divide {x.shape[-1]}, got {granularity.group_size}"
         )
     if isinstance(granularity, PerAxis) and granularity.axis % x.ndim:
         raise ValueError(f"binary blocks are rows: PerAxis(0), got {granularity}")
-    scale = mean_magnitude(x.detach(), granularity).float().flatten()
+    scale = mean_magnitude(x, granularity).float().flatten()
     levels = torch.tensor([-1.0, 1.0], device=x.device)
-    return CodebookTensor((x.detach() >= 0).to(torch.uint8), scale, levels, size, x.dtype)
+    return CodebookTensor((x >= 0).to(torch.uint8), scale, levels, size, x.dtype)
+
+
+def in_steps(x: Tensor, scale: Tensor) -> Tensor:
+    """x / scale, as x * (1 / scale), in float32 or, for a float64 x, in float64: fewer bits would give other codes."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.to(wide) * (1 / scale).to(wide)
+
+
+def _ternary_codes(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
+    """Codes, (blocks, elements), and scales, (blocks, 1), float32."""
+    scale = mean_magnitude(x, granularity).clamp(min=SMALLEST_SCALE).float()
+    return in_steps(to_blocks(x, granularity), scale).round().clamp(-1, 1).float(), scale
 
 
 class _PassThrough(torch.autograd.Function):

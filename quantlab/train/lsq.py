@@ -5,14 +5,14 @@ import math
 import torch
 from torch import Tensor, nn
 
-from quantlab.arguments import check_real
-from quantlab.blocks import block_sizes, from_blocks, mean_magnitude, to_blocks
-from quantlab.granularity import Granularity, PerTensor, QTensor, code_range, symmetric_qtensor
+from quantlab.arguments import check_choice, check_number, check_real
+from quantlab.blocks import Granularity, PerTensor, block_sizes, from_blocks, mean_magnitude, to_blocks
+from quantlab.granularity import QTensor, code_range, symmetric_qtensor
+from quantlab.train.few_levels import SMALLEST_SCALE, in_steps
+from quantlab.train.rounding import Rounding
 
-TINY = torch.finfo(torch.float32).tiny  # the least scale, so that 1 / scale stays finite
 
-
-class LSQ(nn.Module):
+class LSQ(Rounding):
     """Learned step size: the scale of each block is a parameter with a gradient of its own (Esser et al. 2020).
 
         v̂ = s * round(clamp(v / s, qmin, qmax))      qmin = -2**(bits-1), qmax = 2**(bits-1) - 1
@@ -27,47 +27,47 @@ class LSQ(nn.Module):
     end, and at the end itself. There the paper calls v clamped (∂v̂/∂s = qmax), torch calls it rounded (-0.5..0): two
     gradients of opposite sign from one value.
 
-    x is the tensor to start from; per tensor, axis or group of it. A step that training drives below zero counts by
-    its magnitude. Raises: ValueError if bits is not 2..8, x is not finite, or mask is another word.
+    x is the tensor to start from; per tensor, axis or group of it. start multiplies the first steps. A step that
+    training drives below zero counts by its magnitude.
+
+    Raises: ValueError if bits is not 2..8, start is not above 0, x is not finite, or mask is another word.
 
     >>> lsq = LSQ(torch.tensor([-1.0, 0.25, 0.75, 4.0]), bits=2)
     >>> lsq.step.item(), lsq(torch.tensor([-1.0, 0.25, 0.75, 4.0])).tolist()
     (3.0, [-0.0, 0.0, 0.0, 3.0])
     """
 
-    def __init__(self, x: Tensor, *, bits: int, granularity: Granularity | None = None, mask: str = "value"):
+    def __init__(
+        self, x: Tensor, *, bits: int, granularity: Granularity | None = None, mask: str = "value", start: float = 1.0
+    ):
         super().__init__()
-        check_real(x)
-        self.bits, self.granularity, self.mask = bits, granularity or PerTensor(), mask
+        x = check_real(x).detach()
+        self.granularity, self.mask = granularity or PerTensor(), check_choice(mask, "mask", ("value", "code"))
         self.qmin, self.qmax = code_range(bits, symmetric=True)
-        if mask not in ("value", "code"):
-            raise ValueError(f'mask must be "value" (the paper) or "code" (torch), got {mask!r}')
-        start = 2 * mean_magnitude(x.detach(), self.granularity) / math.sqrt(self.qmax)
-        keep = torch.float64 if x.dtype == torch.float64 else torch.float32
-        self.step = nn.Parameter(start.clamp(min=TINY).to(keep))
-        sharing = block_sizes(x, self.granularity)
-        self.register_buffer("gradient_scale", (sharing * self.qmax).rsqrt().to(keep))
+        self.bits = self.qmax.bit_length() + 1
+        start = 2 * mean_magnitude(x, self.granularity) / math.sqrt(self.qmax) * check_number(start, "start", above=0)
+        self.step = nn.Parameter(start.clamp(min=SMALLEST_SCALE).float())
+        self.register_buffer("gradient_scale", (block_sizes(x, self.granularity) * self.qmax).rsqrt().float())
 
     @property
     def scale(self) -> Tensor:
-        """The steps in use, > 0, (blocks, 1)."""
-        return self.step.abs().clamp(min=TINY)
+        """The steps in use, > 0, (blocks, 1), float32 whatever the dtype of the parameter: as scales are stored."""
+        return self.step.float().abs().clamp(min=SMALLEST_SCALE)
 
     def forward(self, x: Tensor) -> Tensor:
         """x on the learned grid, as floats; gradients for x and for the steps."""
-        blocks = self._blocks(x)
+        x = check_real(x)
         ends = (self.qmin, self.qmax, self.mask == "code")
-        rounded = _LearnedStep.apply(blocks, self.scale, self.gradient_scale, *ends)
+        rounded = _LearnedStep.apply(self._blocks(x), self.scale, self.gradient_scale, *ends)
         return from_blocks(rounded, self.granularity, x.shape)
 
     def quantized(self, x: Tensor) -> QTensor:
         """The same values as codes and scales."""
-        scale = self.scale.detach().float()
-        codes = torch.round(self._blocks(x.detach()) * (1 / scale)).clamp(self.qmin, self.qmax)
+        x, scale = check_real(x).detach(), self.scale.detach()
+        codes = in_steps(self._blocks(x), scale).round().clamp(self.qmin, self.qmax)
         return symmetric_qtensor(x, codes, scale, self.bits, self.granularity)
 
     def _blocks(self, x: Tensor) -> Tensor:
-        check_real(x)
         blocks = to_blocks(x, self.granularity)
         if len(blocks) != len(self.step):
             raise ValueError(f"there are {len(self.step)} steps, and x has {len(blocks)} blocks")
@@ -77,7 +77,7 @@ class LSQ(nn.Module):
 class _LearnedStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, gradient_scale, qmin, qmax, by_code):
-        ratio = x * (1 / scale).to(x.dtype)
+        ratio = in_steps(x, scale)
         codes = torch.round(ratio)
         if by_code:
             low, high = codes < qmin, codes > qmax
@@ -85,7 +85,8 @@ class _LearnedStep(torch.autograd.Function):
             low, high = ratio <= qmin, ratio >= qmax
         inside = ~(low | high)
         ctx.save_for_backward(inside, torch.where(inside, codes - ratio, qmin * low + qmax * high), gradient_scale)
-        return (scale * codes.clamp(qmin, qmax)).to(x.dtype)
+        limit = torch.finfo(x.dtype).max  # a float16 must not become infinite
+        return (scale * codes.clamp(qmin, qmax).float()).clamp(-limit, limit).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):

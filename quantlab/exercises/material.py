@@ -1,0 +1,91 @@
+"""What exercises and their notebooks work on: made-up layers and texts. Each is the same in every call."""
+
+import torch
+from torch import Tensor, nn
+
+from quantlab.gptq import Hessian
+
+# Two children's stories: one to calibrate on, one to measure on.
+CHINESE = (
+    "从前有一个小女孩，她每天都去森林里玩。有一天，她遇见了一只大熊。熊说：“你好！你想吃蜂蜜吗？”小女孩很高兴。"
+    "她坐在大树下，和熊一起吃蜂蜜。太阳下山的时候，妈妈在门口等她回家。“明天我还想去看它。”她说。",
+    "山上有一座小房子，里面住着一位老爷爷和他的狗。冬天来了，雪下得很大，他们没有木柴。狗跑到村子里，叫来了孩子们。"
+    "孩子们带来了木柴，老爷爷给他们讲了一个很长的故事。",
+)
+
+
+def student_t(freedom: int, count: int, *, seed: int) -> Tensor:
+    """Values of Student's t, (count,): a normal one over the root mean square of `freedom` others.
+
+    >>> student_t(3, 100_000, seed=0).abs().median() < 1 < student_t(3, 100_000, seed=0).abs().max()
+    tensor(True)
+    """
+    z = torch.randn(freedom + 1, count, generator=torch.Generator().manual_seed(seed))
+    return z[0] / z[1:].square().mean(0).sqrt()
+
+
+def layer_in_runs() -> tuple[Tensor, Tensor]:
+    """(weight, x), (64, 384) and (512, 384): the columns of the weight come in runs of 64 of unequal size (3.6)."""
+    random = torch.Generator().manual_seed(0)
+    sizes = torch.exp(0.8 * torch.randn(64, 6, generator=random)).repeat_interleave(64, dim=1)
+    weight = torch.randn(64, 384, generator=random) * 0.05 * sizes
+    return weight, torch.randn(512, 384, generator=random) * torch.exp(0.7 * torch.randn(384, generator=random))
+
+
+def layer_with_outliers() -> tuple[nn.Linear, Tensor]:
+    """(layer, x), 128 -> 96 and (256, 128): four outlier channels of different size, ordinary ones beyond 6 (9.4)."""
+    random = torch.Generator().manual_seed(7)
+    layer = nn.Linear(128, 96, bias=False).requires_grad_(False)
+    layer.weight.copy_(torch.randn(96, 128, generator=random) * 0.05)
+    x = 2.5 * torch.randn(256, 128, generator=random).clamp(-3.6, 3.6)
+    for channel, size in ((5, 20.0), (40, 60.0), (77, 200.0), (101, 35.0)):
+        x[:, channel] = size * torch.randn(256, generator=random).clamp(-2, 2)
+    return layer, x
+
+
+def correlated_layer(rows: int, columns: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """(weight, x), (rows, columns) and (tokens, columns): the columns of x are correlated (chapter 10)."""
+    random = torch.Generator().manual_seed(3)
+    basis = torch.randn(columns, columns, generator=random) / columns**0.5
+    x = (torch.randn(tokens, columns, generator=random) * torch.arange(1, columns + 1) ** -0.7 * 3) @ basis
+    weight = torch.randn(rows, columns, generator=random) * 0.05
+    return weight, x + 0.05 * torch.randn(tokens, columns, generator=random)
+
+
+def layer_with_hessian() -> tuple[Tensor, Hessian]:
+    """(weight, hessian), (256, 256) both, of correlated inputs (10.4)."""
+    weight, x = correlated_layer(256, 256, 2048)
+    return weight, Hessian(256).add(x)
+
+
+def layer_with_peaks() -> tuple[Tensor, Tensor]:
+    """(weight, x), (128, 256) and (2000, 256): loud channels, some hardly used, and channels of one rare peak (11.4).
+
+    float16 holds the weight exactly, so a column kept in float takes 16 bits a weight.
+    """
+    random = torch.Generator().manual_seed(11)
+    weight = torch.randn(128, 256, generator=random) * 0.05
+    x = torch.randn(2000, 256, generator=random)
+    x[:, [17, 90, 143, 201]] *= torch.tensor([14.0, 18.0, 12.0, 16.0])
+    x[:, [40, 128, 230]] *= 25.0
+    weight[:, [40, 128, 230]] *= 0.001
+    for column in (5, 66, 101, 160, 188, 250):
+        x[torch.randint(2000, (2,), generator=random), column] = 90.0
+    return weight.half().float(), x
+
+
+def planted_layer(seed: int = 12) -> tuple[Tensor, Tensor]:
+    """(weight, x), (128, 256) and (600, 256): six channels 100 times as loud, their weights a hundredth (11.5)."""
+    random = torch.Generator().manual_seed(seed)
+    weight = torch.randn(128, 256, generator=random) * 0.05
+    x = torch.randn(600, 256, generator=random) * (0.3 * torch.randn(256, generator=random)).exp()
+    stretch = torch.ones(256).index_fill(0, torch.arange(0, 240, 40), 100.0)
+    return weight / stretch, x * stretch
+
+
+def layer_to_train() -> tuple[Tensor, Tensor, Tensor]:
+    """(weight, x, fresh), (32, 64) and twice (1536, 64): inputs to train on, and inputs to be judged on (14.5)."""
+    random = torch.Generator().manual_seed(14)
+    mix = torch.randn(64, 64, generator=random) / 8 * torch.arange(1, 65) ** -0.6 * 4
+    inputs = torch.randn(3072, 64, generator=random) @ mix + 0.1 * torch.randn(3072, 64, generator=random)
+    return torch.randn(32, 64, generator=random) * 0.05, inputs[:1536], inputs[1536:]

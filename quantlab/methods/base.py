@@ -1,0 +1,110 @@
+"""What a method of quantization is: an object with settings, which says what it needs and rounds what it is given."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from quantlab.arguments import check_int
+from quantlab.gptq import Hessian
+from quantlab.linear import Int8Linear
+from quantlab.quantized import Quantized
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A way to quantize a model, with its settings. Settings are checked when it is made; repr shows them all."""
+
+    name: ClassVar[str]  # as quantize_lm(method=...) and the ledger call it
+    needs_data: ClassVar[bool]  # whether it looks at what layers read: calibration tokens
+    words: ClassVar[dict[str, str]] = {}  # what the ledger calls a setting that is not its default
+
+    @property
+    def settings(self) -> dict:
+        """All settings by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @property
+    def label(self) -> str:
+        """What the ledger calls it: the name, and a word for each setting beside bits and groups that is no default."""
+        words = [self.name]
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in ("bits", "group_size", "per") and value != field.default:
+                words.append(self.words[field.name] if value is True else f"{field.name}={plain(value)}")
+        return " ".join(words)
+
+    @property
+    def ledger_bits(self) -> int | Mapping[str, int]:
+        """Bits of a code, as the ledger's column has it; by layer where they differ."""
+        raise NotImplementedError
+
+    @property
+    def ledger_group(self) -> str:
+        """What shares a scale, as the ledger's column has it."""
+        raise NotImplementedError
+
+
+class WeightMethod(Method):
+    """Rounds weights alone; the layers stay float layers, whose weights lie on a grid."""
+
+    def round(self, weights: list[Tensor], hessian: Hessian | None) -> list[Quantized]:
+        """The weights, (out, in) each, of layers that read one input, rounded. A Hessian of it where needs_data."""
+        raise NotImplementedError
+
+    def for_layer(self, layer: str) -> "WeightMethod":
+        """This method with the bits of one layer, where bits differ by layer."""
+        bits = getattr(self, "bits", None)
+        return replace(self, bits=bits[layer]) if isinstance(bits, Mapping) else self
+
+    @property
+    def ledger_bits(self) -> int | Mapping[str, int]:
+        return self.bits
+
+    @property
+    def ledger_group(self) -> str:
+        return "row" if self.group_size is None else str(self.group_size)
+
+
+class IntegerMethod(Method):
+    """Rounds weights and activations: puts a layer that computes in integers in the place of each linear layer."""
+
+    needs_data: ClassVar[bool] = True
+
+    @property
+    def observes(self) -> bool:
+        """Whether the range of each layer's input is fixed beforehand by an observer."""
+        return False
+
+    def layer(self, linear: nn.Linear, observer=None) -> Int8Linear:
+        """The integer layer in the place of a linear one; observer has seen what it reads, where observes."""
+        raise NotImplementedError
+
+    @property
+    def ledger_bits(self) -> int:
+        return 8
+
+
+def check_bits(bits, low: int = 1):
+    """bits as one int or {layer: int}, each low..8; ValueError otherwise."""
+    if isinstance(bits, Mapping):
+        return {name: check_int(b, f"bits of {name}", low, 8) for name, b in bits.items()}
+    return check_int(bits, "bits", low, 8)
+
+
+def check_group_size(group_size) -> int | None:
+    """group_size as an int, at least 1, or None for one scale a row."""
+    return None if group_size is None else check_int(group_size, "group_size", 1)
+
+
+def plain(value):
+    """A setting as JSON can hold it. Raises ValueError for a function without a name to find it by."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(one) for name, one in value.items()}
+    if not callable(value):
+        return value
+    name = getattr(value, "__qualname__", "<")
+    if "<" in name:
+        raise ValueError(f"a cached result must know its settings by name; {value!r} has none")
+    return f"{value.__module__}.{name}"

@@ -1,0 +1,80 @@
+"""Methods whose layers compute in 8-bit integers: W8A8, with SmoothQuant before it, and LLM.int8()."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from quantlab.arguments import check_choice, check_int, check_number, kind
+from quantlab.linear import DynamicInt8Linear, Int8Linear, StaticInt8Linear
+from quantlab.methods.base import IntegerMethod
+from quantlab.observers import MinMax
+from quantlab.outliers import LLMInt8Linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class W8A8(IntegerMethod):
+    """int8 weights, one scale a row, and activations on a grid whose range comes from `per`.
+
+    >>> W8A8(per="token").label, W8A8(per="static").label
+    ('w8a8_dynamic', 'w8a8_static')
+    """
+
+    per: str = "tensor"  # the range of "tensor": each input; "token": each row of it; "static": what the observer saw
+    observer: Callable = MinMax  # called for each layer, for per="static"
+    activation_bits: int = 8
+
+    def __post_init__(self):
+        check_choice(self.per, "per", ("tensor", "token", "static"))
+        vars(self).update(activation_bits=check_int(self.activation_bits, "activation_bits", 2, 8))
+        if not callable(self.observer):
+            raise ValueError(f"observer is called for each layer: pass MinMax, not MinMax(); got {kind(self.observer)}")
+
+    @property
+    def name(self) -> str:
+        return "w8a8_static" if self.observes else "w8a8_dynamic"
+
+    @property
+    def observes(self) -> bool:
+        return self.per == "static"
+
+    @property
+    def needs_data(self) -> bool:
+        return self.observes
+
+    @property
+    def ledger_group(self) -> str:
+        return self.per
+
+    def layer(self, linear: nn.Linear, observer=None) -> Int8Linear:
+        if self.observes:
+            return StaticInt8Linear.from_linear(linear, observer, activation_bits=self.activation_bits)
+        return DynamicInt8Linear.from_linear(linear, per=self.per, activation_bits=self.activation_bits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmoothQuant(W8A8):
+    """W8A8 after the activations' outliers were moved into the weights (quantlab.outliers.smooth)."""
+
+    alpha: float = 0.5  # 0: all stays in the activations, 1: all of it moves into the weights
+
+    name, needs_data = "smoothquant", True
+
+    def __post_init__(self):
+        super().__post_init__()
+        vars(self).update(alpha=check_number(self.alpha, "alpha", low=0, high=1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LLMInt8(IntegerMethod):
+    """LLM.int8(): columns of the input with outliers stay in float, all else in int8, vector by vector."""
+
+    threshold: float = 6.0  # |x| from which a column is an outlier
+
+    name, needs_data, ledger_group = "llm_int8", False, "split"
+
+    def __post_init__(self):
+        vars(self).update(threshold=check_number(self.threshold, "threshold", above=0))
+
+    def layer(self, linear: nn.Linear, observer=None) -> Int8Linear:
+        return LLMInt8Linear.from_linear(linear, threshold=self.threshold)

@@ -1,0 +1,1 @@
+"""How the things that the workbook ships were made: its model, its checkpoints and its notebooks."""
