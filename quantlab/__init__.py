@@ -1,4 +1,26 @@
-"""quantlab: the small library behind the workbook, one file a concept."""
+"""quantlab: the small library behind the workbook, one file a concept.
+
+In reading order; each imports only from the lines above its own (tests/test_imports.py reads this table):
+
+    foundation   arguments files selftest                        what the others ask of arguments and files
+    torch        modules                                         linear layers, hooks, modes
+    the map      affine packing                                  reals to integer codes, codes to bytes
+    blocks       blocks levels quantized metrics                 who shares a scale; tables of levels; the protocol
+    tensors      granularity floats codebook_fast                rounding to nearest; small floats
+    choosing     codebook clipping observers                     NF4; which range, from data or without
+    error        gptq                                            what a layer's output loses: the Hessian
+    scaling      awq
+    layers       storage linear                                  quantized tensors in files and in layers
+    outliers     outliers
+    methods      methods                                         one object for each way to quantize a model
+    models       lm                                              load, measure, walk, save
+    beyond       mixed ledger train                              bits by layer; the table; training
+    doors        qat sweep                                       public names of training; many ways side by side
+
+Beside the lines: plots, explorers (what is dragged), exercises and checks (what is answered).
+A new method is a file in methods, a new quantized tensor a subclass of quantized.Quantized, a new chapter a file in
+notebooks/src with its exercises in exercises, a new engine a file in export.
+"""
 
 from quantlab.affine import QParams, choose_qparams, dequantize, fake_quantize, quantize
 from quantlab.codebook import (

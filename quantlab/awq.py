@@ -165,13 +165,13 @@ def scales_of(strength: Tensor, alpha: float) -> Tensor:
     >>> scales_of(torch.tensor([1.0, 4.0, 16.0]), 0.5).tolist()
     [0.5, 1.0, 2.0]
     """
-    strength = strength.double()
-    heard = strength > 0
-    if not heard.any():
+    strength = check_real(strength, "strength").double()
+    active = strength > 0
+    if not active.any():
         return torch.ones_like(strength, dtype=torch.float32)
-    s = torch.where(heard, strength, 1.0) ** alpha
-    centre = (s[heard].max() * s[heard].min()).sqrt()
-    return torch.where(heard, s / centre, 1.0).clamp(1e-4, 1e4).half().float()
+    s = torch.where(active, strength, 1.0) ** alpha
+    centre = (s[active].max() * s[active].min()).sqrt()
+    return torch.where(active, s / centre, 1.0).clamp(1e-4, 1e4).half().float()
 
 
 def scale_and_round(
@@ -179,5 +179,7 @@ def scale_and_round(
 ) -> ScaledQTensor:
     """Q(W · diag(s)) with s: rounding to nearest, after each input channel j was multiplied by s_j."""
     granularity = rows_or_groups(group_size)
+    if check_real(input_scale, "input_scale").shape != weight.shape[1:] or not (input_scale > 0).all():
+        raise ValueError(f"input_scale must be {weight.shape[1]} numbers above 0, got {tuple(input_scale.shape)}")
     scaled = (weight.detach().float() * input_scale).to(weight.dtype)
     return ScaledQTensor(quantize_tensor(scaled, bits=bits, granularity=granularity, symmetric=symmetric), input_scale)

@@ -26,7 +26,13 @@ _given: dict[str, int] = {}  # hints shown so far, by exercise
 
 
 def check(name: str, answer) -> None:
-    """Test an answer and print what was found: passed, not attempted yet, or the property that broke and a hint."""
+    """Test an answer and print what was found: passed, not attempted yet, or the property that broke and a hint.
+
+    Raises: ValueError if there is no exercise of this name.
+
+    >>> check("1.1", None)
+    1.1 quantize: not attempted yet
+    """
     exercise = find(name)
     verdict = judge(exercise, answer)
     print(f"{name} {exercise.title}: {verdict}")
@@ -60,7 +66,7 @@ def _codes(trace) -> list:
 
 
 def hint(name: str) -> None:
-    """Print the next of an exercise's three hints; after the third, that one again."""
+    """Print the next of an exercise's three hints; after the third, that one again. Raises ValueError as check does."""
     hints = find(name).hints
     number = min(_given.get(name, 0) + 1, len(hints))
     _given[name] = number
@@ -68,13 +74,19 @@ def hint(name: str) -> None:
 
 
 def solution(name: str) -> None:
-    """Print an exercise's solution."""
+    """Print an exercise's solution. Raises ValueError as check does."""
     found = find(name).solution
     print(inspect.getsource(found) if callable(found) else repr(found))
 
 
 def find(name: str) -> Exercise:
-    """The exercise of this name. Raises ValueError, listing the names there are, if there is none."""
+    """The exercise of this name, its chapter before the dot.
+
+    Raises: ValueError, with the names of the chapter, if there is none.
+
+    >>> find("10.2").title
+    'compensate'
+    """
     chapter = str(name).partition(".")[0]
     if chapter not in CHAPTERS:
         raise ValueError(f"no exercise {name!r}: there is no chapter {chapter!r}")

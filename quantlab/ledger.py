@@ -122,7 +122,7 @@ def append(row: Row, path="ledger.csv") -> list[Row]:
     with FileLock(f"{path}.lock"):  # two notebooks may write at the same time
         rows = [r for r in (read(path) if path.exists() else []) if _key(r) != _key(row)]
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, [f.name for f in fields(Row)])
+        writer = csv.DictWriter(text, [f.name for f in fields(Row)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(r) for r in [*rows, row])
         write_whole(path, text.getvalue())

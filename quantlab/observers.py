@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quantlab.affine import QParams, choose_qparams
-from quantlab.arguments import check_int, check_real
+from quantlab.arguments import check_int, check_number, check_real
 from quantlab.granularity import code_range
 
 _CHUNK = 2**18  # values turned into float64 at a time: 2 MB, which stay in the cache
@@ -28,11 +28,8 @@ class _Observer:
         Raises: ValueError if x is not floating point, is empty, or holds NaN, infinity or a number that float32
         cannot hold; the observer is then as it was.
         """
-        check_real(x)
-        x = x.detach()
+        x = check_real(x).detach()
         low, high = x.amin().item(), x.amax().item()
-        if max(-low, high) > torch.finfo(torch.float32).max:
-            raise ValueError(f"x must fit into float32, in which scales are kept; got {low:.4g}..{high:.4g}")
         self._take(x, low, high)
         self._empty = False
         return self
@@ -78,9 +75,7 @@ class MovingAverage(_Observer):
     """
 
     def __init__(self, *, momentum: float = 0.1):
-        if not 0 < momentum <= 1:
-            raise ValueError(f"momentum must be above 0 and at most 1, got {momentum}")
-        self.momentum = momentum
+        self.momentum = check_number(momentum, "momentum", above=0, high=1)
 
     def _take(self, x: Tensor, low: float, high: float) -> None:
         if self._empty:
@@ -153,9 +148,7 @@ class Percentile(Histogram):
 
     def __init__(self, *, percentile: float = 99.9):
         super().__init__()
-        if not 0 < percentile <= 100:
-            raise ValueError(f"percentile must be above 0 and at most 100, got {percentile}")
-        self.percentile = percentile
+        self.percentile = check_number(percentile, "percentile", above=0, high=100)
 
     def _range(self) -> tuple[float, float]:
         below = self.counts.cumsum(0)

@@ -17,21 +17,6 @@ def to_numpy(x: Tensor) -> np.ndarray:
     return x.detach().float().cpu().flatten().numpy()
 
 
-def plot_error(x: Tensor, x_hat: Tensor, *, ax: Axes | None = None, label: str | None = None) -> Axes:
-    """Scatter the quantization error x_hat - x against x.
-
-    Inside the grid the points lie on a sawtooth of height one scale; clipped values leave it along a line
-    of slope -1.
-    """
-    ax = ax if ax is not None else plt.gca()
-    ax.plot(to_numpy(x), to_numpy(x_hat - x), ".", markersize=3, color=ERROR, label=label)
-    ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
-    ax.set(xlabel="x", ylabel="error, x̂ − x")
-    if label is not None:
-        ax.legend(loc="best")
-    return ax
-
-
 def plot_histogram(
     x: Tensor, *, bins: int = 120, ax: Axes | None = None, label: str | None = None, color: str = FLOAT
 ) -> Axes:
@@ -73,16 +58,6 @@ def plot_against_bits(rows: dict[str, dict[int, tuple[float, float]]], *, ylabel
     return ax
 
 
-def plot_layer_errors(reports: dict, *, ax: Axes | None = None) -> Axes:
-    """The output error of every layer, in the order of the model: {method: QuantizeReport}."""
-    ax = ax if ax is not None else plt.gca()
-    for (method, report), (color, marker) in zip(reports.items(), cycle(_LINES), strict=False):
-        ax.plot([row.output_error for row in report.layers], marker, color=color, markersize=4, label=method)
-    ax.set(xlabel="layer, in the order of the model", ylabel="relative output error", yscale="log")
-    ax.legend(loc="best")
-    return ax
-
-
 def plot_curves(curves: dict[str, tuple], *, xlabel: str, ylabel: str, log: str = "", ax: Axes | None = None) -> Axes:
     """One line for each name: {name: (x, y)}. log names the logarithmic axes: "", "x", "y" or "xy"."""
     ax = ax if ax is not None else plt.gca()
@@ -106,24 +81,4 @@ def plot_bars(bars: dict[str, dict], *, ylabel: str, log: bool = False, ax: Axes
     ax.set_xticklabels([str(place) for place in places])
     if len(bars) > 1:
         ax.legend(loc="best", fontsize="small")
-    return ax
-
-
-def plot_pareto(rows: list, *, ax: Axes | None = None) -> Axes:
-    """Bits per weight of the whole model against KL, a point for each ledger row; below the stairs is nothing.
-
-    A row with a KL of 0 (the float model) has no place on a logarithmic axis and is left out.
-    """
-    ax = ax if ax is not None else plt.gca()
-    rows = [row for row in rows if row.kl > 0]
-    methods = dict.fromkeys(row.method for row in rows)
-    for method, (color, marker) in zip(methods, cycle(_LINES), strict=False):
-        own = [row for row in rows if row.method == method]
-        x, y, error = zip(*((r.bits_per_weight, r.kl, r.kl_error) for r in own), strict=True)
-        ax.errorbar(x, y, yerr=error, fmt=marker, markersize=5, color=color, label=method)
-    rows = sorted(rows, key=lambda row: (row.bits_per_weight, row.kl))
-    least = np.minimum.accumulate([row.kl for row in rows])  # the least KL for at most so many bits
-    ax.step([row.bits_per_weight for row in rows], least, where="post", color="0.6", zorder=0)
-    ax.set(xlabel="bits per weight of the whole model", ylabel="KL to the float model", yscale="log")
-    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small")
     return ax

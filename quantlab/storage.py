@@ -77,6 +77,15 @@ def read_parts(path) -> tuple[dict, dict[str, Tensor]]:
         raise ValueError(f"{path} is truncated or no safetensors file ({error})") from error
 
 
+def read_names(path) -> list[str]:
+    """The names of the tensors in any safetensors file; errors as read_parts."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or no safetensors file ({error})") from error
+
+
 def _take_apart(name: str, tensor) -> tuple[str, dict[str, Tensor], dict]:
     """(kind, what is stored by the ending of its name, settings)."""
     if isinstance(tensor, Tensor):

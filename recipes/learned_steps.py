@@ -1,16 +1,17 @@
-"""Make what notebook 14 loads:  python -m recipes.learned_steps [lsq2 ternary ...]
+"""Make data/checkpoints/lsq, ternary and binary:  python -m recipes.learned_steps [lsq2 ternary "lsq2 finer" ...]
 
-The texts, the teacher and the loop are those of recipes/minmax.py, so that its min-max rows can stand beside these;
-what came of it stands in data/checkpoints/lsq, ternary and binary. A run that is cut off goes on where it stopped if it
-is started again with the same --work folder.
+The texts, the teacher and the loop are those of recipes/minmax.py, so that its results can stand beside these. A run
+that is cut off goes on where it stopped if it is started again with the same --work folder.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
+from quantlab.blocks import PerGroup
 from quantlab.files import write_json
 from quantlab.lm import DATA, load_lm
-from quantlab.qat import convert, fake_quant_layers, prepare_qat
+from quantlab.qat import LSQ, convert, prepare_qat
 from quantlab.storage import save_tensors
 from recipes import minmax
 
@@ -30,10 +31,8 @@ LOG_ONLY = ("lsq3",)  # its weights would take the folder over 5 MB
 
 def train(model, text: dict, *, method: str, bits: int | None = None, start: float = 1.0, **settings):
     """(trained model, log). start multiplies the learned steps before the first training step."""
-    student = prepare_qat(model, method=method, bits=bits, group_size=minmax.GROUP)
-    for layer in fake_quant_layers(student).values():
-        if method == "lsq":
-            layer.rounding.step.data.mul_(start)
+    learned = partial(LSQ, bits=bits, granularity=PerGroup(minmax.GROUP), start=start)
+    student = prepare_qat(model, method=learned if method == "lsq" else method, group_size=minmax.GROUP)
     log = {"method": method, "bits": bits, "group_size": minmax.GROUP, "start": start}
     return student, log | minmax.fit(model, student, text, "both", **settings)
 

@@ -1,4 +1,4 @@
-"""Make what notebook 13 loads:  python -m recipes.minmax [w2 w3 w4 texts]     (README.md there: what came of it)
+"""Make data/checkpoints/minmax:  python -m recipes.minmax [w2 w3 w4 texts]
 
 A run that is cut off goes on where it stopped if it is started again with the same --work folder.
 """
@@ -19,7 +19,7 @@ from quantlab.train.loop import finetune, sample_text_tokens
 
 OUT = DATA / "checkpoints/minmax"
 HELD_OUT = 4096  # the last tokens of the calibration text: not trained on, to choose settings by
-# How they were chosen: README.md. The more bits, the less there is to repair, and the smaller the steps that do it.
+# How they were chosen: README.md there. The more bits, the less there is to repair, and the smaller the steps to do it.
 RUNS = {
     "w2": {"bits": 2, "steps": 300, "learning_rate": 1e-3},
     "w3": {"bits": 3, "steps": 400, "learning_rate": 5e-4},

@@ -22,7 +22,7 @@ from PIL import Image, ImageChops
 
 from quantlab.files import write_whole
 
-HERE = Path(__file__).resolve().parent.parent / "notebooks"
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 METADATA = {
     "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -35,7 +35,7 @@ PROGRESS_BAR = re.compile(r"^.*(\d+%\||\d+it \[).*\n?", re.MULTILINE)
 MACHINE_PATH = re.compile(r"/(home|root|tmp|work|Users)/|\\Users\\")
 MAX_BYTES = 1_000_000
 # What nbval overlooks in a text is no difference here either: the same pairs of pattern and replacement.
-CONFIG = (HERE.parent / "tests/nbval_sanitize.cfg").read_text(encoding="utf-8")
+CONFIG = (NOTEBOOKS.parent / "tests/nbval_sanitize.cfg").read_text(encoding="utf-8")
 NUMBERS = [(r" *\d[\d.,]*(e[-+]?\d+)?", "0")]  # with the spaces that pad them
 SANITIZE = re.findall(r"^regex: (.*)\nreplace: (.*)$", CONFIG, re.M)
 
@@ -47,13 +47,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--fresh", action="store_true", help="replace even outputs that still say the same")
     options = parser.parse_args(arguments)
     found = []
-    for source in sorted(HERE.glob("src/*.py")):
+    for source in sorted(NOTEBOOKS.glob("src/*.py")):
         if source.name.startswith(tuple(options.names or [""])):
             found += check(source) if options.check else build(source, fresh=options.fresh)
     for name in options.names:
-        if not any(HERE.glob(f"src/{name}*.py")):
+        if not any(NOTEBOOKS.glob(f"src/{name}*.py")):
             found.append(f"no source in notebooks/src begins with {name}")
-    found += [] if options.names else unpaired(HERE)
+    found += [] if options.names else unpaired(NOTEBOOKS)
     for problem in found:
         print(problem, file=sys.stderr)
     return int(bool(found))
@@ -230,12 +230,12 @@ def problems(text: str, source: Path) -> list[str]:
 
 
 def cell_problems(cell: NotebookNode) -> list[str]:
-    found, said = [], "\n".join(text for output in cell.outputs for text in texts(output).values())
+    found, outputs = [], "\n".join(text for output in cell.outputs for text in texts(output).values())
     if any(output.get("name") == "stderr" for output in cell.outputs):
         found.append(f"stderr (a progress bar needs the tag {VOLATILE})")
-    if "Warning" in said:
+    if "Warning" in outputs:
         found.append("a warning")
-    if path := MACHINE_PATH.search(said):
+    if path := MACHINE_PATH.search(outputs):
         found.append(f"a path of this machine ({path[0]}...)")
     if has_tag(cell, RAISES) != any(output.output_type == "error" for output in cell.outputs):
         found.append(f"no error in spite of the tag {RAISES}" if has_tag(cell, RAISES) else "an error")

@@ -1,9 +1,11 @@
 """Every exercise: the solution passes, the stub is "not attempted yet", wrong answers get a message that fits."""
 
 import importlib
+import pkgutil
 
 import pytest
 
+import quantlab.exercises
 from quantlab import checks
 from quantlab.exercises import CHAPTERS
 
@@ -34,7 +36,7 @@ def test_the_stub_is_not_attempted(name, answer):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_wrong_answers_are_told_why(name):
+def test_wrong_answers_get_a_message_that_fits(name):
     wrong = WRONG[name]
     assert len(wrong) >= 3
     for answer, message in wrong:
@@ -74,7 +76,20 @@ def test_an_error_in_the_answer_is_no_traceback():
     assert "ZeroDivisionError" in checks.judge(checks.find("1.1"), broken)
 
 
-@pytest.mark.parametrize("name", ["1.99", "99.1", "x"])
+def test_every_file_is_a_chapter_and_holds_its_exercises():
+    found = {module.name for module in pkgutil.iter_modules(quantlab.exercises.__path__)}
+    assert found == {*CHAPTERS.values(), "material"}
+    assert list(CHAPTERS) == [str(i) for i in range(len(CHAPTERS))]
+    for chapter, file in CHAPTERS.items():
+        names = importlib.import_module(f"quantlab.exercises.{file}").EXERCISES
+        assert list(names) == [f"{chapter}.{i}" for i in range(1, len(names) + 1)]
+
+
+def test_no_wrong_answer_is_left_over():
+    assert list(WRONG) == NAMES
+
+
+@pytest.mark.parametrize("name", ["1.99", "99.1", "x", "01.1", 1.1])
 def test_unknown_exercises_are_named(name):
     with pytest.raises(ValueError, match="no exercise"):
         checks.check(name, None)

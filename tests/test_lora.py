@@ -1,4 +1,4 @@
-"""qlora: packed layers equal NF4's values, the base never changes, adapters are peft's, memory is what torch keeps."""
+"""lora and memory: packed layers hold the values of NF4, the base never changes, memory is what torch keeps."""
 
 import copy
 import json
@@ -11,22 +11,24 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from quantlab import qlora
-from quantlab.codebook import fp4_levels, nf4_levels, quantize_codebook
+from quantlab.codebook import nf4_levels, quantize_codebook
+from quantlab.linear import PackedLinear, packed_layers
 from quantlab.lm import DATA, divergence, linear_layers, load_lm, load_text, perplexity, quantize_weights, token_stream
+from quantlab.train import lora
 from quantlab.train.loop import finetune, loss_on
 from quantlab.train.lora import (
-    Memory,
-    NF4Linear,
+    RECIPE,
     add_lora,
     load_adapters,
     lora_layers,
     merge,
+    nf4_linear,
     nf4_model,
     save_adapters,
-    saved_bytes,
-    training_memory,
+    style_tokens,
 )
+from quantlab.train.memory import Memory, saved_bytes, training_memory
+from recipes import lora as recipe
 
 SHAPE = {
     "vocab_size": 60,
@@ -56,9 +58,9 @@ def weights(*shape, seed=0):
 
 
 def buffers(model):
-    return {n: b.clone() for n, b in model.named_buffers() if n.split(".")[-1] in ("codes", "bias")} | {
-        n: b.clone() for n, b in model.named_buffers() if "scale_" in n
-    }
+    """The codes of the packed layers, and what stands beside them."""
+    layers = packed_layers(model)
+    return {f"{name}.{part}": b.clone() for name, layer in layers.items() for part, b in layer.named_buffers()}
 
 
 def logits(model):
@@ -73,7 +75,7 @@ def logits(model):
 @pytest.mark.parametrize("shape", [(4, 64), (3, 7), (1, 1), (5, 64), (7, 33), (40, 600)])
 def test_decoded_weights_equal_those_of_the_codebook_tensor(shape, double):
     q = quantize_codebook(weights(*shape), nf4_levels(), double_quant=double)
-    layer = NF4Linear(q)
+    layer = PackedLinear(q)
     assert torch.equal(layer.weight, q.dequantize())
     assert layer.nbytes == q.nbytes  # published levels take no room
     assert (layer.in_features, layer.out_features) == shape[::-1]
@@ -82,7 +84,7 @@ def test_decoded_weights_equal_those_of_the_codebook_tensor(shape, double):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_layer_computes_with_the_decoded_weight(dtype):
     linear = nn.Linear(48, 20).to(dtype)
-    layer, x = NF4Linear.from_linear(linear), weights(3, 5, 48).to(dtype)
+    layer, x = nf4_linear(linear), weights(3, 5, 48).to(dtype)
     q = quantize_codebook(linear.weight, nf4_levels(), double_quant=True)
     assert torch.equal(layer(x), F.linear(x, q.dequantize(), linear.bias))
     assert torch.equal(layer.to_linear()(x), layer(x))
@@ -90,7 +92,7 @@ def test_the_layer_computes_with_the_decoded_weight(dtype):
 
 
 def test_the_gradient_of_the_input_is_that_of_a_float_layer():
-    layer = NF4Linear.from_linear(nn.Linear(48, 20))
+    layer = nf4_linear(nn.Linear(48, 20))
     ours, theirs = (weights(3, 5, 48).requires_grad_() for _ in range(2))
     upstream = weights(3, 5, 20, seed=1)
     layer(ours).backward(upstream)
@@ -100,12 +102,12 @@ def test_the_gradient_of_the_input_is_that_of_a_float_layer():
 
 
 def test_the_gradient_against_finite_differences():
-    layer = NF4Linear(quantize_codebook(weights(6, 8).double(), nf4_levels()))
+    layer = PackedLinear(quantize_codebook(weights(6, 8).double(), nf4_levels()))
     assert torch.autograd.gradcheck(layer, weights(2, 8).double().requires_grad_(), check_forward_ad=False)
 
 
 def test_the_decoded_weight_does_not_wait_for_the_backward_pass():
-    layer, x, kept = NF4Linear.from_linear(nn.Linear(512, 512)), weights(2, 512).requires_grad_(), []
+    layer, x, kept = nf4_linear(nn.Linear(512, 512)), weights(2, 512).requires_grad_(), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         layer(x)
         assert kept == []  # not even x: the weight needs no gradient
@@ -113,18 +115,11 @@ def test_the_decoded_weight_does_not_wait_for_the_backward_pass():
     assert max(kept) == 512 * 512
 
 
-def test_only_nf4_is_held():
-    with pytest.raises(ValueError, match="need an NF4 tensor of shape .out, in."):
-        NF4Linear(quantize_codebook(weights(4, 64), fp4_levels()))
-    with pytest.raises(ValueError, match="need an NF4 tensor"):
-        NF4Linear(quantize_codebook(weights(64), nf4_levels()))
-
-
 def test_state_dict_round_trip(model):
     packed = nf4_model(model)
     other = nf4_model(copy.deepcopy(model).apply(lambda m: None))
     for layer in other.modules():
-        if isinstance(layer, NF4Linear):
+        if isinstance(layer, PackedLinear):
             layer.codes.zero_()
     other.load_state_dict(packed.state_dict())
     assert torch.equal(logits(other), logits(packed))
@@ -138,7 +133,7 @@ def test_the_packed_model_predicts_what_quantize_weights_does(model):
     packed = nf4_model(model)
     floats, qtensors = quantize_weights(model, lambda w: quantize_codebook(w, nf4_levels(), double_quant=True))
     assert torch.equal(logits(packed), logits(floats))
-    layers = {n: m for n, m in packed.named_modules() if isinstance(m, NF4Linear)}
+    layers = packed_layers(packed)
     assert layers.keys() == qtensors.keys() == linear_layers(model).keys()
     assert all(not p.requires_grad for p in packed.parameters())
     assert all(torch.equal(p, before[n]) and p.requires_grad for n, p in model.named_parameters())
@@ -203,7 +198,7 @@ def test_outputs_and_gradients_equal_lora_written_out_by_hand(model):
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's own call
 def test_on_the_decoded_floats_pefts_own_layer_does_the_same(model):
-    """The same adapters around NF4Linear (our layer) and around nn.Linear with the decoded weight (peft's)."""
+    """The same adapters around PackedLinear (our layer) and around nn.Linear with the decoded weight (peft's)."""
     packed = nf4_model(model)
     floats, _ = quantize_weights(model, lambda w: quantize_codebook(w, nf4_levels(), double_quant=True))
     ours = add_lora(packed, rank=4, seed=3)
@@ -250,7 +245,12 @@ def test_the_seed_decides_and_the_callers_random_numbers_stay(model):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [({"rank": 0}, "rank must be at least 1"), ({"alpha": 0}, "alpha must be above 0")]
+    ("change", "message"),
+    [
+        ({"rank": 0}, "rank must be at least 1"),
+        ({"alpha": 0}, "alpha must be above 0"),
+        ({"alpha": "16"}, "alpha must be a finite number, got '16'"),
+    ],
 )
 def test_bad_adapters(model, change, message):
     with pytest.raises(ValueError, match=message):
@@ -366,7 +366,7 @@ def test_memory_of_a_large_model_is_counted_without_it():
 
 
 def test_saved_bytes_are_those_of_the_activations(model):
-    """Decoding in the backward pass: an NF4 base holds no more than a float one; a naive layer holds its weights."""
+    """Decoding in the backward pass: a packed base holds no more than a float one; a naive layer holds its weights."""
 
     class Naive(nn.Module):
         def __init__(self, packed):
@@ -397,7 +397,7 @@ def test_the_style_is_new_and_its_days_differ():
     assert len(days) >= 60
     assert all(60 <= len(day.split()) <= 140 for day in days)
     _, tokenizer = load_lm(str(DATA / "model"))
-    train, held = qlora.style_tokens(tokenizer)
+    train, held = style_tokens(tokenizer)
     assert len(train) + len(held) == len(token_stream(tokenizer, days))
     words = [re.findall(r"[\w']+", day.split("\n\n")[1].lower()) for day in days]
     runs = [{tuple(w[i : i + 6]) for i in range(len(w) - 5)} for w in words]
@@ -410,14 +410,14 @@ def test_the_committed_run_is_reproduced_from_its_adapters():
     """The adapters in data/checkpoints/lora, put beside the bundled model in NF4, measure what log.json says."""
     model, tokenizer = load_lm(str(DATA / "model"))
     log = json.loads((DATA / "checkpoints/lora/log.json").read_text(encoding="utf-8"))
-    assert log["recipe"] == qlora.RECIPE | {"full_rate": qlora.FULL_RATE}
+    assert log["recipe"] == RECIPE | {"full_rate": recipe.FULL_RATE}
     assert log["command"] == "python -m recipes.lora --out data/checkpoints/lora"
     assert re.fullmatch(r"torch [\w.+]+, \d+ threads?", log["on"])
-    _, held = qlora.style_tokens(tokenizer)
+    _, held = style_tokens(tokenizer)
     with_lora = add_lora(nf4_model(model), rank=2)
     load_adapters(DATA / "checkpoints/lora/rank_2.safetensors", with_lora)
-    found, said = perplexity(with_lora, held, window=128), log["runs"]["rank 2"]["style"]
-    assert found.nll == pytest.approx(said["nll"], abs=0.005)  # the adapters were rounded to 16 bits
+    found, logged = perplexity(with_lora, held, window=128), log["runs"]["rank 2"]["style"]
+    assert found.nll == pytest.approx(logged["nll"], abs=0.005)  # the adapters were rounded to 16 bits
     assert found.value < 0.8 * log["runs"]["rank 0"]["style"]["perplexity"]
 
 
@@ -425,9 +425,10 @@ def test_the_run_writes_adapters_and_its_log(monkeypatch, tmp_path):
     _, tokenizer = load_lm(str(DATA / "model"))
     sizes = SHAPE | {"vocab_size": len(tokenizer), "max_position_embeddings": 512}
     small = AutoModelForCausalLM.from_config(LlamaConfig(**sizes)).eval()
-    monkeypatch.setattr(qlora, "load_lm", lambda: (small, tokenizer))
-    monkeypatch.setattr(qlora, "load_text", lambda name: load_text(name)[:8])
-    log = qlora.main(["--out", str(tmp_path / "out"), "--ranks", "1", "--steps", "2"])
+    monkeypatch.setattr(recipe, "load_lm", lambda: (small, tokenizer))
+    for module in (recipe, lora):  # the texts that are measured, and those that are learnt
+        monkeypatch.setattr(module, "load_text", lambda name: load_text(name)[:8])
+    log = recipe.main(["--out", str(tmp_path / "out"), "--ranks", "1", "--steps", "2"])
     assert json.loads((tmp_path / "out/log.json").read_text()) == json.loads(json.dumps(log))
     assert log["command"] == f"python -m recipes.lora --out {tmp_path}/out --ranks 1 --steps 2"
     assert re.fullmatch(r"torch [\w.+]+, \d+ threads?", log["on"])

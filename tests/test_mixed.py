@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
 
 from quantlab import PerAxis, PerGroup, lm, mixed, quantize_tensor
+from quantlab.gptq import Hessian, gptq_quantize
 from quantlab.modules import put_weight
 
 SMALL = {"vocab_size": 97, "num_hidden_layers": 3, "hidden_size": 24, "num_attention_heads": 4}
@@ -92,10 +93,10 @@ def test_gptq_calibrates_on_what_the_float_model_gives_the_layer():
     model, tokens = random_model(), random_tokens()
     found = mixed.sensitivity(model, tokens, bits=(3,), group_size=None, method="gptq", window=32, progress=False)
     name = list(found.costs)[-1]
-    hessian = mixed.Hessian(40).add(lm.capture_inputs(model, tokens, [name], window=32)[name])
+    hessian = Hessian(40).add(lm.capture_inputs(model, tokens, [name], window=32)[name])
     new, _ = with_one_layer_quantized(model, name, 3, None)
     weight = lm.weight_of(lm.linear_layers(model)[name])
-    put_weight(lm.linear_layers(new)[name], mixed.gptq_quantize(weight, hessian, bits=3).dequantize())
+    put_weight(lm.linear_layers(new)[name], gptq_quantize(weight, hessian, bits=3).dequantize())
     assert found.costs[name][3] == pytest.approx(lm.divergence(model, new, tokens, window=32).kl, rel=1e-3)
     nearest = mixed.sensitivity(model, tokens, bits=(3,), group_size=None, window=32, progress=False)
     assert found.costs[name][3] != pytest.approx(nearest.costs[name][3], rel=1e-3)
@@ -127,7 +128,7 @@ def test_only_later_blocks_run_again(monkeypatch):
         ({"bits": (3, 3)}, "different bit widths"),
         ({"bits": (9,)}, "bits must be"),
         ({"bits": (2.5,)}, "bits must be an int"),
-        ({"method": "awq"}, "method must be rtn or gptq, got 'awq'"),
+        ({"method": "awq"}, "method must be one of rtn, gptq, got 'awq'"),
         ({"group_size": 0}, "group_size"),
         ({"window": 1}, "window"),
     ],

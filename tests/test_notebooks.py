@@ -67,11 +67,11 @@ def source(tmp_path):
 
 
 def test_every_source_has_a_notebook_and_every_notebook_a_source():
-    assert build.unpaired(build.HERE) == []
+    assert build.unpaired(build.NOTEBOOKS) == []
 
 
 def test_notebooks_are_as_built_from_their_sources():
-    assert [problem for path in sorted(build.HERE.glob("src/*.py")) for problem in build.check(path)] == []
+    assert [problem for path in sorted(build.NOTEBOOKS.glob("src/*.py")) for problem in build.check(path)] == []
 
 
 # Building
@@ -99,14 +99,14 @@ def test_a_built_notebook_holds_what_a_reader_without_a_kernel_needs(source):
     assert notebook.metadata == build.METADATA
 
 
-@pytest.mark.parametrize(("code", "told"), [("int('x')", "ValueError"), ("'/tmp/x'", "a path")])
-def test_a_bad_cell_is_told_and_leaves_the_old_notebook(source, code, told):
+@pytest.mark.parametrize(("code", "problem"), [("int('x')", "ValueError"), ("'/tmp/x'", "a path")])
+def test_a_bad_cell_is_reported_and_leaves_the_old_notebook(source, code, problem):
     target, old = build.notebook_of(source), build.as_text(new_notebook())
     target.write_text(old)
     source.write_text(f"# %%\n{code}\n")
     found = build.build(source)
     assert code in found[0]
-    assert told in found[0]
+    assert problem in found[0]
     assert target.read_text() == old
     assert sorted(path.name for path in target.parent.iterdir()) == ["01_toy.ipynb", "src"]
 
@@ -139,7 +139,7 @@ def test_normal_form():
     assert text.text == "done\n"
     assert set(widget.data) == {"text/plain", "image/png"}
     assert normal.cells[2].outputs == []
-    assert normal.cells[3].outputs[0].name == "stderr"  # told as a problem: nbval would miss it
+    assert normal.cells[3].outputs[0].name == "stderr"  # reported as a problem: nbval would miss it
 
 
 def test_normal_form_of_a_normal_form_is_itself_and_the_argument_is_not_changed():
@@ -190,14 +190,14 @@ def test_outputs_of_a_cell_whose_source_has_changed_are_new():
 # Problems
 
 
-def told(*cells, source_text="# %%\n1\n", tmp_path) -> str:
+def problems_of(*cells, source_text="# %%\n1\n", tmp_path) -> str:
     (tmp_path / "01_toy.py").write_text(source_text)
     text = build.as_text(build.normal_form(new_notebook(cells=list(cells))))
     return "\n".join(build.problems(text, tmp_path / "01_toy.py"))
 
 
 def test_a_good_notebook_has_no_problem(tmp_path):
-    assert told(cell("1", stream("1")), tmp_path=tmp_path) == ""
+    assert problems_of(cell("1", stream("1")), tmp_path=tmp_path) == ""
 
 
 @pytest.mark.parametrize(
@@ -215,22 +215,21 @@ def test_a_good_notebook_has_no_problem(tmp_path):
         (cell("1", stream("1"), tags=[build.RAISES]), "no error in spite of the tag"),
     ],
 )
-def test_problems_are_told(bad, word, tmp_path):
-    assert word in told(bad, tmp_path=tmp_path)
+def test_problems_are_reported(bad, word, tmp_path):
+    assert word in problems_of(bad, tmp_path=tmp_path)
 
 
-def test_a_notebook_saved_by_jupyterlab_or_never_run_is_told(tmp_path):
+def test_a_notebook_saved_by_jupyterlab_or_never_run_is_reported(tmp_path):
     (tmp_path / "01_toy.py").write_text("# %%\n1\n")
     notebook = build.normal_form(new_notebook(cells=[cell("1", stream("1"))]))
     for change in ({"id": "f00"}, {"execution_count": None}, {"metadata": {"scrolled": True}}):
         saved = build.normal_form(notebook)
         saved.cells[0].update(nbformat.from_dict(change))
-        assert (
-            "not as recipes/notebooks.py writes it" in build.problems(build.as_text(saved), tmp_path / "01_toy.py")[0]
-        )
+        found = build.problems(build.as_text(saved), tmp_path / "01_toy.py")
+        assert "not as recipes/notebooks.py writes it" in found[0]
 
 
-def test_a_lonely_file_is_told(tmp_path):
+def test_a_lonely_file_is_reported(tmp_path):
     (tmp_path / "src").mkdir()
     (tmp_path / "src/01_a.py").touch()
     (tmp_path / "02_b.ipynb").touch()

@@ -4,8 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from quantlab import ledger
-from quantlab.plots import plot_bars, plot_curves, plot_pareto
+from quantlab.plots import plot_bars, plot_curves
 
 
 @pytest.fixture
@@ -43,16 +42,3 @@ def test_bars_stand_side_by_side_by_place(ax):
 def test_the_places_have_names(ax):
     plot_bars({"a": {"x": 1, "y": 2}}, ylabel="KL", ax=ax)
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["x", "y"]
-
-
-def test_the_stairs_of_a_pareto_picture_join_the_rows_that_nothing_beats(ax):
-    rows = [
-        ledger.Row(method, 4, "-", 1, 0, kl, 0.1, 1, bits, 0, 1, 1, 0, 0)
-        for method, bits, kl in (("float", 16, 0), ("a", 4, 0.5), ("a", 3, 1.0), ("b", 3.5, 2.0), ("b", 8, 0.1))
-    ]
-    plot_pareto(rows, ax=ax)
-    stairs = ax.lines[-1]
-    assert list(stairs.get_xdata()) == [3, 3.5, 4, 8]
-    assert list(stairs.get_ydata()) == [1.0, 1.0, 0.5, 0.1]
-    assert {text.get_text() for text in ax.get_legend().get_texts()} == {"a", "b"}
-    assert ax.get_yscale() == "log"

@@ -19,6 +19,7 @@ from quantlab.qat import (
     LSQ,
     FakeQuantLinear,
     MinMaxRounding,
+    Rounding,
     binary,
     convert,
     fake_quant_layers,
@@ -30,6 +31,7 @@ from quantlab.qat import (
     unpack_ternary,
 )
 from quantlab.storage import load_tensors
+from quantlab.train.rounding import FewLevels
 
 GRANULARITIES = [PerTensor(), PerAxis(0), PerGroup(8), PerGroup(5), PerGroup(100)]
 WEIGHT_METHODS = {
@@ -118,7 +120,7 @@ def test_rounding_before_training_is_round_to_nearest():
 
 
 def lsq_by_hand(v, s, qmin, qmax, mask):
-    """Value, ∂v̂/∂v and ∂v̂/∂s of one number."""
+    """Value, ∂v̂/∂v and ∂v̂/∂s of one number. The step, and its multiples, are float32 numbers."""
     ratio = v / s
     code = round(ratio)  # Python rounds halves to even
     if mask == "value":
@@ -126,7 +128,8 @@ def lsq_by_hand(v, s, qmin, qmax, mask):
     else:
         low, high = code < qmin, code > qmax
     inside = not (low or high)
-    return s * max(qmin, min(qmax, code)), float(inside), code - ratio if inside else qmin if low else qmax
+    value = (torch.tensor(s) * max(qmin, min(qmax, code))).item()
+    return value, float(inside), code - ratio if inside else qmin if low else qmax
 
 
 @pytest.mark.parametrize("mask", ["value", "code"])
@@ -149,7 +152,7 @@ def test_lsq_equals_the_loop(bits, granularity, mask):
             assert x.grad.flatten()[i].item() == dv * given_back[i]
             of_step += ds * given_back[i]
         expected = of_step / math.sqrt(len(block) * qmax)
-        assert lsq.step.grad[k].item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+        assert lsq.step.grad[k].item() == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -187,7 +190,7 @@ def test_the_two_masks_differ_in_the_half_step_beyond_the_ends_only():
                 lsq.step.fill_(1.0)
             lsq(x).sum().backward()
             assert x.grad.item() == dv
-            assert lsq.step.grad.item() == pytest.approx(ds, abs=1e-12)  # g = 1: one weight, qmax = 1
+            assert lsq.step.grad.item() == pytest.approx(ds, abs=1e-7)  # g = 1: one weight, qmax = 1
 
 
 @pytest.mark.parametrize("mask", ["value", "code"])
@@ -205,7 +208,7 @@ def test_lsq_gradients_are_those_of_the_smooth_surrogate(granularity, mask):
     belongs = torch.empty(x.numel(), dtype=torch.long)
     for k, block in enumerate(index):
         belongs[block] = k
-    v0, s0 = x.detach().flatten(), lsq.step.detach().flatten()
+    v0, s0 = x.detach().flatten(), lsq.step.detach().double().flatten()
     ratio = v0 / s0[belongs]
     codes = ratio.round()
     low, high = (ratio <= -2, ratio >= 1) if mask == "value" else (codes < -2, codes > 1)
@@ -217,7 +220,7 @@ def test_lsq_gradients_are_those_of_the_smooth_surrogate(granularity, mask):
 
     for of, gradient, scale in (
         (0, x.grad.flatten(), torch.ones(1)),
-        (1, lsq.step.grad.flatten(), lsq.gradient_scale.flatten()),
+        (1, lsq.step.grad.double().flatten(), lsq.gradient_scale.double().flatten()),
     ):
         numeric = torch.empty_like(gradient)
         for i in range(len(gradient)):
@@ -255,6 +258,15 @@ def test_a_step_below_zero_or_at_zero_still_rounds():
     zeros = LSQ(torch.zeros(2, 8), bits=3, granularity=PerAxis(0))
     assert torch.equal(zeros(torch.zeros(2, 8)), torch.zeros(2, 8))
     assert zeros.scale.min() > 0
+
+
+def test_the_start_multiplies_the_first_steps():
+    x = weights()
+    plain, finer = (LSQ(x, bits=2, granularity=PerGroup(8), start=start) for start in (1.0, 0.66))
+    torch.testing.assert_close(finer.step, 0.66 * plain.step)
+    for bad in (0, -1.0, math.nan, "1"):
+        with pytest.raises(ValueError, match="start must be"):
+            LSQ(x, bits=2, start=bad)
 
 
 def test_lsq_of_another_shape_is_refused():
@@ -348,6 +360,92 @@ def test_properties_of_every_rounding(values, granularity, factor):
     assert torch.equal(lsq.quantized(x).dequantize(), y)
     again = lsq(y.detach())
     assert torch.equal(again, y)  # what is on the grid stays
+
+
+# --- one law for all roundings: what is trained is what is stored --------------------------------------------------
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+ROUNDINGS = {
+    "minmax": lambda w, g: MinMaxRounding(bits=3, granularity=g),
+    "minmax symmetric": lambda w, g: MinMaxRounding(bits=4, granularity=g, symmetric=True),
+    "lsq value": lambda w, g: LSQ(w, bits=2, granularity=g),
+    "lsq code": lambda w, g: LSQ(w, bits=4, granularity=g, mask="code"),
+    "ternary": lambda w, g: FewLevels("ternary", granularity=g),
+    "binary": lambda w, g: FewLevels("binary", granularity=g),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("granularity", [PerTensor(), PerAxis(0), PerGroup(16)], ids=repr)
+@pytest.mark.parametrize("make", ROUNDINGS.values(), ids=ROUNDINGS)
+def test_what_is_trained_is_what_is_stored(make, granularity, dtype):
+    """forward(w) equals quantized(w).dequantize() bit by bit; many weights lie near the middle between two codes."""
+    w = (weights(64, 64) * 3).to(dtype)
+    w[0] = w[0].round()
+    rounding = make(w, granularity)
+    assert isinstance(rounding, Rounding)
+    floats, q = rounding(w.requires_grad_()), rounding.quantized(w)
+    assert floats.dtype == q.dtype == dtype
+    assert floats.requires_grad
+    assert torch.equal(floats, q.dequantize())
+    floats.sum().backward()
+    assert w.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("make", ROUNDINGS.values(), ids=ROUNDINGS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_a_rounding_may_change_its_dtype_later(make, dtype):
+    """A model is prepared in float32 and then computes in another dtype: its steps go with it."""
+    w = weights(16, 64)
+    rounding, w = make(w, PerGroup(16)).to(dtype), w.to(dtype)
+    assert torch.equal(rounding(w), rounding.quantized(w).dequantize())
+
+
+@pytest.mark.parametrize("make", [m for n, m in ROUNDINGS.items() if not n.startswith("minmax")], ids=str)
+def test_the_largest_float16_stays_finite(make):
+    w = torch.tensor([[65504.0, -65504.0, 65504.0, 60000.0]] * 2, dtype=torch.float16)
+    rounding = make(w, PerAxis(0))
+    assert torch.isfinite(rounding(w)).all()
+    assert torch.equal(rounding(w), rounding.quantized(w).dequantize())
+
+
+def test_steps_of_16_bit_weights_move_as_those_of_the_same_floats_do():
+    w, upstream = weights(32, 64).bfloat16(), weights(32, 64, seed=1).bfloat16()
+    grads = []
+    for x in (w, w.float()):
+        lsq = LSQ(x, bits=3, granularity=PerGroup(16))
+        x = x.clone().requires_grad_()
+        lsq(x).backward(upstream.to(x.dtype))
+        grads += [(lsq.step.grad, x.grad.float())]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("how", WEIGHT_METHODS.values(), ids=WEIGHT_METHODS)
+def test_a_converted_16_bit_model_gives_the_same_outputs(how, dtype):
+    model, tokens = random_model("llama").to(dtype), random_tokens(64)[None]
+    prepared = prepare_qat(model, **{"group_size": 8} | how)
+    with torch.no_grad():
+        for layer in fake_quant_layers(prepared).values():
+            layer.weight.mul_(1.25)  # as if trained
+        new, _ = convert(prepared)
+        assert torch.equal(new(tokens).logits, prepared(tokens).logits)
+
+
+@pytest.mark.parametrize("granularity", [PerTensor(), PerGroup(8)], ids=repr)
+def test_a_granularity_may_be_named_or_not(granularity):
+    x = weights()
+    for function in (ternary, binary):
+        assert torch.equal(function(x, granularity), function(x, granularity=granularity))
+    for function in (quantize_ternary, quantize_binary):
+        assert torch.equal(function(x, granularity).codes, function(x, granularity=granularity).codes)
+
+
+def test_float8_weights_count_as_float32():
+    x = weights().to(torch.float8_e4m3fn)
+    for function in (ternary, binary, lambda x: LSQ(x, bits=2)(x)):
+        assert torch.equal(function(x), function(x.float()))
+    assert quantize_ternary(x).dtype == quantize_binary(x).dtype == LSQ(x, bits=2).quantized(x).dtype == torch.float32
 
 
 # --- a layer ----------------------------------------------------------------------------------------------------
@@ -570,6 +668,9 @@ def test_a_checkpoint_measures_as_its_log_says():
         ({"activations": "static"}, "activations must be None.*'static'"),
         ({"activations": {}}, "no observer for the layer 'model.layers.0"),
         ({"activations": "token", "activation_bits": 9}, "activation_bits must be 2..8, got 9"),
+        ({"activation_bits": "4"}, "activation_bits must be an int, got '4'"),
+        ({"symmetric": "no"}, "symmetric must be True or False"),
+        ({"method": 4}, "minmax, lsq, ternary, binary or a function, got 4"),
         ({"layers": ["nowhere"]}, "no layer 'nowhere'"),
         ({"layers": ["model.norm"]}, "need an nn.Linear or a Conv1D, got LlamaRMSNorm"),
         ({"bits": 4, "method": lambda w: LSQ(w, bits=2)}, "up to the function"),
@@ -607,10 +708,19 @@ def test_no_integer_layer_for_these(how):
         convert(prepared)
 
 
-@pytest.mark.parametrize("bad", [torch.tensor([1, 2]), torch.tensor([]), torch.tensor([math.nan]), [1.0]], ids=str)
+BAD = [
+    torch.tensor([1, 2]),
+    torch.tensor([]),
+    torch.tensor([math.nan]),
+    torch.tensor([1e300], dtype=torch.float64),
+    [1.0],
+]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=str)
 def test_bad_tensors_are_refused(bad):
     for function in (ternary, binary, quantize_ternary, quantize_binary, lambda x: LSQ(x, bits=2)):
-        with pytest.raises(ValueError, match="x must be|x is empty"):
+        with pytest.raises(ValueError, match="x must|x is empty"):
             function(bad)
 
 

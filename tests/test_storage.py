@@ -332,7 +332,7 @@ def test_a_rename_that_fails_leaves_the_old_folder(tmp_path, quantized, monkeypa
     lm.save_quantized(tmp_path / "m", model, qtensors, tokenizer)
     before = (tmp_path / "m" / WEIGHTS).read_bytes()
     rename = Path.rename
-    monkeypatch.setattr(Path, "rename", lambda self, to: rename(self, to) if self.name != "new" else fail())
+    monkeypatch.setattr(Path, "rename", lambda self, to: rename(self, to) if self.suffix != ".new" else fail())
     with pytest.raises(OSError, match="busy"):
         lm.save_quantized(tmp_path / "m", model, qtensors)
     monkeypatch.undo()

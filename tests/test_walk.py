@@ -14,6 +14,7 @@ from quantlab import Hessian, PerGroup, gptq_quantize, lm, quantize_tensor
 from quantlab.clipping import quantize_clipped
 from quantlab.granularity import split_rows
 from quantlab.lm import checkpoint, walk
+from quantlab.methods import GPTQ
 
 WEIGHTS = {
     "rtn": {"bits": 3, "group_size": 16, "clip_search": True},
@@ -78,7 +79,7 @@ def test_a_resumed_model_is_saved_like_any_other(tmp_path):
     ("change", "what"),
     [
         ("bits", "settings"),
-        ("method", "method, settings"),
+        ("method", "method, output errors, settings"),
         ("window", "window"),
         ("tokens", "tokens"),
         ("model", "model"),
@@ -104,7 +105,7 @@ def test_a_folder_of_other_files_is_refused(tmp_path):
 
 @pytest.mark.parametrize("options", [{"checkpoint": "x"}, {"in_place": True}])
 def test_integer_layers_have_no_checkpoint(options):
-    with pytest.raises(ValueError, match="checkpoint and in_place are for rtn, nf4, gptq, awq, got method 'llm_int8'"):
+    with pytest.raises(ValueError, match="for methods that round weights alone, got LLMInt8"):
         lm.quantize_lm(random_model("llama"), random_tokens(), method="llm_int8", window=64, **options)
 
 
@@ -221,7 +222,7 @@ def test_layers_of_one_input_are_rounded_as_one_tall_matrix():
     hessian = Hessian(24).add(torch.randn(200, 24, generator=random))
     weights = [torch.randn(rows, 24, generator=random) for rows in (5, 1, 7)]
     options = {"bits": 3, "group_size": 10, "act_order": True}
-    for tall, w in zip(walk._gptq(weights, hessian, **options), weights, strict=True):
+    for tall, w in zip(GPTQ(**options).round(weights, hessian), weights, strict=True):
         alone = gptq_quantize(w, hessian, **options)
         assert torch.equal(tall.codes, alone.codes)
         torch.testing.assert_close(tall.dequantize(), alone.dequantize())
@@ -267,4 +268,6 @@ def test_a_report_is_saved_as_json_and_csv(tmp_path):
 
 def test_a_report_of_observers_is_saved_too(tmp_path):
     _, report = lm.quantize_lm(random_model("llama"), random_tokens(), method="w8a8_static", window=64, progress=False)
-    assert json.loads(report.save(tmp_path / "r.json").read_text())["settings"]["observer"] == "MinMax"
+    assert (
+        json.loads(report.save(tmp_path / "r.json").read_text())["settings"]["observer"] == "quantlab.observers.MinMax"
+    )

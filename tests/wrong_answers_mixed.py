@@ -1,4 +1,6 @@
-"""Answers that learners really give, and a piece of what the check must say of each: {exercise: [(answer, message)]}."""
+"""Answers that learners really give, and a piece of what the check must say of it: {exercise: [(answer, message)]}."""
+
+import math
 
 from quantlab import PerAxis, PerGroup, kl_divergence, quantize_tensor
 from quantlab.mixed import greedy, knapsack
@@ -16,29 +18,26 @@ def _cost(layer, bits, logits, *, granularity=None, symmetric=False, swapped=Fal
     return kl_divergence(after, before) if swapped else kl_divergence(before, after)
 
 
-def _greedy(costs, sizes, budget, *, start=min, worth=lambda gain, more: gain / more, give_up=False, fits=True):
+def _greedy(costs, sizes, budget, *, start=min, worth=lambda fall, more: fall / more, give_up=False, fits=True):
     """Exercise 12.2 with one slip."""
 
-    def gain_of(step):
-        name, b = step
+    def fall(name, b):
         return costs[name][bits[name]] - costs[name][b]
 
-    def bytes_of(step):
-        name, b = step
+    def more(name, b):
         return sizes[name][b] - sizes[name][bits[name]]
 
     bits = {name: start(row, key=row.get) for name, row in sizes.items()}
     while True:
         left = budget - sum(sizes[name][b] for name, b in bits.items())
-        limit = left if fits and not give_up else float("inf")
-        steps = [(name, b) for name, row in sizes.items() for b in row]
-        steps = [step for step in steps if 0 < bytes_of(step) <= limit and gain_of(step) > 0]
+        limit = left if fits and not give_up else math.inf
+        steps = [(name, b) for name in sizes for b in sizes[name] if 0 < more(name, b) <= limit and fall(name, b) > 0]
         if not steps or left < 0:
             return bits
-        best = max(steps, key=lambda step: worth(gain_of(step), bytes_of(step)))
-        if give_up and bytes_of(best) > left:
+        name, b = max(steps, key=lambda step: worth(fall(*step), more(*step)))
+        if give_up and more(name, b) > left:
             return bits
-        bits |= [best]
+        bits[name] = b
 
 
 def _uniform(costs, sizes, budget):
@@ -79,8 +78,8 @@ WRONG = {
         (lambda *a: 2 * _cost(*a), "mean KL over the positions"),
     ],
     "12.2": [
-        (lambda *a: _greedy(*a, worth=lambda gain, more: gain), "divided by its bytes"),
-        (lambda *a: _greedy(*a, worth=lambda gain, more: -more), "divided by its bytes"),
+        (lambda *a: _greedy(*a, worth=lambda fall, more: fall), "divided by its bytes"),
+        (lambda *a: _greedy(*a, worth=lambda fall, more: -more), "divided by its bytes"),
         (lambda *a: _greedy(*a, give_up=True), "look at the others"),
         (lambda *a: _greedy(*a, start=max), "the budget is"),
         (lambda *a: _greedy(*a, fits=False), "the budget is"),

@@ -1,4 +1,4 @@
-"""Answers that learners really give, and a piece of what the check must say of each: {exercise: [(answer, message)]}."""
+"""Answers that learners really give, and a piece of what the check must say of it: {exercise: [(answer, message)]}."""
 
 import copy
 

@@ -96,7 +96,7 @@ from quantlab.checks import check, hint, solution
 
 check("14.1", my_lsq)
 # %% [markdown]
-# The library's `LSQ` (`quantlab/lsq.py`) holds the step as a parameter, and autograd gives it the sum of
+# The library's `LSQ` (`quantlab/train/lsq.py`) holds the step as a parameter, and autograd gives it the sum of
 # these derivatives, times a factor `gradient_scale`, to which we come in section 4.
 # %%
 from quantlab.exercises.learned_steps import lsq_solution, scale_solution, ternary_solution, unpack_solution

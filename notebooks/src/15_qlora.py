@@ -259,7 +259,7 @@ for name, one in {"before": base, "after": learner}.items():
 # It writes as a log is laid out. What it says is nonsense: it is a toy, and has read 65 days of log.
 #
 # ## 6. Beside it
-# Does NF4 hold it back? Do the adapters? Is it more than frequent words? The repository's script has
+# Does NF4 hold it back? Do the adapters? Is it more than frequent words? `python -m recipes.lora` has
 # trained the same 40 steps on the float base, with all weights (at a tenth of the rate), and on the same
 # days with all their tokens in random order; with other ranks too, for section 8. `data/checkpoints/lora/log.json` is
 # its log.

@@ -1,6 +1,6 @@
-"""One file a chapter: its exercises, with hints, solutions and the tests that judge answers."""
+"""One file a chapter: exercises, with hints, solutions and the tests that judge answers; material.py has their data."""
 
-# chapter: its file, in reading order; material.py is what several of them, or a notebook, work on
+# The file of each chapter, in reading order.
 CHAPTERS = {
     "0": "start",
     "1": "affine",

@@ -188,20 +188,20 @@ def _test_table(f):
     )
     x = student_t(3, 128_000, seed=0)
     mine, nf4 = (sqnr_db(x, quantize_codebook(x, t, block_size=32).dequantize()) for t in (levels, nf4_levels()))
-    reached = f"Your table reaches {mine:.2f} dB in blocks of 32, NF4 {nf4:.2f}; 0.6 more is asked."
+    both = f"Your table reaches {mine:.2f} dB in blocks of 32, NF4 {nf4:.2f}; 0.6 more is asked."
     expect(
         mine > nf4 - 0.2,
-        f"{reached} The values to fit are those of ν = 3 after the division by absmax: they fill -1 to 1, most of them "
+        f"{both} The values to fit are those of ν = 3 after the division by absmax: they fill -1 to 1, most of them "
         "near 0, and one of each block is ±1.",
     )
     expect(
         mine > nf4 + 0.2,
-        f"{reached} That is where k-means ends when all scaled values count alike. But the error of a scaled value is "
+        f"{both} That is where k-means ends when all scaled values count alike. But the error of a scaled value is "
         "multiplied by the absmax of its block: whose errors are large?",
     )
     expect(
         mine > nf4 + 0.6,
-        f"{reached} Nearly: it is the *squared* error that counts, and k-means may need more steps; 0.8 can be reached.",
+        f"{both} Nearly: it is the *squared* error that counts, and k-means may need more steps; 0.8 can be reached.",
     )
     return f"{mine:.2f} dB, {mine - nf4:.2f} more than NF4."
 

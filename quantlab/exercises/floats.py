@@ -100,20 +100,20 @@ def _test_mx(f):
     for block in blocks:
         exponent, back = f(block.clone())
         q = mx_quantize(block, FP4_E2M1)
-        right, largest = int(q.scales[0]) - 127, block.abs().max().item()
-        where = f"For a block whose largest magnitude is {largest:.4g}"
+        right, peak = int(q.scales[0]) - 127, block.abs().max().item()
+        where = f"For a block whose largest magnitude is {peak:.4g}"
         expect(
             float(exponent).is_integer(),
             f"{where} the exponent is {exponent}: E8M0 has an exponent and nothing else, so it is whole.",
         )
         expect(
             exponent <= right,
-            f"{where} your scale 2^{exponent:.0f} puts it at {largest / 2.0**exponent:.3g}, below 4: half of FP4's range "
+            f"{where} your scale 2^{exponent:.0f} puts it at {peak / 2.0**exponent:.3g}, below 4: half of FP4's range "
             "stays empty. Round the logarithm down; the 4 in FP4 is worth 2.",
         )
         expect(
             exponent >= right,
-            f"{where} your scale 2^{exponent:.0f} puts it at {largest / 2.0**exponent:.3g}, at 8 or above: all from 6 on "
+            f"{where} your scale 2^{exponent:.0f} puts it at {peak / 2.0**exponent:.3g}, at 8 or above: all from 6 on "
             "saturates. The largest power of two in FP4 is 4 = 2².",
         )
         expect(
@@ -143,13 +143,13 @@ def _test_loss_scale(f):
     for size in (2**-12, 2**-20, 2**-3, 1000.0):
         g = torch.randn(10_000, generator=random) * size * torch.exp2(torch.randn(10_000, generator=random) * 3)
         g[0] = -2 * g.abs().max()  # the largest is negative
-        k, largest = f(g.clone()), g.abs().max().item()
+        k, peak = f(g.clone()), g.abs().max().item()
         expect(float(k).is_integer(), f"The scale is 2^k with a whole number k; got k = {k}.")
         expect(abs(k) < 200, f"Return the exponent k, not the scale 2^k itself; got {k}.")
-        grown = largest * 2.0**k
+        grown = peak * 2.0**k
         expect(
             grown <= 65504,
-            f"The largest gradient, {largest:.3g}, becomes {grown:.3g} with 2^{k:.0f}: FP16 ends at 65504, and infinity "
+            f"The largest gradient, {peak:.3g}, becomes {grown:.3g} with 2^{k:.0f}: FP16 ends at 65504, and infinity "
             "spoils the step. Look at both signs.",
         )
         lost = (round_to(g * 2.0**k, FP16) == 0).float().mean().item()

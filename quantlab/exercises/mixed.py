@@ -71,9 +71,8 @@ def _cost_causes(layer, bits, logits) -> tuple:
 
     def rounded(granularity, *, symmetric):
         weight = layer.weight.clone()
-        layer.weight.copy_(
-            quantize_tensor(weight, bits=bits, granularity=granularity, symmetric=symmetric).dequantize()
-        )
+        q = quantize_tensor(weight, bits=bits, granularity=granularity, symmetric=symmetric)
+        layer.weight.copy_(q.dequantize())
         changed = logits()
         layer.weight.copy_(weight)
         return changed
@@ -129,19 +128,20 @@ def _checked(bits, costs, sizes, budget) -> tuple[float, int]:
 def greedy_solution(costs, sizes, budget):
     """All start at their smallest; the step with the largest fall of KL per byte that still fits is taken."""
 
-    def fall_per_byte(step):
-        name, b = step
-        fall = costs[name][bits[name]] - costs[name][b]
-        return fall / (sizes[name][b] - sizes[name][bits[name]])
+    def fall(name, b):
+        return costs[name][bits[name]] - costs[name][b]
+
+    def more(name, b):
+        return sizes[name][b] - sizes[name][bits[name]]
 
     bits = {name: min(row, key=row.get) for name, row in sizes.items()}
     while True:
         left = budget - sum(sizes[name][b] for name, b in bits.items())
-        steps = [(name, b) for name, row in sizes.items() for b in row if 0 < row[b] - row[bits[name]] <= left]
-        best = max(steps, key=fall_per_byte, default=None)
-        if best is None or fall_per_byte(best) <= 0:
+        steps = [(name, b) for name in sizes for b in sizes[name] if 0 < more(name, b) <= left and fall(name, b) > 0]
+        if not steps:
             return bits
-        bits |= [best]
+        name, b = max(steps, key=lambda step: fall(*step) / more(*step))
+        bits[name] = b
 
 
 def _test_greedy(f):

@@ -11,11 +11,12 @@ from quantlab.explorers.granularity import explore_groups
 from quantlab.explorers.lora import explore_rank
 from quantlab.explorers.mixed import explore_budget
 from quantlab.explorers.model import explore_bits, explore_temperature
-from quantlab.explorers.outliers import explore_smoothing, explore_threshold
 from quantlab.explorers.ranges import clipping_curves, explore_affine, explore_clipping
 from quantlab.explorers.shift import explore_shift
+from quantlab.explorers.smoothing import explore_smoothing
 from quantlab.explorers.speed import explore_speed
 from quantlab.explorers.steps import explore_step
+from quantlab.explorers.threshold import explore_threshold
 from quantlab.explorers.training import explore_training
 
 __all__ = [

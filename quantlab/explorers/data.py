@@ -1,7 +1,7 @@
 """What several explorers do with the tensors they are given, and with the grids they try."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantlab.affine import QParams, dequantize
 from quantlab.arguments import check_real
@@ -40,6 +40,13 @@ def check_layer(weight, x=None) -> tuple[Tensor, Tensor | None]:
         shapes = tuple(weight.shape), None if x is None else tuple(x.shape)
         raise ValueError(f"need weight (out, in) and x (tokens, in), got {shapes[0]} and {shapes[1]}")
     return weight.detach().float().cpu(), None if x is None else x.detach().float().cpu().flatten(0, -2)
+
+
+def linear_of(weight: Tensor) -> nn.Linear:
+    """The linear layer of a weight (out, in), which it shares; no bias."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
 
 
 def grid_points(qp: QParams) -> list[float]:

@@ -1,15 +1,19 @@
 """Sliders on the live input of an int8 layer: a static grid stays where calibration left it, a dynamic one follows."""
 
+import copy
 from functools import cache
 
 import ipywidgets as widgets
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from torch import Tensor
 
-from quantlab.affine import QParams, choose_qparams, fake_quantize
-from quantlab.arguments import check_int, check_real
-from quantlab.explorers.base import Explorer, figure, tie
+from quantlab.affine import choose_qparams, fake_quantize, unclamped_codes
+from quantlab.arguments import check_int
+from quantlab.explorers.base import Explorer, bind, figure
+from quantlab.explorers.data import check_layer, evenly, grid_points, linear_of, nearest
+from quantlab.linear import DynamicInt8Linear, StaticInt8Linear
 from quantlab.observers import MinMax
 from quantlab.plots import CLIPPED, ERROR, FLOAT, OTHER, QUANTIZED
 
@@ -23,141 +27,144 @@ _TOKENS, _OUTPUTS = 32, 64  # each step multiplies this many tokens and outputs,
 def explore_shift(
     x: Tensor, weight: Tensor, *, observer=None, bits: int = 8, scale: float = 1.0, shift: float = 0.0, loud: int = 1
 ) -> Explorer:
-    """Calibrate on x, then scale and shift what the layer reads: static clips or coarsens, dynamic follows.
+    """Calibrate on x, then scale and shift the layer's input: static clips or coarsens, dynamic follows.
 
     The layer has an int8 weight (a scale a row) and activations of `bits` bits. Its live input is scale · x + shift,
     with shift counted in widths of the calibrated range; `loud` then multiplies the first token. The error is
     ‖Ŷ - Y‖² / ‖Y‖² of the layer's output, float layer against integer layer on the same live input.
 
-    Shapes: x (tokens, in), weight (out, in): 32 tokens and 64 outputs of them, evenly picked, are computed with; the
-    observer (default MinMax) has seen all of x. The nearest position of a slider is taken.
-    Raises: ValueError if x is not what a layer of this weight reads, or bits is not 2..8.
+    Shapes: x (tokens, in), weight (out, in): 32 tokens and 64 outputs of them, evenly picked, are computed with; a
+    copy of the observer (default MinMax) sees all of x. The nearest position of a slider is taken.
+    Raises: ValueError if x is not the input of a layer of this weight, or bits is not 2..8.
     """
-    seen, x, weight, static = _checked(x, weight, observer or MinMax(), check_int(bits, "bits", 2, 8))
-    rounded = fake_quantize(weight, _rows(weight))
-    low, high = _ends(static)
-    width = high - low
-    controls = {
-        "scale": widgets.SelectionSlider(
-            options=[(f"× {s:.3g}", s) for s in SCALES], value=_nearest(SCALES, scale), description="scale"
-        ),
-        "shift": widgets.SelectionSlider(
-            options=[(f"{s:+.1f} widths", s) for s in SHIFTS], value=_nearest(SHIFTS, shift), description="shift"
-        ),
-        "loud": widgets.SelectionSlider(
-            options=[(f"× {f}", f) for f in LOUD], value=_nearest(LOUD, loud), description="one token"
-        ),
-    }
-
-    @cache
-    def curves(shift, loud) -> np.ndarray:
-        lives = torch.stack([_live(x, scale, shift * width, loud) for scale in SCALES])
-        return _errors(lives, weight, rounded, static).numpy()
-
-    def calibrated(edges) -> np.ndarray:
-        return np.maximum(np.histogram(seen.numpy(), edges)[0] * (x.numel() / seen.numel()), 0.5)
-
-    fig, (left, right) = figure(columns=2, height=3.7)
-    centre, reach = (low + high) / 2, 1.25 * width
-    edges = np.linspace(centre - reach, centre + reach, 161)
-    most = 0.3 * x.numel()
-    left.axvspan(low, high, color=QUANTIZED, alpha=0.16)
-    left.stairs(calibrated(edges), edges, color="0.25", linewidth=0.8, baseline=0.5, label="calibrated on")
-    for start, end in ((edges[0], low), (high, edges[-1])):
-        left.axvspan(start, end, color=CLIPPED, alpha=0.25)
-    bars = left.stairs(np.full(160, most), edges, fill=True, color=FLOAT, baseline=0.5, label="live input")
-    (mine,) = left.plot([low, high], [0.7, 0.7], "|-", color=ERROR, markersize=9, label="dynamic range")
-    left.set(xlabel="live input", ylabel="values (log)", yscale="log", xlim=(edges[0], edges[-1]))
-    left.set(ylim=(0.5, 20 * most), title="blue: the static grid, pink: clipped")
-    left.legend(loc="upper center", fontsize="x-small", ncols=3, handlelength=1.5, columnspacing=1.0)
-    lines = [
-        right.plot(SCALES, SCALES, style, color=color, linewidth=2, label=way)[0]
-        for way, style, color in zip(WAYS, ("-", "--", ":"), (QUANTIZED, ERROR, OTHER), strict=True)
-    ]
-    points = [
-        right.plot([1], [1], "o", color=line.get_color(), markersize=8, markeredgecolor="black")[0] for line in lines
-    ]
-    right.set(xlabel="scale of the live input", ylabel="error of the OUTPUT", title="error of the layer")
-    right.set(xscale="log", yscale="log", xlim=(1 / 20, 20), ylim=(1e-6, 3))
-    right.set_xticks([1 / 16, 1 / 4, 1, 4, 16], ["1/16", "1/4", "1", "4", "16"], minor=False)
-    right.minorticks_off()
-    right.legend(loc="lower left", fontsize="small")
-    fig.subplots_adjust(left=0.08, right=0.98, top=0.91, bottom=0.14, wspace=0.24)
+    data = _Layers(x, weight, observer or MinMax(), bits)
+    picture = _Picture(data)
 
     def update(scale, shift, loud) -> str:
-        now, errors = _live(x, scale, shift * width, loud), curves(shift, loud)
-        here, values = errors[:, SCALES.index(scale)], now.numpy()
-        bars.set_data(np.maximum(np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0], 0.5))
-        mine.set_xdata([min(values.min(), 0.0), max(values.max(), 0.0)])
-        for line, point, error, there in zip(lines, points, errors, here, strict=True):
-            line.set_ydata(np.maximum(error, 1e-12))
-            point.set_data([scale], [max(there, 1e-12)])
-        return _said(now, static, here.tolist())
+        live, errors = data.live(scale, shift, loud), data.curves(shift, loud)
+        here = errors[:, SCALES.index(scale)]
+        picture.show(live, errors, scale)
+        return data.describe(live, here.tolist())
 
-    explorer = tie(controls, left, [bars, mine, *lines, *points], update)
+    explorer = bind(_controls(scale, shift, loud), picture.left, picture.moving, update)
     for s in SHIFTS:  # now, so that no step of a slider has to wait for a curve
         for f in LOUD:
-            curves(s, f)
+            data.curves(s, f)
     return explorer
 
 
-def _checked(x: Tensor, weight: Tensor, observer, bits: int) -> tuple[Tensor, Tensor, Tensor, QParams]:
-    """All of x, a few whole tokens of it, a few rows of weight, and the static grid of all of x."""
-    check_real(x)
-    check_real(weight, "weight")
-    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1]:
-        raise ValueError(f"x is {tuple(x.shape)}, not what a layer of weight {tuple(weight.shape)} reads")
-    x, weight = x.detach().float().cpu(), weight.detach().float().cpu()
-    static = choose_qparams(*observer.update(x).min_max(), qmin=0, qmax=2**bits - 1)
-    return x, _evenly(x, _TOKENS), _evenly(weight, _OUTPUTS), static
+def _controls(scale: float, shift: float, loud: int) -> dict:
+    return {
+        "scale": widgets.SelectionSlider(
+            options=[(f"× {s:.3g}", s) for s in SCALES], value=nearest(SCALES, scale), description="scale"
+        ),
+        "shift": widgets.SelectionSlider(
+            options=[(f"{s:+.1f} widths", s) for s in SHIFTS], value=nearest(SHIFTS, shift), description="shift"
+        ),
+        "loud": widgets.SelectionSlider(
+            options=[(f"× {f}", f) for f in LOUD], value=nearest(LOUD, loud), description="one token"
+        ),
+    }
 
 
-def _evenly(rows: Tensor, most: int) -> Tensor:
-    return rows[torch.linspace(0, len(rows) - 1, min(len(rows), most), dtype=torch.float64).round().long()]
+# --- numbers ----------------------------------------------------------------------------------------------------
 
 
-def _nearest(choices: list, value: float):
-    return min(choices, key=lambda c: abs(c - value))
+class _Layers:
+    """A float layer and its integer versions, and their outputs for a live input; each curve is computed once."""
+
+    def __init__(self, x: Tensor, weight: Tensor, observer, bits: int):
+        check_int(bits, "bits", 2, 8)
+        weight, self.seen = check_layer(weight, x)
+        self.x, self.weight = evenly(self.seen, _TOKENS), evenly(weight, _OUTPUTS)
+        linear, observer = linear_of(self.weight), copy.deepcopy(observer).update(self.seen)
+        self.static = StaticInt8Linear.from_linear(linear, observer, activation_bits=bits)
+        self.token = DynamicInt8Linear.from_linear(linear, per="token", activation_bits=bits)
+        self.qp = self.static.input_qparams(self.x)
+        points = grid_points(self.qp)
+        self.low, self.high = points[0], points[-1]
+        self.curves = cache(self._curves)
+
+    def live(self, scale: float, shift: float, loud: int) -> Tensor:
+        x = scale * self.x + shift * (self.high - self.low)
+        x[0] *= loud
+        return x
+
+    def _curves(self, shift: float, loud: int) -> np.ndarray:
+        """The output's error in each of WAYS at each of SCALES, (3, scales)."""
+        lives = torch.stack([self.live(scale, shift, loud) for scale in SCALES])
+        y = lives @ self.weight.T
+        # DynamicInt8Linear's one map of each input, for all inputs in one call.
+        qp = choose_qparams(lives.amin((1, 2), True), lives.amax((1, 2), True), qmin=self.qp.qmin, qmax=self.qp.qmax)
+        tensor = fake_quantize(lives, qp) @ self.static.dequantized_weight().T
+        ways = torch.stack([self.static.simulate(lives), tensor, self.token.simulate(lives)])
+        return ((ways - y).square().sum((2, 3)) / y.square().sum((1, 2)).clamp(min=1e-30)).numpy()
+
+    def describe(self, live: Tensor, errors: list[float]) -> str:
+        codes = unclamped_codes(live, self.qp)
+        clipped = ((codes < self.qp.qmin) | (codes > self.qp.qmax)).float().mean().item()
+        used = (max(live.max().item(), 0.0) - min(live.min().item(), 0.0)) / (self.high - self.low)
+        each = "   ".join(f"{way} {error:.2e}" for way, error in zip(WAYS, errors, strict=True))
+        return (
+            f"static grid {self.low:.3g} .. {self.high:.3g}, scale {self.qp.scale.item():.3g}   "
+            f"live {live.min():.3g} .. {live.max():.3g}   clipped {clipped:.2%}   live range over grid {used:.3g}\n"
+            f"error of the OUTPUT: {each}   static / tensor {errors[0] / max(errors[1], 1e-30):,.1f}"
+        )
 
 
-def _ends(qp: QParams) -> tuple[float, float]:
-    """The reals of the first and the last code."""
-    return tuple((qp.scale * (code - qp.zero_point)).item() for code in (qp.qmin, qp.qmax))
+# --- picture ----------------------------------------------------------------------------------------------------
 
 
-def _rows(weight: Tensor) -> QParams:
-    """The weight's map in the int8 layers: symmetric, one scale a row."""
-    return choose_qparams(*torch.aminmax(weight, dim=1, keepdim=True), qmin=-128, qmax=127, symmetric=True)
+class _Picture:
+    """Left, the live input over the static grid; right, the errors at every scale."""
+
+    def __init__(self, data: _Layers):
+        fig, (self.left, right) = figure(columns=2, height=3.7)
+        centre, reach = (data.low + data.high) / 2, 1.25 * (data.high - data.low)
+        self.edges = np.linspace(centre - reach, centre + reach, 161)
+        self.bars, self.range = self._draw_values(data)
+        self.lines, self.points = _draw_errors(right)
+        fig.subplots_adjust(left=0.08, right=0.98, top=0.91, bottom=0.14, wspace=0.24)
+        self.moving = [self.bars, self.range, *self.lines, *self.points]
+
+    def _draw_values(self, data: _Layers) -> tuple:
+        """The static grid and what it was calibrated on, still; the bars of the live input, and its range."""
+        ax, edges, highest = self.left, self.edges, 0.3 * data.x.numel()
+        ax.axvspan(data.low, data.high, color=QUANTIZED, alpha=0.16)
+        calibrated = np.histogram(data.seen.numpy(), edges)[0] * (data.x.numel() / data.seen.numel())
+        ax.stairs(np.maximum(calibrated, 0.5), edges, color="0.25", linewidth=0.8, baseline=0.5, label="calibrated on")
+        for start, end in ((edges[0], data.low), (data.high, edges[-1])):
+            ax.axvspan(start, end, color=CLIPPED, alpha=0.25)
+        bars = ax.stairs(np.full(160, highest), edges, fill=True, color=FLOAT, baseline=0.5, label="live input")
+        ends = data.low, data.high
+        (span,) = ax.plot(ends, [0.7, 0.7], "|-", color=ERROR, markersize=9, label="dynamic range")
+        ax.set(xlabel="live input", ylabel="values (log)", yscale="log", xlim=(edges[0], edges[-1]))
+        ax.set(ylim=(0.5, 20 * highest), title="blue: the static grid, pink: clipped")
+        ax.legend(loc="upper center", fontsize="x-small", ncols=3, handlelength=1.5, columnspacing=1.0)
+        return bars, span
+
+    def show(self, live: Tensor, errors: np.ndarray, scale: float) -> None:
+        values, at = live.numpy(), SCALES.index(scale)
+        inside = np.clip(values, self.edges[0], self.edges[-1])
+        self.bars.set_data(np.maximum(np.histogram(inside, self.edges)[0], 0.5))
+        self.range.set_xdata([min(values.min(), 0.0), max(values.max(), 0.0)])
+        for line, point, heights in zip(self.lines, self.points, np.maximum(errors, 1e-12), strict=True):
+            line.set_ydata(heights)
+            point.set_data([scale], [heights[at]])
 
 
-def _live(x: Tensor, scale: float, shift: float, loud: int) -> Tensor:
-    x = scale * x + shift
-    x[0] *= loud
-    return x
-
-
-def _errors(lives: Tensor, weight: Tensor, rounded: Tensor, static: QParams) -> Tensor:
-    """The output's error in each of WAYS, for each live input: lives (inputs, tokens, in) gives (3, inputs).
-
-    The maps are those of StaticInt8Linear and DynamicInt8Linear, for many inputs at once.
-    """
-    codes = {"qmin": static.qmin, "qmax": static.qmax}
-    low, high = lives.amin((1, 2), keepdim=True), lives.amax((1, 2), keepdim=True)
-    tensor = choose_qparams(low, high, **codes)
-    token = choose_qparams(*torch.aminmax(lives, dim=2, keepdim=True), **codes, symmetric=True)
-    y = lives @ weight.T
-    size = y.square().sum((1, 2)).clamp(min=1e-30)
-    wrong = [fake_quantize(lives, qp) @ rounded.T - y for qp in (static, tensor, token)]
-    return torch.stack([w.square().sum((1, 2)) / size for w in wrong])
-
-
-def _said(now: Tensor, static: QParams, errors: list[float]) -> str:
-    (low, high), half = _ends(static), static.scale.item() / 2
-    clipped = ((now < low - half) | (now > high + half)).float().mean().item()
-    used = (max(now.max().item(), 0.0) - min(now.min().item(), 0.0)) / (high - low)
-    each = "   ".join(f"{way} {error:.2e}" for way, error in zip(WAYS, errors, strict=True))
-    return (
-        f"static grid {low:.3g} .. {high:.3g}, scale {static.scale.item():.3g}   "
-        f"live {now.min():.3g} .. {now.max():.3g}   clipped {clipped:.2%}   live range over grid {used:.3g}\n"
-        f"error of the OUTPUT: {each}   static / tensor {errors[0] / max(errors[1], 1e-30):,.1f}"
-    )
+def _draw_errors(ax: Axes) -> tuple[list, list]:
+    """A line for each way, and a point on it."""
+    lines = [
+        ax.plot(SCALES, SCALES, style, color=color, linewidth=2, label=way)[0]
+        for way, style, color in zip(WAYS, ("-", "--", ":"), (QUANTIZED, ERROR, OTHER), strict=True)
+    ]
+    points = [
+        ax.plot([1], [1], "o", color=line.get_color(), markersize=8, markeredgecolor="black")[0] for line in lines
+    ]
+    ax.set(xscale="log", xlim=(1 / 20, 20), xlabel="scale of the live input")
+    ax.set(yscale="log", ylim=(1e-6, 3), ylabel="error of the OUTPUT", title="error of the layer")
+    ax.set_xticks([1 / 16, 1 / 4, 1, 4, 16], ["1/16", "1/4", "1", "4", "16"], minor=False)
+    ax.minorticks_off()
+    ax.legend(loc="lower left", fontsize="small")
+    return lines, points

@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from quantlab.storage import read_names
+
 DATA = Path(__file__).resolve().parent.parent.parent / "data"
 SEPARATOR = "<|endoftext|>"  # a line of it stands between two documents of a text file
 
@@ -20,18 +22,24 @@ def load_lm(name_or_path: str = "bundled"):
     or a hub name like "org/name" or, to pin it, "org/name@revision". Only safetensors are read, no code is run.
 
     Raises: FileNotFoundError if there is no such folder, or the hub cannot give the model (offline, or unknown);
-    ValueError if the folder was written by save_quantized.
+    ValueError if the folder was written by save_quantized, or its weights are damaged.
     """
     name = str(name_or_path)
     if name == "bundled":
         name = os.environ.get("QUANTLAB_MODEL") or "bundled"
     folder = DATA / "model" if name == "bundled" else Path(name).expanduser()
+    if name == "bundled" and not folder.is_dir():
+        raise FileNotFoundError(
+            f"the bundled model is not here: {folder} is missing; get the workbook, the whole of it"
+        )
     if not name or not folder.is_dir():
         folder = _download(name)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
     if (folder / "quantized.safetensors").is_file():
         raise ValueError(f"{folder} holds a quantized model: load_quantized loads it")
+    for file in folder.glob("*.safetensors"):
+        read_names(file)
     small = sum(file.stat().st_size for file in folder.glob("*.safetensors")) < 100e6
     with _quiet(small):  # no progress bar for what takes less than a second
         model = AutoModelForCausalLM.from_pretrained(

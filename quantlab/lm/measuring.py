@@ -51,6 +51,8 @@ def perplexity(model, tokens: Tensor, *, window: int = 512, stride: int | None =
         sums += (nll * scored).sum(1).double().tolist()
         counts += scored.sum(1).tolist()
     mean, stderr = _ratio(sums, counts)
+    if math.isnan(mean):
+        raise ValueError("the model's predictions are NaN; has a layer overflowed, or has it NaN among its weights?")
     value = math.exp(mean) if mean < 700 else math.inf  # a wrecked model may be this sure of the wrong token
     return Perplexity(value, value * stderr, mean, int(sum(counts)))
 

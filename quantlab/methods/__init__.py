@@ -56,4 +56,7 @@ def method_of(name, **settings) -> Method:
     unknown = sorted(settings.keys() - set(known))
     if unknown:
         raise ValueError(f"{name} takes {', '.join(known)}; got {', '.join(unknown)}")
-    return METHODS[name](**settings)
+    method = METHODS[name](**settings)
+    if method.name != name:  # per="static" makes W8A8 a w8a8_static
+        raise ValueError(f"{name} with {', '.join(f'{k}={v!r}' for k, v in settings.items())} is {method.name}")
+    return method

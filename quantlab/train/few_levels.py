@@ -75,7 +75,7 @@ def binary(x: Tensor, granularity: Granularity | None = None) -> Tensor:
 
         s = mean |x|      x̂ = s * sign(x), sign(0) = +1      XNOR-Net, Rastegari et al. 2016, eq. 6
 
-    No other s has as small a ‖x - x̂‖. The gradient passes unchanged everywhere: nothing is masked, none flows through s.
+    No other s has as small a ‖x - x̂‖. The gradient passes unchanged everywhere, and none flows through s.
 
     Raises: ValueError if x is not floating point, is empty or holds NaN or infinity.
 

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from quantlab.arguments import check_int
+from quantlab.arguments import check_int, check_number
 from quantlab.codebook import nf4_levels, quantize_codebook
-from quantlab.linear import PackedLinear
+from quantlab.linear import PackedLinear, packed_layers
 from quantlab.lm import linear_layers, load_text, token_stream
 from quantlab.lm.layers import float_layers
 from quantlab.modules import weight_of
@@ -82,11 +82,9 @@ def add_lora(model, *, rank: int = 8, alpha: float | None = None, seed: int = 0)
 
     Raises: ValueError if rank is below 1, alpha is not above 0, or the model has no linear layer.
     """
-    rank, alpha = check_int(rank, "rank", 1), 2 * rank if alpha is None else alpha
-    if not alpha > 0:
-        raise ValueError(f"alpha must be above 0, got {alpha}")
-    new = copy.deepcopy(model)
-    names = {n for n, m in new.named_modules() if isinstance(m, PackedLinear)} | set(linear_layers(new))
+    rank = check_int(rank, "rank", 1)
+    alpha = 2 * rank if alpha is None else check_number(alpha, "alpha", above=0)
+    names = linear_layers(model).keys() | packed_layers(model).keys()
     if not names or isinstance(model, peft.PeftModel):
         raise ValueError(f"{type(model).__name__} has no linear layers to put adapters beside, or has adapters already")
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=sorted({n.rpartition(".")[2] for n in names}))
@@ -95,7 +93,7 @@ def add_lora(model, *, rank: int = 8, alpha: float | None = None, seed: int = 0)
         warnings.filterwarnings("ignore", message="Unsupported layer type .*PackedLinear")  # it is, see PackedLora
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         torch.random.default_generator.manual_seed(seed)
-        return peft.get_peft_model(new, config).eval()
+        return peft.get_peft_model(copy.deepcopy(model), config).eval()
 
 
 def merge(model: peft.PeftModel):

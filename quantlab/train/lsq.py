@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from quantlab.arguments import check_choice, check_number, check_real
+from quantlab.arguments import FLOAT32_MAX, check_choice, check_number, check_real
 from quantlab.blocks import Granularity, PerTensor, block_sizes, from_blocks, mean_magnitude, to_blocks
 from quantlab.granularity import QTensor, code_range, symmetric_qtensor
 from quantlab.train.few_levels import SMALLEST_SCALE, in_steps
@@ -85,8 +85,8 @@ class _LearnedStep(torch.autograd.Function):
             low, high = ratio <= qmin, ratio >= qmax
         inside = ~(low | high)
         ctx.save_for_backward(inside, torch.where(inside, codes - ratio, qmin * low + qmax * high), gradient_scale)
-        limit = torch.finfo(x.dtype).max  # a float16 must not become infinite
-        return (scale * codes.clamp(qmin, qmax).float()).clamp(-limit, limit).to(x.dtype)
+        limit = min(torch.finfo(x.dtype).max, FLOAT32_MAX)  # a finite number must not become infinity
+        return (scale * codes.float().clamp(qmin, qmax)).clamp(-limit, limit).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):

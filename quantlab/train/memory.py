@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn  # noqa: F401  nn for the example
+from torch import Tensor, nn
 
 from quantlab.lm.measuring import checked_windows
 
@@ -21,7 +21,7 @@ class Memory:
         return self.weights + self.gradients + self.optimizer
 
 
-def training_memory(model) -> Memory:
+def training_memory(model: nn.Module) -> Memory:
     """Counted from shapes and dtypes; the model may be on the meta device.
 
     >>> training_memory(nn.Linear(10, 3))
@@ -33,7 +33,7 @@ def training_memory(model) -> Memory:
     return Memory(weights, gradients, 2 * gradients + 4 * len(trained))
 
 
-def saved_bytes(model, ids: Tensor) -> int:
+def saved_bytes(model: nn.Module, ids: Tensor) -> int:
     """Bytes that a forward pass over ids (batch, tokens) leaves waiting for the backward pass, weights not counted.
 
     Measured: autograd hands over each tensor that it saves; tensors that share memory count once.
