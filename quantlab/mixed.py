@@ -76,27 +76,12 @@ def sensitivity(
     window, _ = checked_windows(model, tokens, window, None)
     bits = _checked_bits(bits)
     new = copy.deepcopy(model).eval()
-    prefix, blocks = blocks_of(new)
     layers = float_layers(new)
     choices = _quantized(new, tokens, method, bits, group_size, window)
-    found: dict[str, dict[int, list[Tensor]]] = {name: {b: [] for b in bits} for name in layers}
     batches = _batches(tokens, window, model.config.vocab_size)
-    with (
-        torch.no_grad(),
-        tqdm(
-            total=len(batches) * len(layers), desc="sensitivity", unit="layer", disable=not progress, leave=False
-        ) as bar,
-    ):
-        for ids in batches:
-            logits, outputs = _float_pass(new, blocks, ids.to(new.device))
-            for name, layer in layers.items():
-                start = int(name.removeprefix(f"{prefix}.").partition(".")[0])
-                for b in bits:
-                    with _holding(layer, choices[name][b].dequantize()), _resumed(blocks, outputs[:start]):
-                        changed = new(ids.to(new.device), use_cache=False).logits[:, :-1].float()
-                    found[name][b].append(kl_per_position(logits, changed).double().mean(1).cpu())
-                bar.update()
-    kl = {name: {b: torch.cat(parts) for b, parts in row.items()} for name, row in found.items()}
+    bar = tqdm(batches, desc="sensitivity", unit="batch", disable=not progress, leave=False)
+    parts = [_kl_of_each(new, layers, choices, ids) for ids in bar]
+    kl = {name: {b: torch.cat([part[name][b] for part in parts]) for b in bits} for name in layers}
     return Sensitivity(
         costs={name: {b: k.mean().item() for b, k in row.items()} for name, row in kl.items()},
         errors={name: {b: _stderr(k) for b, k in row.items()} for name, row in kl.items()},
@@ -104,6 +89,21 @@ def sensitivity(
         weights={name: weight_of(layer).numel() for name, layer in layers.items()},
         tokens=sum(ids.numel() for ids in batches),
     )
+
+
+@torch.no_grad()
+def _kl_of_each(model, layers: dict, choices: dict, ids: Tensor) -> dict[str, dict[int, Tensor]]:
+    """KL of each window, (batch,), with each choice in the place of one layer's weight: {layer: {bits: KL}}."""
+    prefix, blocks = blocks_of(model)
+    ids, found = ids.to(model.device), {}
+    logits, outputs = _float_pass(model, blocks, ids)
+    for name, layer in layers.items():
+        start, found[name] = int(name.removeprefix(f"{prefix}.").partition(".")[0]), {}
+        for bits, q in choices[name].items():
+            with _holding(layer, q.dequantize()), _resumed(blocks, outputs[:start]):
+                changed = model(ids, use_cache=False).logits[:, :-1].float()
+            found[name][bits] = kl_per_position(logits, changed).double().mean(1).cpu()
+    return found
 
 
 def _checked_bits(bits) -> tuple[int, ...]:

@@ -64,16 +64,9 @@ def grid(**lists: Sequence) -> list[dict]:
 
 
 def sweep(
-    model: str,
-    jobs: Sequence[dict],
-    *,
-    calibration: Tensor | None = None,
-    tokens: Tensor | None = None,
-    window: int = 512,
-    folder="sweeps",
-    n_jobs: int = -1,
-    progress: bool = True,
-) -> list[Row]:
+    model: str, jobs: Sequence[dict | Method], *, calibration: Tensor | None = None, tokens: Tensor | None = None,
+    window: int = 512, folder="sweeps", n_jobs: int = -1, progress: bool = True,
+) -> list[Row]:  # fmt: skip
     """A ledger row for each job, in the order of the jobs: methods, GPTQ(bits=3), or dicts of what quantize_lm takes.
 
     model is a name for load_lm. Each process loads it once, needs the memory of two models, and computes on one thread;
@@ -95,20 +88,18 @@ def sweep(
     texts = hash_tensors({"calibration": calibration, "tokens": tokens})
     shared = [weights, texts, window, _sources()]
     keys = [hashlib.sha256(json.dumps([shared, s], sort_keys=True).encode()).hexdigest() for s in settings]
-    folder = Path(folder)
-    rows = {key: row for key in set(keys) if (row := _read(folder / f"{key}.json")) is not None}
-    pairs = zip(keys, methods, settings, strict=True)
-    todo = {key: (method, s) for key, method, s in pairs if key not in rows}
-    if todo:
+    folder, todo = Path(folder), dict(zip(keys, methods, strict=True))
+    rows = {key: row for key in todo if (row := _read(folder / f"{key}.json")) is not None}
+    work = [
+        delayed(_measure)(key, model, weights, method, calibration, tokens, window)
+        for key, method in todo.items()
+        if key not in rows
+    ]
+    done = Parallel(n_jobs=n_jobs, return_as="generator_unordered")(work) if work else []
+    for key, row in tqdm(done, total=len(work), desc="sweep", disable=not progress, leave=False):
         folder.mkdir(parents=True, exist_ok=True)
-        work = (
-            delayed(_measure)(key, model, weights, method, calibration, tokens, window)
-            for key, (method, _) in todo.items()
-        )
-        done = Parallel(n_jobs=n_jobs, return_as="generator_unordered")(work)
-        for key, row in tqdm(done, total=len(todo), desc="sweep", disable=not progress, leave=False):
-            _write(folder / f"{key}.json", row, todo[key][1])
-            rows[key] = row
+        _write(folder / f"{key}.json", row, _settings(todo[key]))
+        rows[key] = row
     return [rows[key] for key in keys]
 
 

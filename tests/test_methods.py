@@ -110,10 +110,10 @@ def test_a_model_is_wanted_not_its_name(bad):
 # --- packed models ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "method", [RTN(group_size=8), RTN(bits=3, symmetric=True), NF4(double_quant=True), GPTQ(act_order=True, group_size=8),
-               AWQ(group_size=8)], ids=repr,
-)  # fmt: skip
+PACKABLE = [RTN(group_size=8), RTN(bits=3, symmetric=True), NF4(double_quant=True), AWQ(group_size=8)]
+
+
+@pytest.mark.parametrize("method", [*PACKABLE, GPTQ(act_order=True, group_size=8)], ids=repr)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_packed_model_computes_the_same_from_fewer_bytes_and_is_saved_again(tmp_path, family, method):
     model, tokens = random_model(family), random_tokens()

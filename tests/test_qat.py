@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from quantlab.qat import (
 )
 from quantlab.storage import load_tensors
 from quantlab.train.rounding import FewLevels
+from recipes import learned_steps, minmax
 
 GRANULARITIES = [PerTensor(), PerAxis(0), PerGroup(8), PerGroup(5), PerGroup(100)]
 WEIGHT_METHODS = {
@@ -647,6 +649,30 @@ def test_a_checkpoint_measures_as_its_log_says():
     new, _ = lm.quantize_weights(model, lambda weight: next(waiting))
     log = json.loads((lm.DATA / "checkpoints/minmax/w2.json").read_text())
     assert lm.divergence(model, new, held_out).kl == pytest.approx(log["kl_held_out"], rel=1e-3)
+
+
+@pytest.mark.parametrize("what", ["w2", "lsq2 finer", "ternary"])
+def test_the_recipes_write_logs_like_the_committed_ones(monkeypatch, what):
+    model, tokens = random_model("llama"), random_tokens(400)
+    monkeypatch.setattr(minmax, "WINDOW", 16)
+    text, run = {"both": tokens, "held out": tokens[:64]}, (minmax.RUNS | learned_steps.RUNS)[what]
+    train = partial(minmax.train, stream="both") if what in minmax.RUNS else learned_steps.train
+    _, log = train(model, text, **run | {"steps": 2})
+    path = lm.DATA / "checkpoints" / run.get("method", "minmax") / f"{what.replace(' ', '_')}.json"
+    committed = json.loads(path.read_text())
+    assert committed.keys() <= log.keys()
+    same = ("bits", "group_size", "learning_rate", "batch", "seed")
+    assert {key: log[key] for key in same} == {key: committed[key] for key in same}
+    assert (len(log["losses"]), log["checked_at"]) == (2, [0, 1, 2])
+
+
+def test_a_finer_run_starts_from_smaller_steps(monkeypatch):
+    model, steps = random_model("llama"), {}
+    monkeypatch.setattr(minmax, "fit", lambda model, student, *_, **__: {})
+    for what in ("lsq2", "lsq2 finer"):
+        student, log = learned_steps.train(model, {}, **learned_steps.RUNS[what])
+        steps[log["start"]] = next(iter(fake_quant_layers(student).values())).rounding.step
+    torch.testing.assert_close(steps[0.66], 0.66 * steps[1.0])
 
 
 # --- bad input --------------------------------------------------------------------------------------------------

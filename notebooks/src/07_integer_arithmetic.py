@@ -85,7 +85,7 @@ from quantlab.checks import check, hint, solution
 
 check("7.1", my_int_product)
 # %% [markdown]
-# The library's is `int_linear` (`quantlab/linear.py`); it is the *definition* that everything faster is
+# The library's is `int_linear` (`quantlab/linear/int8.py`); it is the *definition* that everything faster is
 # compared with. The four terms of the example:
 # %%
 from quantlab.linear import int_linear

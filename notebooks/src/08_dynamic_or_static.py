@@ -99,7 +99,7 @@ def my_dynamic(x, w_codes, w_scale):
 # %%
 check("8.2", my_dynamic)
 # %% [markdown]
-# In the library they are `StaticInt8Linear` and `DynamicInt8Linear` (`quantlab/linear.py`). The map of the
+# In the library they are `StaticInt8Linear` and `DynamicInt8Linear` (`quantlab/linear/int8.py`). The map of the
 # input, `input_qparams`, is all in which they differ: static has it from an observer, dynamic computes it.
 # The same formulas, on a layer of the model:
 # %%

@@ -1,4 +1,7 @@
-"""Sliders around pictures, one file a subject. Nothing here computes what it shows beyond calling the library."""
+"""Sliders around pictures, one file a subject.
+
+All quantizing is the library's: a file here chooses settings, compares and counts what comes back, and draws it.
+"""
 
 from quantlab.explorers.accumulator import explore_accumulator
 from quantlab.explorers.awq import explore_scaling

@@ -121,6 +121,3 @@ def figure(columns: int = 1, rows: int = 1, height: float = 3.4, **options):
     """A private figure, which pyplot never sees: no other thread and no backend can disturb it."""
     fig = Figure(figsize=(8.4, height), dpi=100)
     return fig, fig.subplots(rows, columns, **options)
-
-
-tie = bind

@@ -24,7 +24,7 @@ def explore_temperature(
     """
     stories = {
         t: generate(model, tokenizer, prompt, tokens=tokens, temperature=t, seed=1)
-        for t in tqdm(TEMPERATURES, desc="telling stories", leave=False)
+        for t in tqdm(TEMPERATURES, desc="generating stories", leave=False)
     }
     logits = _next_logits(model, tokenizer, prompt)
     best = logits.topk(words).indices

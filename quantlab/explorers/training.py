@@ -2,11 +2,12 @@
 
 import ipywidgets as widgets
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from torch import Tensor
 
 from quantlab.arguments import check_real
-from quantlab.explorers.base import Explorer, figure, tie
+from quantlab.explorers.base import Explorer, bind, figure
 from quantlab.granularity import PerGroup, quantize_tensor
 from quantlab.plots import ERROR, FLOAT, QUANTIZED
 
@@ -27,49 +28,19 @@ def explore_training(
     Shapes: weights (steps + 1, rows, in): before the first training step and after each; losses (steps,), the loss
     of a training step at the weights before it. Raises: ValueError if they do not belong together.
     """
-    weights, losses = _checked(weights, losses)
-    q = quantize_tensor(weights, bits=bits, granularity=PerGroup(group_size), symmetric=symmetric)
-    qp, true_bits = q.element_qparams(), 8 * q.nbytes / q.codes.numel()
-    places, points = (weights / qp.scale).numpy(), (q.codes - qp.zero_point).numpy()
-    changed = points != points[0]
-    away = places - points  # beyond ±0.5 only where a symmetric grid clamps
-    last, rows = len(places) - 1, places.shape[1]
-    picked = np.stack([_picked(places[:, k], changed[-1, k]) for k in range(rows)])
+    run = _Run(*_checked(weights, losses), bits=bits, group_size=group_size, symmetric=symmetric)
+    picture = _Picture(run)
     wide = {"style": {"description_width": "initial"}, "layout": {"width": "400px"}}
     controls = {
-        "step": widgets.IntSlider(step, min=0, max=last, description="training step", **wide),
-        "row": widgets.IntSlider(row, min=0, max=rows - 1, description="row", **wide),
+        "step": widgets.IntSlider(step, min=0, max=run.last, description="training step", **wide),
+        "row": widgets.IntSlider(row, min=0, max=run.places.shape[1] - 1, description="row", **wide),
     }
-    paths, loss, cells, counts = _axes()
-    before, past, stay, moved, front = _draw_paths(paths, places, points, last)
-    here = _draw_curve(loss, losses, "loss", "training step")
-    shares = 100 * changed.mean((1, 2))
-    share = _draw_curve(counts, shares, "elsewhere, %", "training step")
-    bars = _draw_cells(cells, away)
 
     def update(step, row) -> str:
-        ways, new = places[:, row, picked[row]], changed[step, row, picked[row]]
-        before.set_segments([np.column_stack([np.arange(last + 1), way]) for way in ways.T])
-        past.set_segments([np.column_stack([np.arange(step + 1), way]) for way in ways[: step + 1].T])
-        past.set_color(np.where(new, ERROR, QUANTIZED))
-        at = np.full(len(new), step)
-        stay.set_data(at[~new], ways[step][~new])
-        moved.set_data(at[new], ways[step][new])
-        front.set_xdata([step, step])
-        known = min(step, len(losses) - 1)
-        here.set_data([known], [losses[known]])
-        share.set_data([step], [shares[step]])
-        bars.set_data(_shares(away[step]))
-        return (
-            f"step {step} of {last}: loss {losses[known]:.3f} (at first {losses[0]:.3f})   "
-            f"{true_bits:.2f} true bits per weight\n"
-            f"rounded elsewhere than at first: {shares[step]:.1f} % of the weights, "
-            f"{changed[step, row].mean():.0%} of row {row}\n"
-            f"mean distance from the grid: {abs(away[step]).mean():.3f} steps "
-            f"(at first {abs(away[0]).mean():.3f}, evenly spread 0.250)"
-        )
+        picture.show(step, row)
+        return run.describe(step, row)
 
-    return tie(controls, paths, [before, past, stay, moved, front, here, share, bars], update, few_colours=False)
+    return bind(controls, picture.ax, picture.moving, update, few_colours=False)
 
 
 def _checked(weights: Tensor, losses) -> tuple[Tensor, np.ndarray]:
@@ -82,12 +53,85 @@ def _checked(weights: Tensor, losses) -> tuple[Tensor, np.ndarray]:
     return weights.detach().float().cpu(), losses
 
 
+class _Run:
+    """The weights at each step, in steps of their grid from 0: where they are, and the grid points they go to."""
+
+    def __init__(self, weights: Tensor, losses: np.ndarray, *, bits: int, group_size: int, symmetric: bool):
+        q = quantize_tensor(weights, bits=bits, granularity=PerGroup(group_size), symmetric=symmetric)
+        qp = q.element_qparams()
+        self.losses, self.bits, self.last = losses, q.bits_per_element, len(weights) - 1
+        self.places, self.points = (weights / qp.scale).numpy(), (q.codes - qp.zero_point).numpy()
+        self.changed = self.points != self.points[0]
+        self.away = self.places - self.points  # beyond ±0.5 only where a symmetric grid clamps
+        self.shares = 100 * self.changed.mean((1, 2))
+        rows = range(self.places.shape[1])
+        self.picked = np.stack([_picked(self.places[:, row], self.changed[-1, row]) for row in rows])
+
+    def loss_at(self, step: int) -> tuple[int, float]:
+        """The last training step whose loss is known by then, and that loss."""
+        known = min(step, len(self.losses) - 1)
+        return known, self.losses[known]
+
+    def describe(self, step: int, row: int) -> str:
+        away, first = abs(self.away[step]).mean(), abs(self.away[0]).mean()
+        return (
+            f"step {step} of {self.last}: loss {self.loss_at(step)[1]:.3f} (at first {self.losses[0]:.3f})   "
+            f"{self.bits:.2f} true bits per weight\n"
+            f"rounded elsewhere than at first: {self.shares[step]:.1f} % of the weights, "
+            f"{self.changed[step, row].mean():.0%} of row {row}\n"
+            f"mean distance from the grid: {away:.3f} steps (at first {first:.3f}, evenly spread 0.250)"
+        )
+
+
 def _picked(places: np.ndarray, elsewhere: np.ndarray) -> np.ndarray:
     """Which weights of a row (steps, in) to draw: half of them, if there are so many, end elsewhere."""
     restless = np.argsort(-np.ptp(places, axis=0))
     ended = restless[elsewhere[restless]][: _SHOWN // 2]
     others = restless[~np.isin(restless, ended)]
     return np.concatenate([ended, others])[:_SHOWN]
+
+
+class _Picture:
+    """The paths of one row above the loss; where all weights stand in their cells above how many went elsewhere."""
+
+    def __init__(self, run: _Run):
+        self.run, (self.ax, loss, cells, counts) = run, _axes()
+        self._draw_paths(self.ax)
+        self.here = _draw_curve(loss, run.losses, "loss")
+        self.share = _draw_curve(counts, run.shares, "elsewhere, %")
+        self.bars = _draw_cells(cells, run.away)
+        paths = [self.before, self.past, self.stay, self.moved, self.front]
+        self.moving = [*paths, self.here, self.share, self.bars]
+
+    def _draw_paths(self, ax: Axes) -> None:
+        """Grid lines and thresholds, still; the whole paths, what lies behind, a dot for each, and the front."""
+        places, last, low, high = self.run.places, self.run.last, self.run.points.min(), self.run.points.max()
+        ax.hlines(range(low, high + 1), 0, last, color="0.55", linewidth=1.2)
+        ax.hlines([c + 0.5 for c in range(low, high)], 0, last, color="0.6", linewidth=0.9, linestyle=":")
+        self.before = ax.add_collection(LineCollection([], colors="0.85", linewidths=0.8))
+        self.past = ax.add_collection(LineCollection([], linewidths=1.3))
+        (self.stay,) = ax.plot([], [], "o", color=QUANTIZED, markersize=4, label="rounded as at first")
+        (self.moved,) = ax.plot([], [], "s", color=ERROR, markersize=4, label="rounded elsewhere")
+        (self.front,) = ax.plot([0, 0], [low - 1, high + 1], color="black", linewidth=0.8)
+        ax.set(xlim=(-0.02 * last, 1.02 * last), ylim=(min(places.min(), low) - 0.2, max(places.max(), high) + 0.9))
+        ax.set(ylabel="weight, in steps of its grid", yticks=range(low, high + 1))
+        ax.set_title("16 restless weights of the row (solid: grid points, dotted: thresholds)", fontsize="medium")
+        ax.legend(loc="upper center", ncols=2, fontsize="small", frameon=False)
+
+    def show(self, step: int, row: int) -> None:
+        picked = self.run.picked[row]
+        paths, new = self.run.places[:, row, picked], self.run.changed[step, row, picked]
+        self.before.set_segments([np.column_stack([np.arange(len(paths)), path]) for path in paths.T])
+        self.past.set_segments([np.column_stack([np.arange(step + 1), path]) for path in paths[: step + 1].T])
+        self.past.set_color(np.where(new, ERROR, QUANTIZED))
+        at = np.full(len(new), step)
+        self.stay.set_data(at[~new], paths[step][~new])
+        self.moved.set_data(at[new], paths[step][new])
+        self.front.set_xdata([step, step])
+        known, loss = self.run.loss_at(step)
+        self.here.set_data([known], [loss])
+        self.share.set_data([step], [self.run.shares[step]])
+        self.bars.set_data(_shares(self.run.away[step]))
 
 
 def _axes() -> list:
@@ -99,28 +143,11 @@ def _axes() -> list:
     return [axes[0, 0], axes[1, 0], axes[0, 1], axes[1, 1]]
 
 
-def _draw_paths(ax, places: np.ndarray, points: np.ndarray, last: int) -> tuple:
-    """Grid lines and thresholds, still; the whole paths, what lies behind of them, a dot for each, and the front."""
-    low, high = points.min(), points.max()
-    ax.hlines(range(low, high + 1), 0, last, color="0.55", linewidth=1.2)
-    ax.hlines([c + 0.5 for c in range(low, high)], 0, last, color="0.6", linewidth=0.9, linestyle=":")
-    before = ax.add_collection(LineCollection([], colors="0.85", linewidths=0.8))
-    past = ax.add_collection(LineCollection([], linewidths=1.3))
-    (stay,) = ax.plot([], [], "o", color=QUANTIZED, markersize=4, label="rounded as at first")
-    (moved,) = ax.plot([], [], "s", color=ERROR, markersize=4, label="rounded elsewhere")
-    (front,) = ax.plot([0, 0], [low - 1, high + 1], color="black", linewidth=0.8)
-    ax.set(xlim=(-0.02 * last, 1.02 * last), ylim=(min(places.min(), low) - 0.2, max(places.max(), high) + 0.9))
-    ax.set(ylabel="weight, in steps of its grid", yticks=range(low, high + 1))
-    ax.set_title("16 restless weights of the row (solid: grid points, dotted: thresholds)", fontsize="medium")
-    ax.legend(loc="upper center", ncols=2, fontsize="small", frameon=False)
-    return before, past, stay, moved, front
-
-
-def _draw_curve(ax, values, ylabel: str, xlabel: str):
-    """A still curve; returns the dot that moves along it."""
+def _draw_curve(ax: Axes, values: np.ndarray, ylabel: str):
+    """A still curve over the training steps; returns the dot that moves along it."""
     ax.plot(values, color="0.35", linewidth=1.2)
     (dot,) = ax.plot([0], [values[0]], "o", color=ERROR, markersize=7)
-    ax.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, 1.12 * max(values) + 1e-9))
+    ax.set(xlabel="training step", ylabel=ylabel, ylim=(0, 1.12 * max(values) + 1e-9))
     return dot
 
 
@@ -129,12 +156,12 @@ def _shares(away: np.ndarray) -> np.ndarray:
     return 100 * np.histogram(away.clip(-0.5, 0.5), _BINS)[0] / away.size
 
 
-def _draw_cells(ax, away: np.ndarray):
+def _draw_cells(ax: Axes, away: np.ndarray):
     """Where weights stand between two thresholds: at first, still, and now."""
     bars = ax.stairs(_shares(away[0]), _BINS, fill=True, color=FLOAT, label="now")
     ax.stairs(_shares(away[0]), _BINS, color="black", linewidth=1.2, label="at first")
     ax.axvline(0, color="0.3", linewidth=0.8, linestyle="--")
-    most = max(_shares(step).max() for step in away)
-    ax.set(xlabel="from the grid point, in steps", ylabel="weights, %", ylim=(0, 1.45 * most))
+    highest = max(_shares(step).max() for step in away)
+    ax.set(xlabel="from the grid point, in steps", ylabel="weights, %", ylim=(0, 1.45 * highest))
     ax.legend(loc="upper right", fontsize="small", ncols=2, handlelength=1.2)
     return bars

@@ -30,7 +30,7 @@ def load_lm(name_or_path: str = "bundled"):
     folder = DATA / "model" if name == "bundled" else Path(name).expanduser()
     if name == "bundled" and not folder.is_dir():
         raise FileNotFoundError(
-            f"the bundled model is not here: {folder} is missing; get the workbook, the whole of it"
+            f"no bundled model: {folder} is missing; get the workbook, the whole of it"
         )
     if not name or not folder.is_dir():
         folder = _download(name)

@@ -1,2 +1,2 @@
-"""Training with quantization in the loop: lsq.py and few_levels.py (how weights are rounded), fake_quant.py (layers
-and models made of them), loop.py (the one training loop), lora.py and memory.py (QLoRA)."""
+"""Training with quantization in the loop. How a weight is rounded: few_levels.py, rounding.py, lsq.py; layers and models
+that round while they train: fake_quant.py; the one training loop: run.py, loop.py; QLoRA: lora.py, memory.py."""

@@ -14,7 +14,7 @@ from quantlab.arguments import check_int, kind
 from quantlab.blocks import Granularity, PerAxis, PerTensor, rows_or_groups
 from quantlab.linear import Int8Linear
 from quantlab.lm import linear_layers
-from quantlab.modules import check_linear, put_weight, weight_of
+from quantlab.modules import as_linear, check_linear, put_weight, weight_of
 from quantlab.quantized import Quantized
 from quantlab.train.lsq import LSQ
 from quantlab.train.rounding import DynamicInput, FewLevels, InputRounding, MinMaxRounding, Rounding, StaticInput
@@ -83,9 +83,7 @@ class FakeQuantLinear(nn.Module):
                 "a layer with rounded activations converts to an integer layer, whose weights have 8 bits, symmetric, "
                 'one scale a row: prepare_qat(bits=8, group_size=None, symmetric=True, method="minmax")'
             )
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, self.weight.device)
-        linear.load_state_dict({k: v for k, v in self.state_dict().items() if k in ("weight", "bias")})
-        return self.input_rounding.integer_layer(linear)
+        return self.input_rounding.integer_layer(as_linear(self._float_layer()))
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
