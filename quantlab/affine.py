@@ -161,7 +161,8 @@ class _StraightThrough(torch.autograd.Function):
     def forward(ctx, x, qp):
         steps = unclamped_codes(x, qp)
         ctx.save_for_backward((steps >= qp.qmin) & (steps <= qp.qmax))
-        return _reals(steps.clamp(qp.qmin, qp.qmax), qp).to(x.dtype)
+        limit = min(torch.finfo(x.dtype).max, FLOAT32_MAX)  # a finite number must not come back as infinity
+        return _reals(steps.clamp(qp.qmin, qp.qmax), qp).clamp_(-limit, limit).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):

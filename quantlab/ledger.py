@@ -178,9 +178,9 @@ class Table:
     rows: list
 
     def __repr__(self) -> str:
-        head = ("method", "bits", "group", "perplexity ±", "KL ±", "top-1", "bits/w", "kB", "prefill", "decode", "s",
+        head = ("method", "bits", "group", "perplexity ±", "KL ±", "top-1", "bits/w", "kB", "prefill ±", "decode ±", "s",
                 "tokens")  # fmt: skip
-        widths = (max([12, *(len(r.method) for r in self.rows)]), 4, 6, 13, 16, 6, 6, 6, 12, 12, 6, 7)
+        widths = (max([12, *(len(r.method) for r in self.rows)]), 4, 6, 13, 13, 6, 6, 6, 9, 9, 5, 6)
         lines = [
             (r.method, f"{r.bits}", r.group, f"{r.perplexity:.2f} {r.perplexity_error:.2f}",
              f"{r.kl:.4f} {r.kl_error:.4f}", f"{r.top1:.1%}", f"{r.bits_per_weight:.2f}", f"{r.bytes / 1000:.0f}",
@@ -194,4 +194,4 @@ class Table:
 
 
 def _ratio(value: float | None, spread: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}x" if spread is None else f"{value:.2f}x ±{spread:.2f}"
+    return "–" if value is None else f"{value:.2f}" if spread is None else f"{value:.2f} {spread:.2f}"

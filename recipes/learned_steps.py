@@ -38,7 +38,7 @@ def train(model, text: dict, *, method: str, bits: int | None = None, start: flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m recipes.learned_steps", description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="*", default=list(RUNS), help=f"{', '.join(RUNS)} (all)")
     parser.add_argument("--work", type=Path, help="a folder for checkpoints, to go on from")
     arguments = parser.parse_args()

@@ -76,7 +76,7 @@ def compare_texts(model, text: dict) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m recipes.minmax", description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="*", default=[*RUNS, "texts"], help="w2, w3, w4, texts (default: all)")
     parser.add_argument("--work", type=Path, help="a folder for checkpoints, to go on from")
     arguments = parser.parse_args()

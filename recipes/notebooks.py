@@ -41,7 +41,9 @@ SANITIZE = re.findall(r"^regex: (.*)\nreplace: (.*)$", CONFIG, re.M)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Run notebooks/src/*.py, store notebooks/*.ipynb.")
+    parser = argparse.ArgumentParser(
+        prog="python run.py notebooks", description="Run notebooks/src/*.py, store notebooks/*.ipynb."
+    )
     parser.add_argument("names", nargs="*", help="how the names begin (01 07_integer); none means all")
     parser.add_argument("--check", action="store_true", help="run nothing, only say what is not as built")
     parser.add_argument("--fresh", action="store_true", help="replace even outputs that still say the same")

@@ -10,59 +10,62 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
 
-from quantlab import (
-    Hessian,
-    PerAxis,
-    PerGroup,
-    PerTensor,
-    choose_qparams,
-    fake_quantize,
-    gptq_quantize,
-    mse,
-    quantize,
-    quantize_tensor,
-)
 from quantlab import explorers as ex
+from quantlab.affine import choose_qparams, fake_quantize, quantize
 from quantlab.awq import scale_and_round, scales_of, search_scales
+from quantlab.blocks import PerAxis, PerGroup, PerTensor
 from quantlab.codebook import nf4_levels, quantize_codebook
+from quantlab.explorers import data
 from quantlab.floats import FP4_E2M1, round_to
-from quantlab.gptq import gptq_steps
+from quantlab.gptq import Hessian, gptq_quantize, gptq_steps
+from quantlab.granularity import quantize_tensor
 from quantlab.linear import DynamicInt8Linear, StaticInt8Linear
 from quantlab.lm import DATA, generate, load_lm
-from quantlab.metrics import sqnr_db
+from quantlab.metrics import mse, sqnr_db
 from quantlab.mixed import Sensitivity, greedy, knapsack
 from quantlab.observers import MSE, MinMax, Percentile
 from quantlab.outliers import LLMInt8Linear, smoothing_scales
-from quantlab.qat import LSQ, binary, ternary
+from quantlab.train.few_levels import binary, pack_ternary, ternary
+from quantlab.train.lsq import LSQ
+
+# --- what is explored -------------------------------------------------------------------------------------------
 
 
-def values(count=20_000):
-    random = torch.Generator().manual_seed(0)
-    return torch.randn(count, generator=random) / torch.rand(count, generator=random).clamp(min=0.05).sqrt() * 0.02
+def seeded():
+    return torch.Generator().manual_seed(0)
+
+
+def values(*shape):
+    random, count = seeded(), int(np.prod(shape or (20_000,)))
+    x = torch.randn(count, generator=random) / torch.rand(count, generator=random).clamp(min=0.05).sqrt() * 0.02
+    return x.view(shape or -1)
 
 
 def layer():
-    random = torch.Generator().manual_seed(0)
+    random = seeded()
     mix = torch.randn(64, 64, generator=random) / 8 * torch.arange(1, 65) ** -0.5
     x = torch.randn(1000, 64, generator=random) @ mix + 0.05 * torch.randn(1000, 64, generator=random)
     return torch.randn(32, 64, generator=random) * 0.05, Hessian(64).add(x)
 
 
 def layer_and_inputs():
-    """A layer whose rows differ in size, and what it reads."""
-    random = torch.Generator().manual_seed(0)
+    """A layer whose rows differ in size, and its input."""
+    random = seeded()
     weight = torch.randn(40, 150, generator=random) * torch.linspace(0.01, 0.1, 40)[:, None]
     return weight, torch.randn(300, 150, generator=random)
 
 
-def results():
+def measured_models():
+    texts = {32: "a dog ran home today", 8: "a dog ran home today", 4: "a dog ran far away", 2: "dog dog"}
     return [
-        {"label": f"{b} bits", "bits": b, "perplexity": 5 + 20 / b, "stderr": 0.3, "kl": 2.0**-b, "text": f"story {b}"}
-        for b in (8, 4, 2)
-    ]
+        {"label": "float" if b == 32 else f"{b} bits", "bits": b, "perplexity": 40 + 100 / b**2, "stderr": 2.0,
+         "kl": 0.0 if b == 32 else 4.0**-b, "text": text, "top1": 1 - 1 / b}
+        for b, text in texts.items()
+    ]  # fmt: skip
 
 
 def temperature():
@@ -84,15 +87,14 @@ def speeds():
     return seconds, nbytes, parts
 
 
-def accumulator(tokens=50):
-    linear = torch.nn.Linear(48, 30, bias=False).requires_grad_(False)
-    linear.weight.copy_(values(48 * 30).view(30, 48) * torch.linspace(0.1, 3, 30)[:, None])
-    return DynamicInt8Linear.from_linear(linear), values(tokens * 48).view(tokens, 48)
+def accumulator():
+    weight = values(30, 48) * torch.linspace(0.1, 3, 30)[:, None]
+    return DynamicInt8Linear.from_linear(data.linear_of(weight)), values(50, 48)
 
 
 def walk():
     """Weights of three rows that drift for 12 training steps, and a falling loss."""
-    random = torch.Generator().manual_seed(0)
+    random = seeded()
     drift = torch.randn(12, 3, 96, generator=random).cumsum(0) * 0.004
     start = torch.randn(3, 96, generator=random) * 0.05
     return torch.cat([start[None], start + drift]), [3.0 / (1 + k) for k in range(12)]
@@ -107,8 +109,7 @@ def scaled_layers():
 
 def sensitivity(blocks=3):
     """Made-up costs that fall by 4 for each bit, of layers of two sizes."""
-    random = torch.Generator().manual_seed(0)
-    kinds = {"attn.q_proj": 4096, "attn.v_proj": 4096, "mlp.up_proj": 12288}
+    random, kinds = seeded(), {"attn.q_proj": 4096, "attn.v_proj": 4096, "mlp.up_proj": 12288}
     weights = {f"model.layers.{i}.{kind}": count for i in range(blocks) for kind, count in kinds.items()}
     scale = {name: 10 ** torch.rand(1, generator=random).item() for name in weights}
     costs = {name: {b: factor * 4.0**-b for b in (2, 3, 4, 6)} for name, factor in scale.items()}
@@ -118,22 +119,17 @@ def sensitivity(blocks=3):
 
 def ranks():
     """Made-up adapters of a layer with 24 outputs and 16 inputs, and one with 8 outputs."""
-    random = torch.Generator().manual_seed(0)
-    return [
-        {
-            "rank": r,
-            "perplexity": 20 + 60 / (1 + r),
-            "stderr": 2.0,
-            "kl": r / 10,
-            "trained": 56 * r,
-            "text": f"day {r}",
-            "updates": {
-                name: (torch.randn(r, 16, generator=random), torch.randn(out, r, generator=random))
-                for name, out in (("q_proj", 24), ("v_proj", 8))
-            },
+    random = seeded()
+
+    def row(r):
+        updates = {
+            name: (torch.randn(r, 16, generator=random), torch.randn(out, r, generator=random))
+            for name, out in (("q_proj", 24), ("v_proj", 8))
         }
-        for r in (0, 1, 4)
-    ]
+        numbers = {"rank": r, "perplexity": 20 + 60 / (1 + r), "stderr": 2.0, "kl": r / 10, "trained": 56 * r}
+        return numbers | {"text": f"day {r}", "updates": updates}
+
+    return [row(r) for r in (0, 1, 4)]
 
 
 EXPLORERS = {
@@ -144,25 +140,44 @@ EXPLORERS = {
     "gptq": lambda: ex.explore_gptq(*layer()),
     "columns": lambda: ex.explore_columns(*layer()),
     "groups": lambda: ex.explore_groups(*layer_and_inputs()),
-    "floats": lambda: ex.explore_float_format(values().view(100, 200), inputs=values(4000).view(20, 200)),
+    "floats": lambda: ex.explore_float_format(values(100, 200), inputs=values(20, 200)),
     "codebook": lambda: ex.explore_codebook(*layer_and_inputs()),
-    "bits": lambda: ex.explore_bits(results()),
+    "bits": lambda: ex.explore_bits(measured_models()),
     "temperature": temperature,
     "speed": lambda: ex.explore_speed(*speeds()),
     "threshold": lambda: ex.explore_threshold(*layer_and_inputs(), channels=[3, 70]),
     "smoothing": lambda: ex.explore_smoothing(*layer_and_inputs(), channels=[3, 70]),
     "accumulator": lambda: ex.explore_accumulator(*accumulator(), bits=14),
-    "calibration": lambda: ex.explore_calibration(values(8192).view(128, 64), weight=layer()[0]),
+    "calibration": lambda: ex.explore_calibration(values(128, 64), weight=layer()[0]),
     "shift": lambda: ex.explore_shift(*layer_and_inputs()[::-1]),
     "scaling": lambda: ex.explore_scaling(scaled_layers()),
     "training": lambda: ex.explore_training(*walk(), bits=2, group_size=48, step=5),
     "step": lambda: ex.explore_step(*layer_and_inputs(), group_size=50),
 }
 
+# --- how it is looked at ----------------------------------------------------------------------------------------
 
-@pytest.fixture(scope="module", params=EXPLORERS)
-def explorer(request):
-    return EXPLORERS[request.param]()
+
+def put(explorer, **settings):
+    """Set some controls, in this order."""
+    for name, value in settings.items():
+        explorer.controls[name].value = value
+    return explorer
+
+
+def shows(explorer, *texts):
+    """The line of numbers holds each of these."""
+    for text in texts:
+        assert text in explorer.numbers()
+
+
+def axes(explorer, place):
+    return explorer.ax.figure.axes[place]
+
+
+def relative(y, wanted):
+    """‖y - wanted‖² / ‖wanted‖², written out."""
+    return ((y - wanted).square().sum() / wanted.square().sum()).item()
 
 
 def pixels(explorer):
@@ -181,16 +196,28 @@ def other_values(control):
     return [v for v in found if v != control.value]
 
 
+# --- every explorer ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=EXPLORERS)
+def explorer(request):
+    return EXPLORERS[request.param]()
+
+
+def test_every_explorer_is_tested():
+    assert len(EXPLORERS) == sum(name.startswith("explore_") for name in ex.__all__)
+
+
 def test_every_control_changes_picture_or_numbers_and_back(explorer):
     for name, control in explorer.controls.items():
-        start, said, shown = control.value, explorer.numbers(), pixels(explorer)
+        start, text, shown = control.value, explorer.numbers(), pixels(explorer)
         changed = False
         for value in other_values(control):
             control.value = value
-            changed |= explorer.numbers() != said and not np.array_equal(pixels(explorer), shown)
+            changed |= explorer.numbers() != text and not np.array_equal(pixels(explorer), shown)
         control.value = start
         assert changed, name
-        assert explorer.numbers() == said
+        assert explorer.numbers() == text
         assert np.array_equal(pixels(explorer), shown), name  # no trace of what was shown in between
 
 
@@ -205,35 +232,6 @@ def test_the_first_picture_stands_without_a_kernel(explorer):
 
 def test_numbers_stand_under_the_picture(explorer):
     assert explorer.numbers().split()[0] in explorer.view.children[2].value
-
-
-def test_affine_numbers_are_the_librarys():
-    x = values(5000)
-    explorer = ex.explore_affine(x, bits=3)
-    explorer.controls["low"].value = -0.5
-    reach = max(-x.min().item(), x.max().item())
-    low, high = (explorer.controls[k].value * reach for k in ("low", "high"))
-    qp = choose_qparams(torch.tensor(low), torch.tensor(high), qmin=0, qmax=7)
-    assert f"mean squared error {mse(x, fake_quantize(x, qp)):.2e}" in explorer.numbers()
-    assert f"scale {qp.scale.item():.4g}" in explorer.numbers()
-
-
-def test_gptq_numbers_are_the_librarys():
-    weight, hessian = layer()
-    explorer = ex.explore_gptq(weight, hessian)
-    explorer.controls["bits"].value = 3
-    explorer.controls["group"].value = 32
-    explorer.controls["act_order"].value = True
-    q = gptq_quantize(weight, hessian, bits=3, group_size=32, act_order=True)
-    assert f"{hessian.output_error(weight, q.dequantize()):.2e} (" in explorer.numbers()
-
-
-def test_columns_end_at_gptqs_error():
-    weight, hessian = layer()
-    explorer = ex.explore_columns(weight, hessian, bits=3)
-    explorer.controls["column"].value = 64
-    last = gptq_steps(weight[:24], hessian, bits=3)[-1]
-    assert f"GPTQ {hessian.output_error(weight[:24].double(), last):.2e}" in explorer.numbers()
 
 
 def test_a_message_from_the_front_end_moves_it():
@@ -284,114 +282,97 @@ def test_a_move_costs_less_than_half_of_a_full_redraw(name):
     assert move < 0.5 * full
 
 
-# --- notebook 03: groups
+NAN = float("nan")
+LAYERS = {  # explorers of a layer, by (weight, x)
+    "groups": ex.explore_groups,
+    "codebook": ex.explore_codebook,
+    "threshold": ex.explore_threshold,
+    "smoothing": ex.explore_smoothing,
+    "shift": lambda weight, x: ex.explore_shift(x, weight),
+    "step": lambda weight, x: ex.explore_step(weight, x, group_size=4),
+    "floats": lambda weight, x: ex.explore_float_format(weight, inputs=x),
+}
 
 
-def test_groups_numbers_are_the_librarys():
-    weight, x = layer_and_inputs()
-    explorer = ex.explore_groups(weight, x)
-    for name, value in {"bits": 3, "group": "32", "symmetric": True}.items():
-        explorer.controls[name].value = value
-    q = quantize_tensor(weight, bits=3, granularity=PerGroup(32), symmetric=True)
-    back = q.dequantize()
-    of_output = ((x @ (weight - back).T).square().sum() / (x @ weight.T).square().sum()).item()
-    assert f"{q.bits_per_element:.3f} true bits per weight" in explorer.numbers()
-    assert f"{q.nbytes:,} bytes" in explorer.numbers()
-    assert f"weight error {((weight - back).square().sum() / weight.square().sum()).item():.2e}" in explorer.numbers()
-    assert f"output error {of_output:.2e}" in explorer.numbers()
-
-
-@pytest.mark.parametrize(("group", "granularity"), [("tensor", PerTensor()), ("row", PerAxis(0))])
-def test_groups_without_inputs_show_the_weights_error(group, granularity):
-    weight, _ = layer_and_inputs()
-    explorer = ex.explore_groups(weight)
-    explorer.controls["group"].value = group
-    q = quantize_tensor(weight, bits=4, granularity=granularity, symmetric=False)
-    error = ((weight - q.dequantize()).square().sum() / weight.square().sum()).item()
-    (_, point) = explorer.ax.figure.axes[1].lines
-    assert point.get_xdata() == [q.bits_per_element]
-    assert point.get_ydata() == pytest.approx([error], rel=1e-5)
-    assert "output" not in explorer.numbers()
-
-
-def test_groups_heat_map_is_the_error_of_each_weight_where_it_can_show_it():
-    weight, _ = layer_and_inputs()
-    weight = weight[:, :90]  # 40 x 90 fit into the picture as they are
-    explorer = ex.explore_groups(weight, group=64)
-    error = weight - quantize_tensor(weight, bits=4, granularity=PerGroup(64), symmetric=False).dequantize()
-    shown = np.asarray(explorer.ax.images[0].get_array())
-    expected = 10 * (error.square() / weight.square().mean()).clamp(min=1e-12).log10()
-    assert np.allclose(shown, expected.numpy(), atol=1e-3)
-
-
+@pytest.mark.parametrize("explore", LAYERS.values(), ids=LAYERS)
 @pytest.mark.parametrize(
     ("weight", "x", "message"),
     [
-        (torch.zeros(4), None, "need weight"),
-        (torch.zeros(4, 8), torch.zeros(3, 4), "need weight"),
-        (torch.full((4, 8), float("nan")), None, "finite"),
+        (torch.zeros(8), torch.zeros(3, 8), "need weight (out, in) and x (tokens, in), got (8,) and (3, 8)"),
+        (torch.zeros(4, 8), torch.zeros(3, 4), "got (4, 8) and (3, 4)"),
+        (torch.zeros(4, 8), torch.zeros(8), "got (4, 8) and (8,)"),
+        (torch.full((4, 8), NAN), torch.zeros(3, 8), "must be finite"),
+        (torch.zeros(4, 8), torch.full((3, 8), NAN), "x must be finite"),
+        ([[1.0]], torch.zeros(3, 1), "must be a tensor"),
     ],
+    ids=["a row", "another layer's input", "one token", "nan weight", "nan input", "a list"],
 )
-def test_groups_refuse_what_is_no_layer(weight, x, message):
-    with pytest.raises(ValueError, match=message):
-        ex.explore_groups(weight, x)
+def test_what_is_no_layer_is_refused(explore, weight, x, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        explore(weight, x)
 
 
-def test_groups_of_a_layer_of_zeros():
-    assert "weight error 0.00e+00" in ex.explore_groups(torch.zeros(4, 16), torch.ones(3, 16)).numbers()
+def test_nothing_given_is_changed():
+    weight, x = (t[:20, :48].clone() for t in layer_and_inputs())
+    hessian, observer = Hessian(48).add(x), MinMax().update(x[:5])
+    before = [t.clone() for t in (weight, x, hessian.matrix, *observer.min_max())]
+    for explore in LAYERS.values():
+        explore(weight, x)
+    ex.explore_calibration(x, weight=weight)
+    ex.explore_scaling({"layer": (weight, hessian)})
+    ex.explore_gptq(weight, hessian)
+    ex.explore_shift(x, weight, observer=observer, loud=64)
+    after = (weight, x, hessian.matrix, *observer.min_max())
+    assert all(torch.equal(new, old) for new, old in zip(after, before, strict=True))
 
 
-# --- notebook 05: float formats
+@pytest.mark.parametrize("count", [1, 2, 5, 7, 200])
+def test_rows_are_picked_evenly_from_the_first_to_the_last(count):
+    rows = data.evenly(torch.arange(100.0), count)
+    assert len(rows) == min(count, 100)
+    assert rows[0] == 0
+    assert count == 1 or rows[-1] == 99
+    assert count == 1 or rows.diff().max() - rows.diff().min() <= 1
 
 
-def test_float_format_numbers_are_the_librarys():
-    x = values(5000).view(50, 100)
-    inputs = values(3000).view(30, 100)
-    explorer = ex.explore_float_format(x, inputs=inputs, preset="FP4 E2M1", scaled=True)
-    scale = x.abs().max().item() / 6
-    back = round_to(x.double() / scale, FP4_E2M1) * scale
-    wrong = (inputs @ (back.float() - x).T).square().sum() / (inputs @ x.T).square().sum()
-    assert f"signal to noise {sqnr_db(x, back.float()):.1f} dB" in explorer.numbers()
-    assert f"become 0: {((back == 0) & (x != 0)).double().mean().item():.2%}" in explorer.numbers()
-    assert f"output error of the layer {wrong.item():.2e}" in explorer.numbers()
+def test_a_sample_keeps_the_smallest_and_the_largest():
+    x = values(50_000)
+    some = data.sample(x.view(500, 100))
+    assert len(some) == 20_000
+    assert torch.aminmax(some) == torch.aminmax(x)
+    assert torch.equal(data.sample(x[:10]), x[:10])
 
 
-def test_a_float_preset_moves_the_sliders_and_a_slider_the_preset():
-    explorer = ex.explore_float_format(values(500))
-    c = explorer.controls
-    c["preset"].value = "FP16"
-    assert (c["exponent"].value, c["mantissa"].value) == (5, 10)
-    c["mantissa"].value = 3
-    assert c["preset"].value == "custom"
-    assert "E5M3: 9 bits" in explorer.numbers()
-    c["exponent"].value = 4
-    assert c["preset"].value == "FP8 E4M3"
-    assert "largest 448" in explorer.numbers()
-    c["preset"].value = "custom"  # the same bits without a code for NaN
-    assert "largest 480" in explorer.numbers()
-    with pytest.raises(ValueError, match="not what a layer"):
-        ex.explore_float_format(values(100).view(10, 10), inputs=values(100).view(20, 5))
+# --- notebook 01: scale and zero point
 
 
-# --- calibration (notebook 02)
+def test_affine_numbers_are_the_librarys():
+    x = values(5000)
+    explorer = put(ex.explore_affine(x, bits=3), low=-0.5)
+    reach = max(-x.min().item(), x.max().item())
+    low, high = (torch.tensor(explorer.controls[k].value * reach) for k in ("low", "high"))
+    qp = choose_qparams(low, high, qmin=0, qmax=7)
+    shows(explorer, f"mean squared error {mse(x, fake_quantize(x, qp)):.2e}", f"scale {qp.scale.item():.4g}")
+    places = [line[0][0] for line in explorer.ax.collections[0].get_segments()]
+    assert places == pytest.approx((qp.scale * (torch.arange(8) - qp.zero_point)).tolist())
+
+
+# --- notebook 02: calibration
 
 
 def test_calibration_numbers_are_the_librarys():
-    x, weight = values(8192).view(128, 64), layer()[0]
-    explorer = ex.explore_calibration(x, bits=4, weight=weight)
-    controls = explorer.controls
-    controls["observer"].value = "MSE"
-    observer = MSE(bits=4).update(x)
-    qp = choose_qparams(*observer.min_max(), qmin=0, qmax=15)
-    x_hat = fake_quantize(x, qp)
-    output = (((x_hat - x) @ weight.T).square().sum() / (x @ weight.T).square().sum()).item()
-    assert f"error of the OUTPUT {output:.2e}" in explorer.numbers()
-    assert f"error of the input {mse(x, x_hat) / x.square().mean().item():.2e}" in explorer.numbers()
-    controls["clip"].value = controls["clip"].options[12][1]
-    assert controls["observer"].value == "by hand"  # dragging takes over
-    clip = controls["clip"].value
+    x, weight = values(128, 64), layer()[0]
+    explorer = put(ex.explore_calibration(x, bits=4, weight=weight), observer="MSE")
+    x_hat = fake_quantize(x, choose_qparams(*MSE(bits=4).update(x).min_max(), qmin=0, qmax=15))
+    shows(explorer, f"error of the OUTPUT {relative(x_hat @ weight.T, x @ weight.T):.2e}")
+    shows(explorer, f"error of the input {relative(x_hat, x):.2e}")
+    clip = explorer.controls["clip"].options[12][1]
+    put(explorer, clip=clip)
+    assert explorer.controls["observer"].value == "by hand"  # dragging takes over
     qp = choose_qparams(x.min() * clip, x.max() * clip, qmin=0, qmax=15)
-    assert f"scale {qp.scale.item():.4g}" in explorer.numbers()
+    first, last = (qp.scale * (code - qp.zero_point) for code in (0, 15))
+    outside = (x < first - qp.scale / 2) | (x > last + qp.scale / 2)
+    shows(explorer, f"scale {qp.scale.item():.4g}", f"clipped {outside.float().mean().item():.3%}")
 
 
 @pytest.mark.parametrize(
@@ -400,35 +381,68 @@ def test_calibration_numbers_are_the_librarys():
 def test_calibration_of_odd_data(x):
     explorer = ex.explore_calibration(x)
     for name in ("entropy", "MSE", "by hand"):
-        explorer.controls["observer"].value = name
-        assert "nan" not in explorer.numbers()
-    explorer.controls["bits"].value = 2
-    assert "scale" in explorer.numbers()
+        assert "nan" not in put(explorer, observer=name).numbers()
+    shows(put(explorer, bits=2), "scale")
 
 
-# --- codebook ---------------------------------------------------------------------------------------------------
+# --- notebook 03: groups
+
+
+def test_groups_numbers_are_the_librarys():
+    weight, x = layer_and_inputs()
+    explorer = put(ex.explore_groups(weight, x), bits=3, group="32", symmetric=True)
+    q = quantize_tensor(weight, bits=3, granularity=PerGroup(32), symmetric=True)
+    shows(explorer, f"{q.bits_per_element:.3f} true bits per weight", f"{q.nbytes:,} bytes")
+    shows(explorer, f"weight error {relative(q.dequantize(), weight):.2e}")
+    shows(explorer, f"output error {relative(x @ q.dequantize().T, x @ weight.T):.2e}")
+
+
+@pytest.mark.parametrize(("group", "granularity"), [("tensor", PerTensor()), ("row", PerAxis(0))])
+def test_groups_without_inputs_show_the_weights_error(group, granularity):
+    weight, _ = layer_and_inputs()
+    explorer = put(ex.explore_groups(weight), group=group)
+    q = quantize_tensor(weight, bits=4, granularity=granularity, symmetric=False)
+    (_, point) = axes(explorer, 1).lines
+    assert point.get_xdata() == [q.bits_per_element]
+    assert point.get_ydata() == pytest.approx([relative(q.dequantize(), weight)], rel=1e-5)
+    assert "output" not in explorer.numbers()
+
+
+def test_groups_heat_map_is_the_error_of_each_weight_where_it_can_show_it():
+    weight = layer_and_inputs()[0][:, :90]  # 40 x 90 fit into the picture as they are
+    explorer = ex.explore_groups(weight, group=64)
+    error = weight - quantize_tensor(weight, bits=4, granularity=PerGroup(64), symmetric=False).dequantize()
+    shown = np.asarray(explorer.ax.images[0].get_array())
+    expected = 10 * (error.square() / weight.square().mean()).clamp(min=1e-12).log10()
+    assert np.allclose(shown, expected.numpy(), atol=1e-3)
+
+
+def test_groups_of_a_layer_of_zeros():
+    shows(ex.explore_groups(torch.zeros(4, 16), torch.ones(3, 16)), "weight error 0.00e+00")
+
+
+# --- notebook 04: codebooks
 
 
 def test_codebook_numbers_are_the_librarys():
     weight, x = layer_and_inputs()
     explorer = ex.explore_codebook(weight, x, block_size=32)
     q = quantize_codebook(weight, nf4_levels(), block_size=32)
-    assert f"{sqnr_db(weight, q.dequantize()):.2f} dB at {q.bits_per_element:.3f} true bits" in explorer.numbers()
-    error = ((weight - q.dequantize()) @ x.T).square().sum() / (weight @ x.T).square().sum()
-    assert f"output error {error:.2e}" in explorer.numbers()
-    explorer.controls["table"].value = "INT4 asymmetric"
+    shows(explorer, f"{sqnr_db(weight, q.dequantize()):.2f} dB at {q.bits_per_element:.3f} true bits")
+    shows(explorer, f"output error {relative(q.dequantize() @ x.T, weight @ x.T):.2e}")
+    shares = np.bincount(q.codes.flatten().numpy(), minlength=16) / weight.numel()
+    shows(explorer, f"entropy {-(shares * np.log2(shares)).sum():.2f} bits")
+    put(explorer, table="INT4 asymmetric")
     grid = quantize_tensor(weight.flatten(), bits=4, granularity=PerGroup(36), symmetric=False)
     decibels = sqnr_db(weight.flatten(), grid.dequantize())
-    assert f"blocks of 36: {decibels:.2f} dB at {grid.bits_per_element:.3f} true bits" in explorer.numbers()
+    shows(explorer, f"blocks of 36: {decibels:.2f} dB at {grid.bits_per_element:.3f} true bits")
 
 
 def test_codebook_shows_where_nf4_loses():
     """Small blocks of normal values: the asymmetric grid wins; large blocks: NF4 does; symmetric never."""
-    explorer = ex.explore_codebook(layer_and_inputs()[0])
-    explorer.controls["values"].value = "normal"
+    explorer = put(ex.explore_codebook(layer_and_inputs()[0]), values="normal")
     for block, wins in ((16, True), (32, True), (256, False), (4096, False)):
-        explorer.controls["block"].value = block
-        found = re.findall(r"([\d.]+) dB", explorer.numbers().splitlines()[1])
+        found = re.findall(r"([\d.]+) dB", put(explorer, block=block).numbers().splitlines()[1])
         nf4, fp4, symmetric, asymmetric, kmeans = map(float, found)
         assert (asymmetric > nf4) == wins
         assert max(symmetric, fp4) < nf4 < kmeans
@@ -436,28 +450,91 @@ def test_codebook_shows_where_nf4_loses():
 
 def test_codebook_usage_and_levels_are_drawn():
     explorer = ex.explore_codebook(layer_and_inputs()[0], table="INT4 symmetric")
-    density = explorer.ax
-    usage = next(ax for ax in density.figure.axes if ax.get_ylabel() == "used by, %")
+    usage = next(ax for ax in explorer.ax.figure.axes if ax.get_ylabel() == "used by, %")
     assert sum(bar.get_height() for bar in usage.patches) == pytest.approx(100)
-    levels = [line[0][0] for line in density.collections[0].get_segments()]
+    levels = [line[0][0] for line in explorer.ax.collections[0].get_segments()]
     assert levels == pytest.approx([(k - 8) / 7.5 for k in range(16)])
-    with pytest.raises(ValueError, match="need weight"):
-        ex.explore_codebook(torch.ones(4))
 
 
-# --- integers (notebook 07)
+def test_compare_tables_is_quantizing_and_measuring_by_hand():
+    x = values(9 * 64 * 4)
+    found = ex.codebook.compare_tables(x, 64)
+    by_hand = {
+        "NF4": quantize_codebook(x, nf4_levels(), block_size=64),
+        "INT4 symmetric": quantize_tensor(x, bits=4, granularity=PerGroup(64), symmetric=True, signed=False),
+        "INT4 asymmetric": quantize_tensor(x, bits=4, granularity=PerGroup(72), symmetric=False, signed=False),
+    }
+    assert by_hand.keys() <= found.keys()
+    for name, q in by_hand.items():
+        assert found[name] == pytest.approx(sqnr_db(x, q.dequantize()), abs=1e-3), name
+
+
+# --- notebook 05: float formats
+
+
+def test_float_format_numbers_are_the_librarys():
+    x, inputs = values(50, 100), values(30, 100)
+    explorer = ex.explore_float_format(x, inputs=inputs, preset="FP4 E2M1", scaled=True)
+    scale = x.abs().max().item() / 6
+    back = (round_to(x.double() / scale, FP4_E2M1) * scale).float()
+    shows(explorer, f"signal to noise {sqnr_db(x, back):.1f} dB")
+    shows(explorer, f"become 0: {((back == 0) & (x != 0)).double().mean().item():.2%}")
+    shows(explorer, f"output error of the layer {relative(inputs @ back.T, inputs @ x.T):.2e}")
+
+
+def test_a_float_preset_moves_the_sliders_and_a_slider_the_preset():
+    explorer = ex.explore_float_format(values(500))
+    c = explorer.controls
+    put(explorer, preset="FP16")
+    assert (c["exponent"].value, c["mantissa"].value) == (5, 10)
+    put(explorer, mantissa=3)
+    assert c["preset"].value == "custom"
+    shows(explorer, "E5M3: 9 bits")
+    put(explorer, exponent=4)
+    assert c["preset"].value == "FP8 E4M3"
+    shows(explorer, "largest 448")
+    shows(put(explorer, preset="custom"), "largest 480")  # the same bits without a code for NaN
+
+
+# --- notebook 06: the bits of a whole model
+
+
+def test_bits_stand_at_their_places_and_a_kl_of_zero_below_all_others():
+    explorer = ex.explore_bits(measured_models())
+    left, right = explorer.ax.figure.axes
+    assert list(left.lines[0].get_xdata()) == [10, 8, 4, 2]  # 8 and 4 are twice as far apart as 4 and 2
+    assert list(left.lines[0].get_ydata()) == [r["perplexity"] for r in measured_models()]
+    curve, nothing = right.lines[:2]
+    assert list(curve.get_xdata()) == [8, 4, 2]
+    assert list(curve.get_ydata()) == [4.0**-8, 4.0**-4, 4.0**-2]
+    assert list(nothing.get_xdata()) == [10]
+    assert 0 < nothing.get_ydata()[0] < 4.0**-8
+    assert [text.get_text() for text in right.texts] == ["0"]
+    assert [tick.get_text() for tick in right.get_xticklabels()] == ["float", "8", "4", "2"]
+    for result, place in zip(measured_models(), (10, 8, 4, 2), strict=True):
+        put(explorer, model=result["label"])
+        assert [ax.lines[-1].get_xdata()[0] for ax in (left, right)] == [place, place]
+        assert left.lines[-1].get_ydata() == [result["perplexity"]]
+        shows(explorer, result["text"], f"KL {result['kl']:.4f}, same top token {result['top1']:.1%}")
+
+
+@pytest.mark.parametrize(("label", "words"), [("8 bits", 5), ("4 bits", 3), ("2 bits", 0)])
+def test_bits_say_how_long_the_story_is_the_float_models(label, words):
+    explorer = ex.explore_bits(measured_models())
+    assert "words as" not in explorer.numbers()
+    shows(put(explorer, model=label), f"; {words} words as float\n")
+
+
+# --- notebook 07: integers
 
 
 def test_speed_numbers_are_the_measured_ones():
     seconds, nbytes, parts = speeds()
     explorer = ex.explore_speed(seconds, nbytes, parts, shape=(1, 2048, 768), way="int8")
     times = [seconds[way, 1, 2048, 768] for way in ("float32", "int8")]
-    assert f"{times[0] / times[1]:.2f} × as fast" in explorer.numbers()
-    assert f"{1e6 * times[1]:,.0f} µs" in explorer.numbers()
-    assert f"weight {2048 * 768:,} bytes, 8.00 true bits each" in explorer.numbers()
-    assert "the largest: fixed" in explorer.numbers()
-    explorer.controls["M"].value = 256
-    assert "the largest: computing" in explorer.numbers()
+    shows(explorer, f"{times[0] / times[1]:.2f} × as fast", f"{1e6 * times[1]:,.0f} µs")
+    shows(explorer, f"weight {2048 * 768:,} bytes, 8.00 true bits each", "the largest: fixed")
+    shows(put(explorer, M=256), "the largest: computing")
     curve = explorer.ax.lines[1]
     assert curve.get_ydata() == pytest.approx([1e6 * seconds["int8", m, 2048, 768] for m in (1, 16, 256)])
 
@@ -486,20 +563,80 @@ def test_accumulator_numbers_are_those_of_a_loop(bits, at_the_end):
     exact, stored = torch.tensor(sums).double(), torch.tensor(kept).double().view(-1, 30)
     scale = layer.weight_scale.double()
     error = ((stored - exact) * scale).norm() / (exact * scale).norm()
-    assert f"lost: {(stored != exact).double().mean():.3%}" in explorer.numbers()
-    assert f"output from that: {error:.2e}" in explorer.numbers()
-    assert f"its largest sum is {int(exact.abs().max()):,}" in explorer.numbers()
-    assert explorer.ax.figure.axes[1].lines[-1].get_ydata().tolist() == stored.flatten().tolist()
+    shows(explorer, f"lost: {(stored != exact).double().mean():.3%}", f"output from that: {error:.2e}")
+    shows(explorer, f"its largest sum is {int(exact.abs().max()):,}")
+    assert axes(explorer, 1).lines[-1].get_ydata().tolist() == stored.flatten().tolist()
     if at_the_end == "wraps" and bits in (8, 16):  # what hardware does
         assert torch.equal(torch.tensor(sums).to({8: torch.int8, 16: torch.int16}[bits]).double(), stored)
 
 
 def test_accumulator_of_zeros():
     layer, x = accumulator()
-    assert "lost: 0.000%" in ex.explore_accumulator(layer, torch.zeros_like(x), bits=8).numbers()
+    shows(ex.explore_accumulator(layer, torch.zeros_like(x), bits=8), "lost: 0.000%")
 
 
-# --- outliers (notebook 09)
+# --- notebook 08: dynamic or static
+
+
+def a_layer_shifted(*, scale=1.0, shift=0.0, loud=1):
+    """32 tokens and 64 outputs, which the explorer takes as they are; and the live input."""
+    random = seeded()
+    weight, x = torch.randn(64, 150, generator=random) * 0.05, torch.randn(32, 150, generator=random)
+    qp = choose_qparams(x.min(), x.max(), qmin=0, qmax=255)
+    low, high = (qp.scale * (code - qp.zero_point) for code in (0, 255))
+    live = scale * x + shift * (high - low)
+    live[0] *= loud
+    return weight, x, live
+
+
+@pytest.mark.parametrize("place", [{}, {"scale": 4.0}, {"scale": 0.125, "shift": 0.3}, {"shift": -0.5, "loud": 16}])
+def test_shift_errors_are_those_of_the_layers(place):
+    weight, x, live = a_layer_shifted(**place)
+    explorer, linear = put(ex.explore_shift(x, weight), **place), data.linear_of(weight)
+    layers = (
+        StaticInt8Linear.from_linear(linear, MinMax().update(x)),
+        DynamicInt8Linear.from_linear(linear),
+        DynamicInt8Linear.from_linear(linear, per="token"),
+    )
+    wanted = [relative(int8.exact(live), linear(live)) for int8 in layers]
+    said = explorer.numbers().split("OUTPUT: ")[1]
+    assert [float(number) for number in re.findall(r"\d\.\d\de[-+]\d\d", said)] == pytest.approx(wanted, rel=0.01)
+    lines, points = axes(explorer, 1).lines[:3], axes(explorer, 1).lines[3:]
+    assert [point.get_ydata()[0] for point in points] == pytest.approx(wanted, rel=1e-3)
+    at = list(lines[0].get_xdata()).index(place.get("scale", 1.0))
+    assert [line.get_ydata()[at] for line in lines] == pytest.approx(wanted, rel=1e-3)
+    qp = layers[0].input_qparams(live)
+    beyond = (live / qp.scale + qp.zero_point).sub(127.5).abs() > 128
+    shows(explorer, f"clipped {beyond.float().mean().item():.2%}")
+
+
+def test_a_static_grid_suffers_both_ways_and_a_dynamic_one_follows():
+    weight, x, _ = a_layer_shifted()
+    static, tensor, token = (line.get_ydata() for line in axes(ex.explore_shift(x, weight), 1).lines[:3])
+    assert static.argmin() == 8  # where scale is 1
+    assert static[0] > 20 * static[8] < static[-1] / 100
+    for dynamic in (tensor, token):
+        assert max(dynamic) < 1.001 * min(dynamic)
+
+
+def test_shift_observer_bits_and_first_position():
+    weight, x, _ = a_layer_shifted()
+    explorer = ex.explore_shift(x, weight, observer=Percentile(percentile=90), bits=4, scale=1.9, shift=0.52, loud=5)
+    assert [control.value for control in explorer.controls.values()] == [2.0, 0.5, 4]
+    qp = choose_qparams(*Percentile(percentile=90).update(x).min_max(), qmin=0, qmax=15)
+    shows(explorer, f"scale {qp.scale.item():.3g}")
+    with pytest.raises(ValueError, match="bits must be 2..8, got 9"):
+        ex.explore_shift(x, weight, bits=9)
+
+
+@pytest.mark.parametrize("x", [torch.zeros(5, 4), -torch.ones(1, 4), torch.full((40, 4), 1e-20)])
+def test_shift_of_odd_inputs(x):
+    explorer = ex.explore_shift(x, torch.ones(3, 4))
+    for name, value in {"scale": 16.0, "shift": -1.0, "loud": 64}.items():
+        assert "nan" not in put(explorer, **{name: value}).numbers()
+
+
+# --- notebook 09: outliers
 
 
 def stretched(planted):
@@ -509,74 +646,60 @@ def stretched(planted):
     return weight / stretch if planted else weight, x[:256] * stretch
 
 
-def output_error(y, wanted):
-    return ((y - wanted).square().sum() / wanted.square().sum()).item()
-
-
-def as_linear(weight):
-    linear = torch.nn.Linear(weight.shape[1], len(weight), bias=False).requires_grad_(False)
-    linear.weight.copy_(weight)
-    return linear
+def outlier_layer():
+    weight, x = layer_and_inputs()
+    return weight, x[:256]
 
 
 @pytest.mark.parametrize("planted", [True, False])
 def test_threshold_numbers_are_the_librarys(planted):
-    explorer = ex.explore_threshold(layer_and_inputs()[0], layer_and_inputs()[1][:256], channels=[3, 70])
-    for name, value in {"factor": 10, "threshold": 5, "planted": planted}.items():
-        explorer.controls[name].value = value
+    explorer = ex.explore_threshold(*outlier_layer(), channels=[3, 70])
+    put(explorer, factor=10, threshold=5, planted=planted)
     weight, x = stretched(planted)
-    split, wanted = LLMInt8Linear.from_linear(as_linear(weight), threshold=5.0), x @ weight.T
+    linear, wanted = data.linear_of(weight), x @ weight.T
+    split = LLMInt8Linear.from_linear(linear, threshold=5.0)
     count = int(split.outlier_columns(x).sum())
-    assert f"threshold 5: {count} of 150 columns in float ({count / 150:.1%})" in explorer.numbers()
-    assert f"output error {output_error(split.exact(x), wanted):.2e}" in explorer.numbers()
-    alone = output_error(x @ split.dequantized_weight().T, wanted)
-    assert f"int8 weights only {alone:.2e}" in explorer.numbers()
-    whole = output_error(DynamicInt8Linear.from_linear(as_linear(weight)).exact(x), wanted)
-    assert f"W8A8 with one scale {whole:.2e}" in explorer.numbers()
+    shows(explorer, f"threshold 5: {count} of 150 columns in float ({count / 150:.1%})")
+    shows(explorer, f"output error {relative(split.exact(x), wanted):.2e}")
+    shows(explorer, f"int8 weights only {relative(x @ split.dequantized_weight().T, wanted):.2e}")
+    shows(explorer, f"W8A8 with one scale {relative(DynamicInt8Linear.from_linear(linear).exact(x), wanted):.2e}")
     bits = 8 * (1 - count / 150) + 16 * count / 150 + 32 / 150
-    assert f"{bits:.2f} an input value" in explorer.numbers()
+    shows(explorer, f"{bits:.2f} an input value", f"{8 + 32 / 150:.3f} a weight")
 
 
 def test_threshold_shows_the_columns_that_go_to_float():
-    weight, x = layer_and_inputs()
-    explorer = ex.explore_threshold(weight, x, channels=[3, 70], factor=100, threshold=10)
+    explorer = ex.explore_threshold(*layer_and_inputs(), channels=[3, 70], factor=100, threshold=10)
     (dots, line) = explorer.ax.lines
     assert list(dots.get_xdata()) == [3.5, 70.5]
     assert line.get_ydata() == [10, 10]
-    explorer.controls["threshold"].value = float("inf")
+    put(explorer, threshold=float("inf"))
     assert list(dots.get_xdata()) == []
-    assert "threshold inf: 0 of 150 columns in float" in explorer.numbers()
+    shows(explorer, "threshold inf: 0 of 150 columns in float")
 
 
 @pytest.mark.parametrize(("bits", "of_weight", "of_x"), [("W8A8", 8, 8), ("W4A8", 4, 8), ("W8A4", 8, 4)])
 def test_smoothing_numbers_are_the_librarys(bits, of_weight, of_x):
     weight, x = stretched(planted=False)
-    explorer = ex.explore_smoothing(layer_and_inputs()[0], layer_and_inputs()[1][:256], channels=[3, 70])
-    for name, value in {"factor": 10, "alpha": 0.75, "bits": bits}.items():
-        explorer.controls[name].value = value
-    s = smoothing_scales(x.abs().amax(0), [as_linear(weight)], 0.75)
-    w_hat = quantize_tensor(weight * s, bits=of_weight, granularity=PerAxis(0)).dequantize()
+    explorer = put(ex.explore_smoothing(*outlier_layer(), channels=[3, 70]), factor=10, alpha=0.75, bits=bits)
+    s = smoothing_scales(x.abs().amax(0), [data.linear_of(weight)], 0.75)
+    q = quantize_tensor(weight * s, bits=of_weight, granularity=PerAxis(0))
     qp = choose_qparams(*torch.aminmax(x / s), qmin=0, qmax=2**of_x - 1)
-    error = output_error(fake_quantize(x / s, qp) @ w_hat.T, x @ weight.T)
-    assert f"output error {error:.2e}" in explorer.numbers()
+    error = relative(fake_quantize(x / s, qp) @ q.dequantize().T, x @ weight.T)
+    shows(explorer, f"output error {error:.2e}", f"{q.bits_per_element:.2f} true bits per weight")
     if bits == "W8A8":
-        plain = output_error(DynamicInt8Linear.from_linear(as_linear(weight)).exact(x), x @ weight.T)
-        assert f"not smoothed {plain:.2e}" in explorer.numbers()
+        plain = relative(DynamicInt8Linear.from_linear(data.linear_of(weight)).exact(x), x @ weight.T)
+        shows(explorer, f"not smoothed {plain:.2e}")
     peaks = [part.abs().amax(0) for part in (x, x / s, weight, weight * s)]
-    for line, peak in zip(explorer.ax.figure.axes[2].lines, peaks, strict=True):
+    for line, peak in zip(axes(explorer, 2).lines, peaks, strict=True):
         np.testing.assert_allclose(line.get_ydata(), peak.numpy())
 
 
 def test_smoothing_undoes_what_was_planted_at_any_alpha():
     """s grows by the factor that the inputs grew by and the weights shrank by: the smoothed layer stays the same."""
-    weight, x = layer_and_inputs()
-    explorer = ex.explore_smoothing(weight, x, channels=[3, 70], planted=True)
+    explorer = ex.explore_smoothing(*layer_and_inputs(), channels=[3, 70], planted=True)
     for alpha in (0.0, 0.5, 1.0):
-        explorer.controls["alpha"].value, seen = alpha, set()
-        for factor in (1, 10, 100):
-            explorer.controls["factor"].value = factor
-            seen.add(explorer.numbers().split("output error ")[1].split()[0])
-        assert len(seen) == 1
+        texts = [put(explorer, alpha=alpha, factor=factor).numbers() for factor in (1, 10, 100)]
+        assert len({text.split("output error ")[1].split()[0] for text in texts}) == 1
 
 
 def test_smoothing_colours_are_the_bits_of_codes():
@@ -591,115 +714,25 @@ def test_smoothing_colours_are_the_bits_of_codes():
 @pytest.mark.parametrize("explore", [ex.explore_threshold, ex.explore_smoothing])
 def test_outliers_of_odd_layers(explore):
     for weight, x in ((torch.zeros(3, 4), torch.zeros(5, 4)), (torch.ones(1, 1), torch.ones(1, 1))):
-        explorer = explore(weight, x, channels=[0])
-        explorer.controls["factor"].value = 300
-        assert "nan" not in explorer.numbers()
-    for weight, x, channels, message in (
-        (torch.zeros(4), torch.zeros(3, 4), [], "need weight"),
-        (torch.zeros(4, 8), torch.zeros(3, 4), [], "need weight"),
-        (torch.full((4, 8), float("nan")), torch.zeros(3, 8), [], "weight must be finite"),
-        (torch.zeros(4, 8), torch.zeros(3, 8), [8], "a channel must be 0..7, got 8"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            explore(weight, x, channels=channels)
-
-
-# --- dynamic or static (notebook 08)
-
-
-def a_layer_shifted(*, scale=1.0, shift=0.0, loud=1):
-    """32 tokens and 64 outputs, which the explorer takes as they are; and what the layer then reads."""
-    random = torch.Generator().manual_seed(0)
-    weight, x = torch.randn(64, 150, generator=random) * 0.05, torch.randn(32, 150, generator=random)
-    qp = choose_qparams(x.min(), x.max(), qmin=0, qmax=255)
-    low, high = (qp.scale * (code - qp.zero_point) for code in (0, 255))
-    live = scale * x + shift * (high - low)
-    live[0] *= loud
-    return weight, x, live
-
-
-@pytest.mark.parametrize("place", [{}, {"scale": 4.0}, {"scale": 0.125, "shift": 0.3}, {"shift": -0.5, "loud": 16}])
-def test_shift_errors_are_those_of_the_layers(place):
-    weight, x, live = a_layer_shifted(**place)
-    explorer = ex.explore_shift(x, weight)
-    for name, value in place.items():
-        explorer.controls[name].value = value
-    linear = torch.nn.Linear(150, 64, bias=False).requires_grad_(False)
-    linear.weight.data = weight
-    layers = (
-        StaticInt8Linear.from_linear(linear, MinMax().update(x)),
-        DynamicInt8Linear.from_linear(linear),
-        DynamicInt8Linear.from_linear(linear, per="token"),
-    )
-    y = linear(live)
-    wanted = [((int8.exact(live) - y).square().sum() / y.square().sum()).item() for int8 in layers]
-    said = explorer.numbers().split("OUTPUT: ")[1]
-    assert [float(number) for number in re.findall(r"\d\.\d\de[-+]\d\d", said)] == pytest.approx(wanted, rel=0.01)
-    points = explorer.ax.figure.axes[1].lines[3:]
-    assert [point.get_ydata()[0] for point in points] == pytest.approx(wanted, rel=1e-3)
-    scales = list(explorer.ax.figure.axes[1].lines[0].get_xdata())
-    here = [line.get_ydata()[scales.index(place.get("scale", 1.0))] for line in explorer.ax.figure.axes[1].lines[:3]]
-    assert here == pytest.approx(wanted, rel=1e-3)
-    qp = layers[0].input_qparams(live)
-    beyond = (live / qp.scale + qp.zero_point).sub(127.5).abs() > 128
-    assert f"clipped {beyond.float().mean().item():.2%}" in explorer.numbers()
-
-
-def test_a_static_grid_suffers_both_ways_and_a_dynamic_one_follows():
-    weight, x, _ = a_layer_shifted()
-    static, tensor, token = (line.get_ydata() for line in ex.explore_shift(x, weight).ax.figure.axes[1].lines[:3])
-    assert static.argmin() == 8  # where scale is 1
-    assert static[0] > 20 * static[8] < static[-1] / 100
-    for dynamic in (tensor, token):
-        assert max(dynamic) < 1.001 * min(dynamic)
-
-
-def test_shift_observer_bits_and_first_position():
-    weight, x, _ = a_layer_shifted()
-    explorer = ex.explore_shift(x, weight, observer=Percentile(percentile=90), bits=4, scale=1.9, shift=0.52, loud=5)
-    assert [control.value for control in explorer.controls.values()] == [2.0, 0.5, 4]
-    qp = choose_qparams(*Percentile(percentile=90).update(x).min_max(), qmin=0, qmax=15)
-    assert f"scale {qp.scale.item():.3g}" in explorer.numbers()
-
-
-@pytest.mark.parametrize("x", [torch.zeros(5, 4), -torch.ones(1, 4), torch.full((40, 4), 1e-20)])
-def test_shift_of_odd_inputs(x):
-    explorer = ex.explore_shift(x, torch.ones(3, 4))
-    for name, value in {"scale": 16.0, "shift": -1.0, "loud": 64}.items():
-        explorer.controls[name].value = value
-        assert "nan" not in explorer.numbers()
-
-
-def test_shift_refuses_what_is_no_layer_and_changes_nothing_given():
-    weight, x, _ = a_layer_shifted()
-    before = weight.clone(), x.clone()
-    ex.explore_shift(x, weight, loud=64)
-    assert torch.equal(weight, before[0])
-    assert torch.equal(x, before[1])
-    with pytest.raises(ValueError, match="not what a layer of weight"):
-        ex.explore_shift(x[:, :9], weight)
-    with pytest.raises(ValueError, match="not what a layer of weight"):
-        ex.explore_shift(x[0], weight)
-    with pytest.raises(ValueError, match="finite"):
-        ex.explore_shift(x, weight * float("nan"))
-    with pytest.raises(ValueError, match="bits must be 2..8, got 9"):
-        ex.explore_shift(x, weight, bits=9)
-
-
-def test_compare_tables_is_quantizing_and_measuring_by_hand():
-    x = values(9 * 64 * 4)
-    found = ex.codebook.compare_tables(x, 64)
-    by_hand = {
-        "NF4": quantize_codebook(x, nf4_levels(), block_size=64),
-        "INT4 symmetric": quantize_tensor(x, bits=4, granularity=PerGroup(64), symmetric=True, signed=False),
-        "INT4 asymmetric": quantize_tensor(x, bits=4, granularity=PerGroup(72), symmetric=False, signed=False),
-    }
-    assert by_hand.keys() <= found.keys()
-    for name, q in by_hand.items():
-        assert found[name] == pytest.approx(sqnr_db(x, q.dequantize()), abs=1e-3), name
+        assert "nan" not in put(explore(weight, x, channels=[0]), factor=300).numbers()
+    with pytest.raises(ValueError, match="a channel must be 0..7, got 8"):
+        explore(torch.zeros(4, 8), torch.zeros(3, 8), channels=[8])
 
 
 # --- notebook 10: GPTQ
+
+
+def test_gptq_numbers_are_the_librarys():
+    weight, hessian = layer()
+    explorer = put(ex.explore_gptq(weight, hessian), bits=3, group=32, act_order=True)
+    q = gptq_quantize(weight, hessian, bits=3, group_size=32, act_order=True)
+    nearest = quantize_tensor(weight, bits=3, granularity=PerGroup(32), symmetric=False)
+    errors = [hessian.output_error(weight, one.dequantize()) for one in (nearest, q)]
+    shows(explorer, f"output error {errors[0]:.2e} → {errors[1]:.2e} (")
+    (dots,) = axes(explorer, 1).lines[1:]
+    for shown, one in zip(dots.get_data(), (nearest, q), strict=True):
+        of_row = [hessian.output_error(w[None], b[None]) for w, b in zip(weight, one.dequantize(), strict=True)]
+        assert shown == pytest.approx(of_row, rel=1e-6)
 
 
 def test_gptq_says_the_true_bits_and_what_the_order_costs():
@@ -709,9 +742,15 @@ def test_gptq_says_the_true_bits_and_what_the_order_costs():
         gptq_quantize(weight, hessian, bits=3, group_size=32, act_order=order).bits_per_element
         for order in (False, True)
     )
-    assert f"true bits per weight {plain:.2f} → {plain:.2f}" in explorer.numbers()
-    explorer.controls["act_order"].value = True
-    assert f"true bits per weight {plain:.2f} → {ordered:.2f} (the order" in explorer.numbers()
+    shows(explorer, f"true bits per weight {plain:.2f} → {plain:.2f}")
+    shows(put(explorer, act_order=True), f"true bits per weight {plain:.2f} → {ordered:.2f} (the order")
+
+
+def test_columns_end_at_gptqs_error():
+    weight, hessian = layer()
+    explorer = put(ex.explore_columns(weight, hessian, bits=3), column=64)
+    last = gptq_steps(weight[:24], hessian, bits=3)[-1]
+    shows(explorer, f"GPTQ {hessian.output_error(weight[:24].double(), last):.2e}")
 
 
 @pytest.mark.parametrize(("column", "row"), [(0, 0), (20, 5), (64, 23)])
@@ -721,13 +760,128 @@ def test_columns_show_one_row_on_its_grid(column, row):
     states = gptq_steps(weight[:24], hessian, bits=3)
     qp = quantize_tensor(weight[:24], bits=3, granularity=PerAxis(0), symmetric=False).qparams
     wanted = [((states[k] / qp.scale) + qp.zero_point)[row].numpy() for k in (0, column)]
-    before, now = explorer.ax.figure.axes[1].lines
+    before, now = axes(explorer, 1).lines
     assert np.allclose(before.get_ydata(), wanted[0], atol=1e-4)
     assert np.allclose(now.get_ydata(), wanted[1], atol=1e-4)
     done = np.asarray(now.get_ydata())[:column]
     assert np.allclose(done, done.round(), atol=1e-4)  # on the grid; the lines are its whole numbers
     drift = abs(wanted[1] - wanted[0])[column:]
-    assert f"moved by {drift.mean() if len(drift) else 0:.3f} steps" in explorer.numbers()
+    shows(explorer, f"moved by {drift.mean() if len(drift) else 0:.3f} steps")
+
+
+# --- notebook 11: AWQ
+
+
+def test_scaling_numbers_are_the_librarys():
+    layers = scaled_layers()
+    explorer = put(ex.explore_scaling(layers, bits=3), layer="loud", alpha=0.45, group=32)
+    weight, hessian = layers["loud"]
+    search = search_scales([weight], hessian, bits=3, group_size=32)
+    scaled = scale_and_round(weight, scales_of(hessian.mean_abs, 0.45), bits=3, group_size=32)
+    error = hessian.output_error(weight, scaled.dequantize())
+    assert error == pytest.approx(search.errors[9], rel=1e-6)
+    shows(explorer, f"output error {error:.2e} ({error / search.errors[0]:.2f} ×)")
+    shows(explorer, f"best {min(search.errors):.2e} at alpha {search.alpha:.2f}")
+    shows(explorer, f"true bits per weight {scaled.q.bits_per_element:.3f}")
+    shows(explorer, f"weight error {relative(scaled.dequantize(), weight):.2e}")
+    curve = explorer.ax.lines[0]
+    np.testing.assert_allclose(curve.get_ydata(), np.array(search.errors) / search.errors[0], rtol=1e-3)
+
+
+def test_scaling_parts_are_those_of_rounding_some_channels_only():
+    """Loud alone, others alone, and one channel alone, each from a weight in which nothing else was rounded."""
+    layers = scaled_layers()
+    explorer = put(ex.explore_scaling(layers, alpha=0.3, bits=4, group_size=None), layer="loud")
+    weight, hessian = layers["loud"]
+    scaled = scale_and_round(weight, scales_of(hessian.mean_abs, 0.3), bits=4, group_size=None)
+    plain = scale_and_round(weight, torch.ones(150), bits=4, group_size=None)
+    whole = hessian.output_error(weight, plain.dequantize())
+    loud = hessian.mean_abs.topk(4).indices
+
+    def alone(columns):
+        mixed = weight.clone()
+        mixed[:, columns] = scaled.dequantize()[:, columns]
+        return hessian.output_error(weight, mixed) / whole
+
+    def drawn(line):
+        return dict(zip(line.get_xdata(), line.get_ydata(), strict=True))[hessian.mean_abs.numpy()[140]]
+
+    others = [c for c in range(150) if c not in loud.tolist()]
+    _, of_loud, of_others = explorer.ax.lines[:3]
+    assert of_loud.get_ydata()[6] == pytest.approx(alone(loud), rel=1e-3)
+    assert of_others.get_ydata()[6] == pytest.approx(alone(others), rel=1e-3)
+    assert drawn(axes(explorer, 1).lines[1]) == pytest.approx(alone([140]), rel=1e-3)
+    ratio = scaled.q.qparams.scale / plain.q.qparams.scale / scaled.input_scale[140]
+    weighted = (ratio * plain.q.qparams.scale).mean() / plain.q.qparams.scale.mean()
+    assert drawn(axes(explorer, 0).lines[1]) == pytest.approx(weighted.item(), rel=1e-4)
+
+
+def test_scaling_of_odd_layers():
+    for weight, x in ((torch.zeros(3, 4), torch.zeros(5, 4)), (torch.ones(1, 1), torch.ones(1, 1))):
+        explorer = ex.explore_scaling({"odd": (weight, Hessian(weight.shape[1]).add(x))})
+        assert "nan" not in put(explorer, alpha=1.0).numbers()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers": {}}, "no layers"),
+        ({"layers": {"a": (layer()[0][:, :9], layer()[1])}}, "need a weight"),
+        ({"bits": 9}, "bits must be one of 2, 3, 4, 8, got 9"),
+        ({"group_size": 7}, "group_size must be one of"),
+        ({"alpha": 0.33}, "alpha must be one of"),
+    ],
+)
+def test_scaling_refuses_what_is_not_on_its_sliders(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ex.explore_scaling(**{"layers": {"a": layer()}} | settings)
+
+
+# --- notebook 12: mixed precision
+
+
+@pytest.mark.parametrize(("rule", "allocate"), [("exact", knapsack), ("greedy", greedy)])
+def test_budget_numbers_and_picture_are_the_librarys(rule, allocate):
+    given = sensitivity()
+    explorer = ex.explore_budget(given, steps=30)
+    kinds = "attn.q_proj", "attn.v_proj", "mlp.up_proj"
+    for place in (0, 7, 18, 29):
+        put(explorer, budget=place, rule=rule)
+        budget = int(re.search(r"budget ([\d,]+) bytes", explorer.numbers())[1].replace(",", ""))
+        found = allocate(given.costs, given.sizes, budget)
+        used = 8 * found.nbytes / sum(given.weights.values())
+        shows(explorer, f"used {found.nbytes:,}: {used:.2f} bits a weight")
+        assert f"predicted KL {found.kl:.3g} " in explorer.numbers() + " "
+        wanted = [[found.bits[f"model.layers.{i}.{kind}"] for i in range(3)] for kind in kinds]
+        assert np.array_equal(explorer.ax.images[0].get_array(), wanted)
+        assert [text.get_text() for text in explorer.ax.texts] == [str(found.bits[name]) for name in given.costs]
+
+
+def test_chance_deals_the_same_bits_anew_among_layers_of_one_size():
+    explorer = put(ex.explore_budget(sensitivity(blocks=6)), rule="exact")
+    exact, text = explorer.ax.images[0].get_array().copy(), explorer.numbers()
+    dealt = put(explorer, rule="by chance").ax.images[0].get_array()
+    assert not np.array_equal(dealt, exact)
+    assert sorted(dealt[:2].flatten()) == sorted(exact[:2].flatten())
+    assert sorted(dealt[2]) == sorted(exact[2])
+    assert text.split("   ")[0] == explorer.numbers().split("   ")[0]  # the same bytes
+    assert float(re.search(r"([\d.]+) × the exact", explorer.numbers())[1]) > 1.05
+
+
+def test_budget_starts_where_it_is_asked_to_and_counts_uniform_bits():
+    given = sensitivity()
+    everywhere = sum(row[4] for row in given.sizes.values())
+    explorer = ex.explore_budget(given, steps=5, budget=everywhere)
+    shows(explorer, f"budget {everywhere:,} bytes, used {everywhere:,}")
+    same = float(re.search(r"everywhere about ([\d.e-]+)", explorer.numbers())[1])
+    assert same == pytest.approx(sum(row[4] for row in given.costs.values()), rel=0.01)
+    shows(ex.explore_budget(given, steps=5, budget=everywhere + 12345), f"budget {everywhere + 12345:,} bytes")
+
+
+def test_budget_of_many_blocks_has_no_digits():
+    explorer = ex.explore_budget(sensitivity(blocks=30), steps=5)
+    assert len(explorer.ax.texts) == 0
+    assert explorer.ax.images[0].get_array().shape == (3, 30)
 
 
 # --- notebook 13: training
@@ -741,11 +895,11 @@ def test_training_shows_the_weights_on_their_grid(step, row):
     multiples = [q.codes - q.element_qparams().zero_point for q in (now, first)]
     place = weights[step] / now.element_qparams().scale
     elsewhere = multiples[0] != multiples[1]
-    assert f"first: {100 * elsewhere.double().mean():.1f} % of the weights" in explorer.numbers()
-    assert f"{elsewhere[row].double().mean():.0%} of row {row}" in explorer.numbers()
-    assert f"distance from the grid: {(place - multiples[0]).abs().mean():.3f} steps" in explorer.numbers()
-    assert f"loss {losses[min(step, 11)]:.3f} (at first 3.000)" in explorer.numbers()
-    assert "2.71 true bits" in explorer.numbers()  # 2 + (32 + 2) / 48; zero points packed over all 13 snapshots
+    shows(explorer, f"first: {100 * elsewhere.double().mean():.1f} % of the weights")
+    shows(explorer, f"{elsewhere[row].double().mean():.0%} of row {row}")
+    shows(explorer, f"distance from the grid: {(place - multiples[0]).abs().mean():.3f} steps")
+    shows(explorer, f"loss {losses[min(step, 11)]:.3f} (at first 3.000)")
+    shows(explorer, "2.71 true bits")  # 2 + (32 + 2) / 48; zero points packed over all 13 snapshots
     stay, moved, _ = explorer.ax.lines
     for dots, which in ((stay, ~elsewhere), (moved, elsewhere)):
         of_row = place[row][which[row]]
@@ -759,7 +913,7 @@ def test_training_counts_what_is_rounded_elsewhere_and_not_what_a_zero_point_mov
     codes = quantize_tensor(weights, bits=2, granularity=PerGroup(5), symmetric=False).codes
     assert (codes[0] != codes[1]).tolist() == [[False, True, True, True, False]]
     explorer = ex.explore_training(weights, [1.0], bits=2, group_size=5, step=1)
-    assert "elsewhere than at first: 40.0 % of the weights, 40% of row 0" in explorer.numbers()
+    shows(explorer, "elsewhere than at first: 40.0 % of the weights, 40% of row 0")
 
 
 @pytest.mark.parametrize(
@@ -768,7 +922,7 @@ def test_training_counts_what_is_rounded_elsewhere_and_not_what_a_zero_point_mov
         (torch.zeros(3, 4), [1.0, 1.0], "need weights"),
         (torch.zeros(3, 2, 4), [1.0], "need weights"),
         (torch.zeros(1, 2, 4), [], "need weights"),
-        (torch.full((2, 2, 4), float("nan")), [1.0], "finite"),
+        (torch.full((2, 2, 4), NAN), [1.0], "finite"),
     ],
 )
 def test_training_refuses_what_is_no_run(weights, losses, message):
@@ -776,130 +930,93 @@ def test_training_refuses_what_is_no_run(weights, losses, message):
         ex.explore_training(weights, losses, bits=2)
 
 
-# --- AWQ (notebook 11)
+# --- notebook 14: the step
 
 
-def test_scaling_numbers_are_the_librarys():
-    layers = scaled_layers()
-    explorer = ex.explore_scaling(layers, bits=3)
-    for name, value in {"layer": "loud", "alpha": 0.45, "group": 32}.items():
-        explorer.controls[name].value = value
-    weight, hessian = layers["loud"]
-    search = search_scales([weight], hessian, bits=3, group_size=32)
-    scaled = scale_and_round(weight, scales_of(hessian.mean_abs, 0.45), bits=3, group_size=32)
-    error = hessian.output_error(weight, scaled.dequantize())
-    assert error == pytest.approx(search.errors[9], rel=1e-6)
-    assert f"output error {error:.2e} ({error / search.errors[0]:.2f} ×)" in explorer.numbers()
-    assert f"best {min(search.errors):.2e} at alpha {search.alpha:.2f}" in explorer.numbers()
-    assert f"true bits per weight {scaled.q.bits_per_element:.3f}" in explorer.numbers()
-    of_weight = ((weight - scaled.dequantize()).square().sum() / weight.square().sum()).item()
-    assert f"weight error {of_weight:.2e}" in explorer.numbers()
-    curve = explorer.ax.lines[0]
-    np.testing.assert_allclose(curve.get_ydata(), np.array(search.errors) / search.errors[0], rtol=1e-3)
+def step_layer():
+    weight, x = layer_and_inputs()
+    wanted = F.linear(x, weight)
+    return weight, lambda q: (F.linear(x, q) - wanted).square().sum() / wanted.square().sum()
 
 
-def test_scaling_parts_are_those_of_rounding_some_channels_only():
-    """Loud alone, others alone, and one channel alone, each from a weight in which nothing else was rounded."""
-    layers = scaled_layers()
-    explorer = ex.explore_scaling(layers, alpha=0.3, bits=4, group_size=None)
-    explorer.controls["layer"].value = "loud"
-    weight, hessian = layers["loud"]
-    scaled = scale_and_round(weight, scales_of(hessian.mean_abs, 0.3), bits=4, group_size=None)
-    plain = scale_and_round(weight, torch.ones(150), bits=4, group_size=None)
-    whole = hessian.output_error(weight, plain.dequantize())
-    loud = hessian.mean_abs.topk(4).indices
-
-    def alone(columns):
-        mixed = weight.clone()
-        mixed[:, columns] = scaled.dequantize()[:, columns]
-        return hessian.output_error(weight, mixed) / whole
-
-    others = [c for c in range(150) if c not in loud.tolist()]
-    _, of_loud, of_others = explorer.ax.lines[:3]
-    assert of_loud.get_ydata()[6] == pytest.approx(alone(loud), rel=1e-3)
-    assert of_others.get_ydata()[6] == pytest.approx(alone(others), rel=1e-3)
-    steps, parts = explorer.ax.figure.axes[:2]
-    dots = dict(zip(*[parts.lines[1].get_xdata(), parts.lines[1].get_ydata()], strict=True))
-    strength = hessian.mean_abs.numpy()
-    assert dots[strength[140]] == pytest.approx(alone([140]), rel=1e-3)
-    ratio = scaled.q.qparams.scale / plain.q.qparams.scale / scaled.input_scale[140]
-    drawn = dict(zip(*[steps.lines[1].get_xdata(), steps.lines[1].get_ydata()], strict=True))
-    weighted = (ratio * plain.q.qparams.scale).mean() / plain.q.qparams.scale.mean()
-    assert drawn[strength[140]] == pytest.approx(weighted.item(), rel=1e-4)
+def lsq_at(weight, bits, factor):
+    """LSQ whose steps are `factor` times mean |w|; it starts at 2 mean |w| / sqrt(qmax)."""
+    lsq = LSQ(weight, bits=bits, granularity=PerGroup(50))
+    lsq.step.data.mul_(factor * lsq.qmax**0.5 / 2)
+    return lsq
 
 
-def test_scaling_of_odd_layers():
-    for weight, x in ((torch.zeros(3, 4), torch.zeros(5, 4)), (torch.ones(1, 1), torch.ones(1, 1))):
-        explorer = ex.explore_scaling({"odd": (weight, Hessian(weight.shape[1]).add(x))})
-        explorer.controls["alpha"].value = 1.0
-        assert "nan" not in explorer.numbers()
-    weight, hessian = layer()
-    before = weight.clone()
-    ex.explore_scaling({"layer": (weight, hessian)})
-    assert torch.equal(weight, before)
-    for layers, settings, message in (
-        ({}, {}, "no layers"),
-        ({"a": (weight[:, :9], hessian)}, {}, "need a weight"),
-        ({"a": (weight, hessian)}, {"bits": 9}, "bits must be one of 2, 3, 4, 8, got 9"),
-        ({"a": (weight, hessian)}, {"group_size": 7}, "group_size must be one of"),
-        ({"a": (weight, hessian)}, {"alpha": 0.33}, "alpha must be one of"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            ex.explore_scaling(layers, **settings)
+@pytest.fixture(scope="module")
+def steps():
+    return ex.explore_step(*layer_and_inputs(), group_size=50)
 
 
-# Mixed precision
+def move_to(explorer, bits, index, loss="output"):
+    """Set all controls; returns the step in units of mean |w|."""
+    put(explorer, bits=bits, step=index, loss=loss)
+    return float(np.geomspace(0.02, 6, 49)[index])
 
 
-def test_budget_numbers_and_picture_are_the_librarys():
-    given = sensitivity()
-    explorer = ex.explore_budget(given, steps=30)
-    names = list(given.costs)
-    for place in (0, 7, 18, 29):
-        for rule, allocate in (("exact", knapsack), ("greedy", greedy)):
-            explorer.controls["budget"].value, explorer.controls["rule"].value = place, rule
-            budget = int(re.search(r"budget ([\d,]+) bytes", explorer.numbers())[1].replace(",", ""))
-            found = allocate(given.costs, given.sizes, budget)
-            used = 8 * found.nbytes / sum(given.weights.values())
-            assert f"used {found.nbytes:,}: {used:.2f} bits a weight" in explorer.numbers()
-            assert f"predicted KL {found.kl:.3g} " in explorer.numbers() + " "
-            shown = explorer.ax.images[0].get_array()
-            wanted = [[found.bits[f"model.layers.{i}.{kind}"] for i in range(3)] for kind in
-                      ("attn.q_proj", "attn.v_proj", "mlp.up_proj")]  # fmt: skip
-            assert np.array_equal(shown, wanted)
-            digits = [text.get_text() for text in explorer.ax.texts]
-            assert digits == [str(found.bits[name]) for name in names]
+@pytest.mark.parametrize(("bits", "index"), [("2", 20), ("2", 41), ("3", 33), ("5", 38)])
+def test_step_errors_and_pull_are_those_of_lsq_on_the_same_grid(steps, bits, index):
+    weight, output_error = step_layer()
+    lsq = lsq_at(weight, int(bits), move_to(steps, bits, index))
+    rounded = lsq(weight)
+    error = output_error(rounded)
+    (slope,) = torch.autograd.grad(error, lsq.step)
+    pull = (slope / lsq.gradient_scale * lsq.step).sum()
+    shows(steps, f"weight error {relative(rounded, weight):.2e}, output error {error.item():.2e}")
+    shows(steps, f"output error pulls the step {'down' if pull > 0 else 'up'},")
+    shows(steps, f"{lsq.quantized(weight).bits_per_element:.2f} true bits")
+    ratio = weight.view(-1, 50) / lsq.step
+    clipped = ((ratio <= lsq.qmin) | (ratio >= lsq.qmax)).float().mean().item()
+    shows(steps, f"clipped {clipped:.1%}, rounded to 0 {(rounded == 0).float().mean().item():.1%}")
 
 
-def test_chance_deals_the_same_bits_anew_among_layers_of_one_size():
-    given = sensitivity(blocks=6)
-    explorer = ex.explore_budget(given)
-    explorer.controls["rule"].value = "exact"
-    exact, said = explorer.ax.images[0].get_array().copy(), explorer.numbers()
-    explorer.controls["rule"].value = "by chance"
-    dealt = explorer.ax.images[0].get_array()
-    assert not np.array_equal(dealt, exact)
-    assert sorted(dealt[:2].flatten()) == sorted(exact[:2].flatten())
-    assert sorted(dealt[2]) == sorted(exact[2])
-    assert said.split("   ")[0] == explorer.numbers().split("   ")[0]  # the same bytes
-    assert float(re.search(r"([\d.]+) × the exact", explorer.numbers())[1]) > 1.05
+@pytest.mark.parametrize("bits", [2, 4])
+def test_step_says_where_lsqs_gradient_turns(steps, bits):
+    weight, output_error = step_layer()
+    factors, pulls = np.geomspace(0.02, 6, 49), []
+    for factor in factors.tolist():
+        lsq = lsq_at(weight, bits, factor)
+        (slope,) = torch.autograd.grad(output_error(lsq(weight)), lsq.step)
+        pulls.append((slope * lsq.step).sum().item())  # the same factor of scale for all groups
+    turn = next(i for i in range(48) if pulls[i] < 0 <= pulls[i + 1])
+    turn += abs(pulls[turn + 1]) < abs(pulls[turn])
+    move_to(steps, str(bits), turn)
+    here = re.search(r"output error (\S+)", steps.numbers())[1]
+    shows(steps, f"until {factors[turn]:.2g} (error {here})")
 
 
-def test_budget_starts_where_it_is_told_and_counts_uniform_bits():
-    given = sensitivity()
-    everywhere = sum(row[4] for row in given.sizes.values())
-    explorer = ex.explore_budget(given, steps=5, budget=everywhere)
-    assert f"budget {everywhere:,} bytes, used {everywhere:,}" in explorer.numbers()
-    same = float(re.search(r"everywhere about ([\d.e-]+)", explorer.numbers())[1])
-    assert same == pytest.approx(sum(row[4] for row in given.costs.values()), rel=0.01)
-    odd = ex.explore_budget(given, steps=5, budget=everywhere + 12345)
-    assert f"budget {everywhere + 12345:,} bytes" in odd.numbers()
+def test_three_and_two_values_start_at_the_librarys_scale_and_two_end_there(steps):
+    weight, output_error = step_layer()
+    for bits, rounding in (("1.58", ternary), ("1", binary)):
+        move_to(steps, bits, 33)
+        found = float(re.search(r"at the start \(1\) (\S+)", steps.numbers())[1])
+        error = output_error(rounding(weight, granularity=PerGroup(50))).item()
+        assert found == pytest.approx(error, rel=0.05)  # read off between two steps of the slider
+    move_to(steps, "1", 33, "weight")
+    shows(steps, "until 1 (", "rounded to 0 0.0%")  # of two values mean |w| has the least error
 
 
-def test_budget_of_many_blocks_has_no_digits():
-    explorer = ex.explore_budget(sensitivity(blocks=30), steps=5)
-    assert len(explorer.ax.texts) == 0
-    assert explorer.ax.images[0].get_array().shape == (3, 30)
+@pytest.mark.parametrize(("bits", "levels"), [("1.58", (-1, 0, 1)), ("1", (-1, 1))])
+def test_three_and_two_values_are_drawn_at_multiples_of_the_step(steps, bits, levels):
+    factor = move_to(steps, bits, 30)
+    stems = axes(steps, 0).collections[0].get_segments()
+    assert [stem[0][0] for stem in stems] == pytest.approx([factor * level for level in levels])
+    width = 2 * factor if bits == "1" else factor
+    assert sum(stem[1][1] for stem in stems) * width == pytest.approx(1)
+
+
+def test_five_ternary_codes_are_counted_to_a_byte(steps):
+    move_to(steps, "1.58", 33)
+    nbytes = pack_ternary(torch.zeros(40 * 150, dtype=torch.int8)).nbytes + 4 * 40 * 3
+    shows(steps, f"{8 * nbytes / (40 * 150):.2f} true bits")
+
+
+def test_step_refuses_a_group_that_is_left_over():
+    with pytest.raises(ValueError, match="must divide the 100 inputs, got 128"):
+        ex.explore_step(torch.ones(4, 100), torch.ones(5, 100))
 
 
 # --- notebook 15: ranks
@@ -908,136 +1025,20 @@ def test_budget_of_many_blocks_has_no_digits():
 @pytest.mark.parametrize("rank", [1, 4])
 def test_rank_shows_the_singular_values_of_the_update(rank):
     rows = ranks()
-    explorer = ex.explore_rank(rows, rank=rank)
-    explorer.controls["layer"].value = "v_proj"
+    explorer = put(ex.explore_rank(rows, rank=rank), layer="v_proj")
     a, b = next(row for row in rows if row["rank"] == rank)["updates"]["v_proj"]
     expected = torch.linalg.svdvals(b @ a)[:rank].numpy()
     shown = [segment[1][1] for segment in explorer.ax.collections[0].get_segments()]
     assert np.allclose(shown, expected, rtol=1e-4)
     energy = np.cumsum(expected**2) / (expected**2).sum()
-    held = f"holds {energy[0]:.0%} of its square, {(energy < 0.9).sum() + 1} of {rank} hold 90%"
-    assert held in explorer.numbers()
-    assert f"rank {rank}: {56 * rank:,} trained numbers" in explorer.numbers()
-    assert f"it writes: day {rank}" in explorer.numbers()
+    shows(explorer, f"holds {energy[0]:.0%} of its square, {(energy < 0.9).sum() + 1} of {rank} hold 90%")
+    shows(explorer, f"rank {rank}: {56 * rank:,} trained numbers", f"it writes: day {rank}")
 
 
-def test_rank_0_is_no_update_and_bad_results_are_told():
+def test_rank_0_is_no_update_and_bad_results_are_refused():
     explorer = ex.explore_rank(ranks(), rank=0)
-    assert "no update" in explorer.numbers()
+    shows(explorer, "no update")
     assert len(explorer.ax.collections[0].get_segments()) == 0
     for rows in ([], [*ranks(), *ranks()], ranks()[:1] + [ranks()[1] | {"updates": {}}]):
         with pytest.raises(ValueError, match="need one result for each rank"):
             ex.explore_rank(rows)
-
-
-# --- notebook 14: the step
-
-
-def step_layer():
-    weight, x = layer_and_inputs()
-    energy = (x @ weight.T).square().sum()
-    return weight, x, lambda q: (x @ (q - weight).T).square().sum() / energy
-
-
-@pytest.fixture(scope="module")
-def steps():
-    weight, x = layer_and_inputs()
-    return ex.explore_step(weight, x, group_size=50)
-
-
-def move_to(explorer, bits, index, loss="output"):
-    """Set all controls; returns the step in units of mean |w|."""
-    for name, value in (("bits", bits), ("step", index), ("loss", loss)):
-        explorer.controls[name].value = value
-    return float(np.geomspace(0.02, 6, 49)[index])
-
-
-@pytest.mark.parametrize(("bits", "index"), [("2", 20), ("2", 41), ("3", 33), ("5", 38)])
-def test_step_errors_and_pull_are_those_of_lsq_on_the_same_grid(steps, bits, index):
-    weight, x, output_error = step_layer()
-    explorer, factor = steps, move_to(steps, bits, index)
-    lsq = LSQ(weight, bits=int(bits), granularity=PerGroup(50))
-    with torch.no_grad():
-        lsq.step.mul_(factor * lsq.qmax**0.5 / 2)  # it starts at 2 mean |w| / sqrt(qmax)
-    rounded = lsq(weight)
-    error = output_error(rounded)
-    (slope,) = torch.autograd.grad(error, lsq.step)
-    pull = (slope / lsq.gradient_scale * lsq.step).sum()
-    weight_error = ((rounded - weight).square().sum() / weight.square().sum()).item()
-    assert f"weight error {weight_error:.2e}, output error {error.item():.2e}" in explorer.numbers()
-    assert f"output error pulls the step {'down' if pull > 0 else 'up'}," in explorer.numbers()
-    assert f"{lsq.quantized(weight).bits_per_element:.2f} true bits" in explorer.numbers()
-
-
-@pytest.mark.parametrize("bits", [2, 4])
-def test_step_says_where_lsqs_gradient_turns(steps, bits):
-    weight, x, output_error = step_layer()
-    factors, pulls = np.geomspace(0.02, 6, 49), []
-    for factor in factors.tolist():
-        lsq = LSQ(weight, bits=bits, granularity=PerGroup(50))
-        lsq.step.data.mul_(factor * lsq.qmax**0.5 / 2)
-        (slope,) = torch.autograd.grad(output_error(lsq(weight)), lsq.step)
-        pulls.append((slope * lsq.step).sum().item())  # the same factor of scale for all groups
-    turn = next(i for i in range(48) if pulls[i] < 0 <= pulls[i + 1])
-    turn += abs(pulls[turn + 1]) < abs(pulls[turn])
-    move_to(steps, str(bits), turn)
-    here = re.search(r"output error (\S+)", steps.numbers())[1]
-    assert f"until {factors[turn]:.2g} (error {here})" in steps.numbers()
-
-
-def test_three_and_two_values_start_at_the_librarys_scale_and_two_end_there(steps):
-    (weight, _, output_error), explorer = step_layer(), steps
-    for bits, rounding in (("1.58", ternary), ("1", binary)):
-        move_to(explorer, bits, 33)
-        error = output_error(rounding(weight, PerGroup(50))).item()
-        said = float(re.search(r"at the start \(1\) (\S+)", explorer.numbers())[1])
-        assert said == pytest.approx(error, rel=0.05)  # read off between two steps of the slider
-    move_to(explorer, "1", 33, "weight")
-    assert "until 1 (" in explorer.numbers()  # of two values mean |w| has the least error
-    assert "rounded to 0 0.0%" in explorer.numbers()
-
-
-@pytest.mark.parametrize("shapes", [((4, 8), (5, 7)), ((8,), (5, 8)), ((4, 8), (8,)), ((4, 100), (5, 100))])
-def test_step_refuses_inputs_of_another_layer_and_a_group_that_is_left_over(shapes):
-    with pytest.raises(ValueError, match="must divide the 100" if shapes[0] == (4, 100) else "need weight"):
-        ex.explore_step(*(torch.ones(shape) for shape in shapes))
-
-
-# --- notebook 06: the bits of a whole model
-
-
-def measured_models():
-    texts = {32: "a dog ran home today", 8: "a dog ran home today", 4: "a dog ran far away", 2: "dog dog"}
-    return [
-        {"label": "float" if b == 32 else f"{b} bits", "bits": b, "perplexity": 40 + 100 / b**2, "stderr": 2.0,
-         "kl": 0.0 if b == 32 else 4.0**-b, "text": text, "top1": 1 - 1 / b}
-        for b, text in texts.items()
-    ]  # fmt: skip
-
-
-def test_bits_stand_at_their_places_and_a_kl_of_zero_below_all_others():
-    explorer = ex.explore_bits(measured_models())
-    left, right = explorer.ax.figure.axes
-    assert list(left.lines[0].get_xdata()) == [10, 8, 4, 2]  # 8 and 4 are twice as far apart as 4 and 2
-    assert list(left.lines[0].get_ydata()) == [r["perplexity"] for r in measured_models()]
-    curve, nothing = right.lines[:2]
-    assert list(curve.get_xdata()) == [8, 4, 2]
-    assert list(curve.get_ydata()) == [4.0**-8, 4.0**-4, 4.0**-2]
-    assert list(nothing.get_xdata()) == [10]
-    assert 0 < nothing.get_ydata()[0] < 4.0**-8
-    assert [text.get_text() for text in right.texts] == ["0"]
-    assert [tick.get_text() for tick in right.get_xticklabels()] == ["float", "8", "4", "2"]
-    for result, place in zip(measured_models(), (10, 8, 4, 2), strict=True):
-        explorer.controls["model"].value = result["label"]
-        assert [axes.lines[-1].get_xdata()[0] for axes in (left, right)] == [place, place]
-        assert left.lines[-1].get_ydata() == [result["perplexity"]]
-        assert result["text"] in explorer.numbers()
-        assert f"KL {result['kl']:.4f}, same top token {result['top1']:.1%}" in explorer.numbers()
-
-
-@pytest.mark.parametrize(("label", "words"), [("8 bits", 5), ("4 bits", 3), ("2 bits", 0)])
-def test_bits_say_how_long_the_story_is_the_float_models(label, words):
-    explorer = ex.explore_bits(measured_models())
-    assert "words as" not in explorer.numbers()
-    explorer.controls["model"].value = label
-    assert f"; {words} words as float\n" in explorer.numbers()

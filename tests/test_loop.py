@@ -161,6 +161,13 @@ def test_batches_depend_on_seed_and_step_alone():
     assert (one.diff(dim=1) == 1).all()  # windows are pieces of the stream
 
 
+def test_the_rule_is_that_of_the_committed_checkpoints():
+    """Another rule would be another training: data/checkpoints could not be made again."""
+    stream = torch.arange(1000)
+    assert batch_at(stream, 0, batch=4, window=16)[:, 0].tolist() == [483, 643, 947, 915]
+    assert batch_at(stream, 40, batch=4, window=16, seed=2)[:, 0].tolist() == [170, 906, 794, 314]
+
+
 @pytest.mark.parametrize("n", [16, 17, 31, 32, 33, 100])
 def test_an_epoch_deals_out_every_window_once(n):
     stream, windows = torch.arange(n), max(1, (n - 15) // 16)
@@ -248,6 +255,13 @@ def test_dropout_follows_the_seed_not_the_callers_state():
         finetune(model, text(), **QUICK, seed=seed)
     assert same(models[0], models[1])
     assert not same(models[1], models[2])
+
+
+def test_each_step_draws_its_own_random_numbers():
+    model, seeds = tiny(), []
+    model.register_forward_pre_hook(lambda *_: seeds.append(torch.initial_seed()))
+    finetune(model, text(), **QUICK, seed=2)
+    assert seeds == [2 * 1_000_003 + step for step in range(12)]
 
 
 def test_early_stop_keeps_the_best():

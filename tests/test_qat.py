@@ -403,12 +403,28 @@ def test_a_rounding_may_change_its_dtype_later(make, dtype):
     assert torch.equal(rounding(w), rounding.quantized(w).dequantize())
 
 
-@pytest.mark.parametrize("make", [m for n, m in ROUNDINGS.items() if not n.startswith("minmax")], ids=str)
+@pytest.mark.parametrize("make", ROUNDINGS.values(), ids=ROUNDINGS)
 def test_the_largest_float16_stays_finite(make):
     w = torch.tensor([[65504.0, -65504.0, 65504.0, 60000.0]] * 2, dtype=torch.float16)
     rounding = make(w, PerAxis(0))
     assert torch.isfinite(rounding(w)).all()
     assert torch.equal(rounding(w), rounding.quantized(w).dequantize())
+
+
+def test_codes_of_16_bit_weights_are_those_of_the_same_floats():
+    w = (weights(64, 64) * 3).bfloat16()
+    for make in ROUNDINGS.values():
+        ours, theirs = (make(x, PerGroup(16)).quantized(x).codes for x in (w, w.float()))
+        assert torch.equal(ours, theirs)
+
+
+def test_float64_is_rounded_in_float64():
+    x = torch.tensor([0.5 + 1e-12, -2.0, 1.0], dtype=torch.float64)  # 0.5 in float32, which rounds to 0
+    lsq = LSQ(x, bits=2)
+    with torch.no_grad():
+        lsq.step.fill_(1.0)
+    assert lsq(x).tolist() == [1.0, -2.0, 1.0]
+    assert lsq.quantized(x).codes.tolist() == [1, -2, 1]
 
 
 def test_steps_of_16_bit_weights_move_as_those_of_the_same_floats_do():

@@ -89,6 +89,7 @@ class _Layer:
         self.strength = hessian.mean_abs.cpu()
         self.loud = torch.zeros(len(self.strength), dtype=torch.bool)
         self.loud[self.strength.topk(max(1, round(_SHARE * len(self.loud)))).indices] = True
+        self.kinds = self.loud.numpy(), ~self.loud.numpy()  # loud channels, and the others
         self.energy = max(hessian.energy(self.weight).item(), 1e-30)
         self.diagonal = hessian.matrix.diagonal().cpu()
         self.errors = cache(self._errors)
@@ -122,7 +123,7 @@ def _mean_steps(scaled: ScaledQTensor) -> np.ndarray:
 def _describe(layer: _Layer, found: _Errors, at: int) -> str:
     s, output = scales_of(layer.strength, ALPHAS[at]), np.maximum(found.output[0], 1e-12)
     best = int(output.argmin())
-    steps = [found.steps[at][chosen] for chosen in (layer.loud, ~layer.loud)]
+    steps = [found.steps[at][chosen] for chosen in layer.kinds]
     loud, others = (step.mean() if len(step) else 1.0 for step in steps)
     return (
         f"alpha {ALPHAS[at]:.2f}: s {s.min():.2f} to {s.max():.2f}   step: loud {loud:.2f} ×, others {others:.2f} ×   "
@@ -149,7 +150,7 @@ class _Picture:
 
     def show(self, layer: _Layer, found: _Errors, at: int) -> None:
         strength, plain = layer.strength.numpy(), max(found.output[0][0], 1e-12)
-        for chosen, step, part in zip((layer.loud, ~layer.loud), self.steps, self.parts, strict=True):
+        for chosen, step, part in zip(layer.kinds, self.steps, self.parts, strict=True):
             step.set_data(strength[chosen], found.steps[at][chosen])
             part.set_data(strength[chosen], found.parts[at][chosen] / plain)
         self.before.set_data(strength, found.parts[0] / plain)

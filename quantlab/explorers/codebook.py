@@ -139,7 +139,7 @@ def _describe(measured: dict[str, _Measured], table: str, block: int, tail: str)
     now = measured[table]
     output = "" if now.output_error is None else f"   output error {now.output_error:.2e}"
     used = f"codes used by {now.usage.min():.1%} to {now.usage.max():.1%} of the values"
-    entropy = torch.distributions.Categorical(now.usage).entropy().item() / np.log(2)  # 4 bits if all are used alike
+    entropy = torch.special.entr(now.usage).sum().item() / np.log(2)  # 4 bits if all are used alike
     return (
         f"{table} on {tail}, blocks of {_block_of(table, block)}: {now.decibels:.2f} dB at "
         f"{now.bits:.3f} true bits{output}   {used}, entropy {entropy:.2f} bits\n"

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from quantlab.explorers.base import Explorer, bind, figure
 from quantlab.explorers.data import check_layer, relative_error
 from quantlab.gptq import Hessian
-from quantlab.granularity import PerAxis, PerGroup, PerTensor, QTensor, quantize_tensor
+from quantlab.granularity import PerAxis, PerGroup, PerTensor, quantize_tensor
 from quantlab.plots import FLOAT, QUANTIZED
 
 _BITS = range(2, 9)
@@ -65,16 +65,15 @@ def explore_groups(weight: Tensor, x: Tensor | None = None, *, bits: int = 4, gr
 def _measure_all(weight: Tensor, hessian: Hessian | None, groups: dict) -> dict:
     """{(bits, group, symmetric): what it costs and loses} for every place of the controls."""
     settings = [(b, g, s) for s in (False, True) for g in groups for b in _BITS]
-    return {
-        (b, g, s): _measure(weight, quantize_tensor(weight, bits=b, granularity=groups[g], symmetric=s), hessian)
-        for b, g, s in tqdm(settings, desc="quantizing", leave=False)
-    }
-
-
-def _measure(weight: Tensor, q: QTensor, hessian: Hessian | None) -> _Measured:
-    back = q.dequantize()
-    of_output = None if hessian is None else hessian.output_error(weight, back)
-    return _Measured(q.bits_per_element, q.nbytes, relative_error(weight, back), of_output, _error_map(weight, back))
+    energy = None if hessian is None else max(hessian.energy(weight).item(), 1e-30)
+    known = {}
+    for b, g, s in tqdm(settings, desc="quantizing", leave=False):
+        q = quantize_tensor(weight, bits=b, granularity=groups[g], symmetric=s)
+        back = q.dequantize()
+        of_output = None if hessian is None else hessian.energy(weight - back).item() / energy
+        errors = relative_error(weight, back), of_output, _error_map(weight, back)
+        known[b, g, s] = _Measured(q.bits_per_element, q.nbytes, *errors)
+    return known
 
 
 def _error_map(weight: Tensor, back: Tensor) -> np.ndarray:

@@ -90,7 +90,7 @@ def _stored(model, qtensors: Mapping | None) -> dict:
     own, layers = _own_tensors(model), packed_layers(model)
     _check_layers(model, qtensors or {})
     quantized = dict(qtensors or {}) | {name: layer.q for name, layer in layers.items()}
-    if not quantized:
+    if qtensors is None and not layers:
         raise ValueError("there is no quantized layer to save; pass the qtensors of quantize_weights or of the report")
     weights = {f"{name}.weight" for name in quantized}
     return {**quantized, **{name: smallest_exact(t) for name, t in own.items() if name not in weights}}
