@@ -92,15 +92,15 @@ def check_codes(codes, name: str = "codes") -> Tensor:
     return codes
 
 
-def check_model(model, name: str = "model") -> nn.Module:
-    """model; ValueError unless it is a language model of transformers: the model itself, not its name."""
+def check_model(model, name: str = "model", *, values: bool = True) -> nn.Module:
+    """model; ValueError unless it is a language model of transformers itself, not its name; on meta if no values."""
     if isinstance(model, str):
         raise ValueError(f"{name} must be a model, got the name {model!r}; pass load_lm({model!r})[0]")
     if isinstance(model, tuple):
         raise ValueError(f"{name} must be a model, got a tuple; model, tokenizer = load_lm() gives both")
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise ValueError(f"{name} must be a language model of transformers, got {kind(model)}")
-    if next(model.parameters()).is_meta:
+    if values and next(model.parameters()).is_meta:
         raise ValueError(f"{name} is on the meta device: its parameters have no values")
     return model
 

@@ -178,8 +178,8 @@ class Table:
     rows: list
 
     def __repr__(self) -> str:
-        head = ("method", "bits", "group", "perplexity ±", "KL ±", "top-1", "bits/w", "kB", "prefill ±", "decode ±", "s",
-                "tokens")  # fmt: skip
+        head = ("method", "bits", "group", "perplexity ±", "KL ±", "top-1", "bits/w", "kB",
+                "prefill ±", "decode ±", "s", "tokens")  # fmt: skip
         widths = (max([12, *(len(r.method) for r in self.rows)]), 4, 6, 13, 13, 6, 6, 6, 9, 9, 5, 6)
         lines = [
             (r.method, f"{r.bits}", r.group, f"{r.perplexity:.2f} {r.perplexity_error:.2f}",

@@ -314,7 +314,7 @@ def test_what_is_no_layer_is_refused(explore, weight, x, message):
 
 def test_nothing_given_is_changed():
     weight, x = (t[:20, :48].clone() for t in layer_and_inputs())
-    hessian, observer = Hessian(48).add(x), MinMax().update(x[:5])
+    hessian, observer = Hessian(48).add(x), MinMax().update(x / 10)
     before = [t.clone() for t in (weight, x, hessian.matrix, *observer.min_max())]
     for explore in LAYERS.values():
         explore(weight, x)
@@ -333,6 +333,10 @@ def test_rows_are_picked_evenly_from_the_first_to_the_last(count):
     assert rows[0] == 0
     assert count == 1 or rows[-1] == 99
     assert count == 1 or rows.diff().max() - rows.diff().min() <= 1
+
+
+def test_rows_are_picked_by_the_nearest_whole_number():
+    assert data.evenly(torch.arange(9.0), 4).tolist() == [0, 3, 5, 8]  # of 0, 2.67, 5.33, 8
 
 
 def test_a_sample_keeps_the_smallest_and_the_largest():

@@ -295,14 +295,11 @@ assert loud[2] < 1.5 * home[2] < loud[1] / 3 < loud[0]
 # Sliders are free to exaggerate. Does real text move the activations so far? The model learned from
 # stories, and our static layers were calibrated on stories. Now somebody types something else.
 # %%
-import inspect
-
-import quantlab.affine
 from quantlab.exercises.material import CHINESE
 
 german = "Es war einmal ein kleines Mädchen, das ging jeden Tag in den Wald. Da traf es einen Bären. "
 capitals = tokenizer.decode(stories[:600], skip_special_tokens=True).upper()
-written = {"CAPITALS": capitals, "code": inspect.getsource(quantlab.affine), "German": german * 12,
+written = {"CAPITALS": capitals, "code": load_text("code")[0], "German": german * 12,
            "Chinese": CHINESE[1] * 5, "digits": " ".join(str(i * i) for i in range(400))}
 texts = {"stories": stories[:512]} | {kind: token_stream(tokenizer, [t])[:512] for kind, t in written.items()}
 texts["random"] = torch.randint(len(tokenizer), (512,), generator=torch.Generator().manual_seed(0))

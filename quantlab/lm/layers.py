@@ -10,7 +10,7 @@ from quantlab.modules import evaluating, hooked, is_linear
 
 def blocks_of(model) -> tuple[str, nn.ModuleList]:
     """The name and list of the decoder blocks: the one list of modules as long as the config says."""
-    depth = check_model(model).config.num_hidden_layers
+    depth = check_model(model, values=False).config.num_hidden_layers
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return name, module
@@ -25,7 +25,7 @@ def linear_layers(model) -> dict[str, nn.Module]:
 
 def float_layers(model) -> dict[str, nn.Module]:
     """linear_layers of a model; ValueError if it has none, as an int8 model has not."""
-    layers = linear_layers(check_model(model))
+    layers = linear_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no float linear layers in its blocks; is it quantized already?")
     return layers

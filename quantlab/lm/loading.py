@@ -100,9 +100,9 @@ def read_documents(paths) -> list[str]:
 
 
 def load_text(name: str) -> list[str]:
-    """The documents of "eval", "calibration" (short stories), "style" (a ship's log), or of a text file.
+    """The documents of "eval", "calibration" (stories), "style" (a ship's log), "code" (Python), or of a text file.
 
-    The three were written for this workbook.
+    The four were written for this workbook.
 
     Raises: FileNotFoundError if it is missing, ValueError if it holds no text.
     """

@@ -70,7 +70,7 @@ def quantize_weights(model, quantizer: Callable[[Tensor], Quantized]) -> tuple[n
     quantizer gets a weight (out, in) and returns anything with dequantize() and nbytes: a QTensor, a CodebookTensor ...
     Nothing is calibrated; the given model is not changed; embeddings, norms and head stay as they are.
     """
-    float_layers(model)
+    float_layers(check_model(model))
     new, qtensors = copy.deepcopy(model).eval(), {}
     for name, layer in float_layers(new).items():
         qtensors[name] = quantizer(weight_of(layer).clone())
