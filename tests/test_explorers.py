@@ -221,6 +221,20 @@ def test_every_control_changes_picture_or_numbers_and_back(explorer):
         assert np.array_equal(pixels(explorer), shown), name  # no trace of what was shown in between
 
 
+def test_what_moves_is_no_part_of_the_still_background(explorer):
+    """A full drawing leaves animated artists out: what else is drawn must be the same at every setting."""
+
+    def still():
+        explorer.ax.figure.canvas.draw()
+        return np.asarray(explorer.ax.figure.canvas.buffer_rgba()).copy()
+
+    start, background = {name: control.value for name, control in explorer.controls.items()}, still()
+    for control in explorer.controls.values():
+        control.value = other_values(control)[-1]
+        assert np.array_equal(still(), background)
+    put(explorer, **start)
+
+
 def test_the_first_picture_stands_without_a_kernel(explorer):
     bundle = explorer._repr_mimebundle_()
     assert {"application/vnd.jupyter.widget-view+json", "image/png", "text/plain"} <= set(bundle)
@@ -345,6 +359,23 @@ def test_a_sample_keeps_the_smallest_and_the_largest():
     assert len(some) == 20_000
     assert torch.aminmax(some) == torch.aminmax(x)
     assert torch.equal(data.sample(x[:10]), x[:10])
+
+
+# --- notebook 00: a model that writes
+
+
+def test_temperature_shows_the_probabilities_it_samples_with():
+    explorer, (model, tokenizer) = temperature(), load_lm(str(DATA / "model"))
+    ids = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    ids += tokenizer("Once upon a time", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0, -1]
+    for t in (0.5, 2.0, 1.0):
+        shown = [bar.get_height() for bar in put(explorer, temperature=t).ax.patches]
+        assert shown == pytest.approx((logits / t).softmax(0).topk(11).values.tolist(), rel=1e-4)
+    assert [bar.get_height() for bar in put(explorer, temperature=0.0).ax.patches] == [1.0] + [0.0] * 10
+    story = generate(model, tokenizer, "Once upon a time", tokens=8)
+    assert explorer.numbers() == f"temperature 0.0: {story}"
 
 
 # --- notebook 01: scale and zero point

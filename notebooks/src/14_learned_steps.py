@@ -275,7 +275,7 @@ f"median {moved.median():.2f}, from {moved.min():.2f} to {moved.max():.2f}"
 # coarse. Hence two more runs, called *finer*: the same again, all steps starting at 0.66 of LSQ's.
 # **Predict:** do they beat min-max at both widths?
 # %%
-reached["LSQ, finer"] = {f"{bits} bits": log(f"checkpoints/lsq/lsq{bits}_finer")["held_out"][-1] for bits in (2, 3)}
+reached["LSQ, finer"] = {f"{bits} bits": log(f"lsq/lsq{bits}_finer")["held_out"][-1] for bits in (2, 3)}
 plot_bars(reached, ylabel="KL on held-out stories")
 plt.show()
 assert log("minmax/w2")["steps"] == log("lsq/lsq2")["steps"] == log("lsq/lsq2_finer")["steps"]
