@@ -1,5 +1,6 @@
 """Sliders on GPTQ: one layer beside round-to-nearest, and column by column."""
 
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -31,13 +32,15 @@ class _Errors(NamedTuple):
 def explore_gptq(weight: Tensor, hessian: Hessian, *, bits: int = 4, group_size: int | None = None) -> Explorer:
     """GPTQ beside round-to-nearest on one layer: two errors of each, every row's output error, the true bits."""
     weight, picture = weight.detach(), _Picture()
+    row_energy = torch.vmap(hessian.energy)
+    energy = row_energy(weight)
 
     @cache
     def errors(bits, group, damping, act_order) -> tuple[_Errors, _Errors]:
         size = group or None
         nearest = quantize_tensor(weight, bits=bits, granularity=rows_or_groups(size), symmetric=False)
         gptq = gptq_quantize(weight, hessian, bits=bits, group_size=size, damping=damping, act_order=act_order)
-        return _measure(weight, nearest, hessian), _measure(weight, gptq, hessian)
+        return tuple(_measure(weight, q, row_energy, energy) for q in (nearest, gptq))
 
     def update(bits, group, damping, act_order) -> str:
         pair = errors(bits, group, damping, act_order)
@@ -57,10 +60,12 @@ def _controls(bits: int, group: int) -> dict:
     }
 
 
-def _measure(weight: Tensor, q: QTensor, hessian: Hessian) -> _Errors:
-    back, row_energy = q.dequantize(), torch.vmap(hessian.energy)
-    rows = row_energy(weight - back) / row_energy(weight)
-    return _Errors(relative_error(weight, back), hessian.output_error(weight, back), rows.numpy(), q.bits_per_element)
+def _measure(weight: Tensor, q: QTensor, row_energy: Callable, energy: Tensor) -> _Errors:
+    """energy: row_energy(weight), the same for every q."""
+    back = q.dequantize()
+    lost = row_energy(weight - back)
+    output = (lost.sum() / energy.sum().clamp(min=torch.finfo(torch.float64).tiny)).item()  # as Hessian.output_error
+    return _Errors(relative_error(weight, back), output, (lost / energy).numpy(), q.bits_per_element)
 
 
 def _describe(nearest: _Errors, gptq: _Errors) -> str:
