@@ -1,16 +1,12 @@
-"""GPTQ: the library against the plain column-by-column algorithm of tests/slow.py (float32), in one run.
+"""GPTQ: the library against the plain column-by-column algorithm of quantlab/plain.py (float32), in one run.
 
 Ratios of CPU seconds, the least of several rounds taken in turns. The bar: at most 0.5 at 1024 x 1024, group 128.
 """
 
 import sys
 import time
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from slow import plain_gptq
 
 from quantlab import Hessian, gptq_quantize
 
@@ -45,7 +41,7 @@ def compare(rows: int, columns: int, group_size: int | None, rounds: int = 3) ->
         ours()
 
     for _ in range(rounds):
-        seconds(lambda: plain_gptq(weight, H, bits=4, group_size=group_size, dtype=torch.float32), plain)
+        seconds(lambda: plain.gptq(weight, H, bits=4, group_size=group_size, dtype=torch.float32), plain)
         seconds(ours_alone, whole)
         seconds(ours, shared)  # as for the second and third layer that read the same input
     return plain[0], whole[0], shared[0]

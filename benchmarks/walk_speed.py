@@ -1,4 +1,4 @@
-"""GPTQ on the whole bundled model: against the plain algorithm of tests/slow.py, and how the time grows. One minute.
+"""GPTQ on the whole bundled model: against quantlab/plain.py, and how the time grows. One minute.
 
 CPU seconds, the least of rounds taken in turns. The forward passes are the same in both, and most of the time on layers
 256 wide; so the rounding is also timed by itself. Bars: no higher output error, and growth in proportion.
@@ -8,14 +8,10 @@ import copy
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from slow import plain_gptq
-
-from quantlab import lm
+from quantlab import lm, plain
 from quantlab.methods import GPTQ
 
 SPENT = [0.0]  # CPU seconds of the rounding so far
@@ -45,7 +41,7 @@ class Timed(GPTQ):
 
 class Plain(Timed):
     def rounded(self, weights, hessian):
-        return [Reals(plain_gptq(w, hessian.matrix, dtype=torch.float32, **self.settings)[3]) for w in weights]
+        return [Reals(plain.gptq(w, hessian.matrix, dtype=torch.float32, **self.settings)[3]) for w in weights]
 
 
 def seconds(model, tokens, method) -> tuple[float, float, float]:

@@ -8,7 +8,8 @@ In reading order; each imports only from the lines above its own (tests/test_imp
     blocks       blocks levels quantized metrics                 who shares a scale; tables of levels; the protocol
     tensors      granularity floats codebook_fast                rounding to nearest; small floats
     choosing     codebook clipping observers                     NF4; which range, from data or without
-    error        gptq                                            what a layer's output loses: the Hessian
+    inputs       hessian                                         what a layer's output loses, without its inputs
+    error        gptq                                            column by column
     scaling      awq
     layers       storage linear                                  quantized tensors in files and in layers
     outliers     outliers
@@ -17,7 +18,8 @@ In reading order; each imports only from the lines above its own (tests/test_imp
     beyond       mixed ledger train                              bits by layer; the table; training
     doors        qat sweep                                       public names of training; many ways side by side
 
-Beside the lines: plots, explorers (what is dragged), exercises and checks (what is answered).
+Beside the lines: plain (slow definitions of what is fast elsewhere), plots, explorers (what is dragged), exercises and
+checks (what is answered).
 A new method is a file in methods, a new quantized tensor a subclass of quantized.Quantized, a new chapter a file in
 notebooks/src with its exercises in exercises, a new engine a file in export.
 """

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantlab.arguments import FLOAT32_MAX, check_codes, check_flag, check_int, check_real, kind
+from quantlab.arguments import FLOAT32_MAX, check_codes, check_flag, check_int, check_kind, check_real, check_tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,11 +22,10 @@ class QParams:
         if qmin >= qmax:
             raise ValueError(f"need qmin < qmax, got qmin={qmin}, qmax={qmax}")
         vars(self).update(qmin=qmin, qmax=qmax)
-        check_real(self.scale, "scale")
-        if not (self.scale > 0).all():
-            raise ValueError(f"scale must be above 0, got {self.scale.min():.3g}")
-        check_codes(self.zero_point, "zero_point")
-        if self.zero_point.shape != self.scale.shape:
+        scale = check_real(self.scale, "scale")
+        if not (scale > 0).all():
+            raise ValueError(f"scale must be above 0, got {scale.min():.3g}")
+        if check_codes(self.zero_point, "zero_point").shape != self.scale.shape:
             shapes = tuple(self.scale.shape), tuple(self.zero_point.shape)
             raise ValueError(f"scale and zero_point must have one shape, got {shapes[0]} and {shapes[1]}")
         low, high = (int(bound) for bound in torch.aminmax(self.zero_point))
@@ -35,11 +34,8 @@ class QParams:
 
     def check_fits(self, x: Tensor) -> None:
         """ValueError unless scale and zero_point broadcast against x without making it larger."""
-        try:
-            fits = torch.broadcast_shapes(x.shape, self.scale.shape) == x.shape
-        except RuntimeError:
-            fits = False
-        if not fits:
+        sizes = zip(reversed(self.scale.shape), reversed(x.shape), strict=False)
+        if self.scale.ndim > x.ndim or any(own not in (1, size) for own, size in sizes):
             raise ValueError(f"scales {tuple(self.scale.shape)} do not fit a tensor {tuple(x.shape)}")
 
 
@@ -102,7 +98,7 @@ def dequantize(codes: Tensor, qp: QParams) -> Tensor:
     [-0.5, 0.0, 0.5, 1.0]
     """
     check_codes(codes)
-    check_qparams(qp).check_fits(codes)
+    check_kind(qp, "qp", QParams, "choose_qparams gives").check_fits(codes)
     return _reals(codes.to(torch.int32), qp)
 
 
@@ -123,16 +119,9 @@ def fake_quantize(x: Tensor, qp: QParams) -> Tensor:
     return _StraightThrough.apply(check_real(x), qp)
 
 
-def check_qparams(qp) -> QParams:
-    """qp; ValueError unless it is a QParams."""
-    if not isinstance(qp, QParams):
-        raise ValueError(f"qp must be a QParams, as choose_qparams gives it, got {kind(qp)}")
-    return qp
-
-
 def unclamped_codes(x: Tensor, qp: QParams) -> Tensor:
     """round(x / scale) + zero_point before clamping, float32 (exact: codes are far below 2**24)."""
-    check_qparams(qp).check_fits(x)
+    check_kind(qp, "qp", QParams, "choose_qparams gives").check_fits(x)
     x = x if x.dtype == torch.float64 else x.float()
     return torch.round(x * (1.0 / qp.scale).to(x.dtype)) + qp.zero_point
 
@@ -147,7 +136,7 @@ def _check_bounds(min_val: Tensor, max_val: Tensor, qmin: int, qmax: int) -> Non
     if check_int(qmin, "qmin") >= check_int(qmax, "qmax"):
         raise ValueError(f"need qmin < qmax, got qmin={qmin}, qmax={qmax}")
     for name, bound in (("min_val", min_val), ("max_val", max_val)):
-        if isinstance(bound, Tensor) and bound.is_floating_point() and not torch.isfinite(bound.float()).all():
+        if check_tensor(bound, name).is_floating_point() and not torch.isfinite(bound.float()).all():
             raise ValueError(f"{name} must be finite float32 numbers, got {bound}; has the observer seen any data?")
         check_real(bound, name)
     if min_val.shape != max_val.shape:

@@ -6,6 +6,9 @@ becomes float32 (torch does not compute in 8 bits).
 
 import math
 import operator
+import os
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +33,8 @@ def check_int(value, name: str, low: int | None = None, high: int | None = None)
 
 def check_number(value, name: str, *, above: float | None = None, low: float = -math.inf, high: float = math.inf):
     """The value as an int or float; ValueError unless it is a finite number (no bool) above `above`, in low..high."""
-    number = (
-        value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 and not _is_meta(value) else value
-    )
+    is_scalar = getattr(value, "ndim", None) == 0 and not _is_meta(value)  # numpy's or torch's
+    number = value.item() if is_scalar else value
     if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
         raise ValueError(f"{name} must be a finite number, got {kind(value)}")
     if (above is not None and not number > above) or not low <= number <= high:
@@ -52,7 +54,7 @@ def check_choice(value, name: str, choices) -> str:
 
 def check_flag(value, name: str) -> bool:
     """The value as a bool; ValueError unless it is True or False (numpy's count)."""
-    if not isinstance(value, bool) and type(value).__name__ not in ("bool_", "bool"):
+    if type(value).__name__ not in ("bool", "bool_"):  # bool_: numpy 1's
         raise ValueError(f"{name} must be True or False, got {kind(value)}")
     return bool(value)
 
@@ -92,13 +94,35 @@ def check_codes(codes, name: str = "codes") -> Tensor:
     return codes
 
 
+def check_kind(value, name: str, of: type, such_as: str = ""):
+    """value; ValueError unless it is an object of this class (with an example, such_as, in the message)."""
+    if not isinstance(value, of):
+        raise ValueError(f"{name} must be a {of.__name__}{such_as and f', such as {such_as}'}, got {kind(value)}")
+    return value
+
+
+def check_list(values, name: str) -> list:
+    """The values as a list; ValueError unless they can be gone through one by one (a word, or no values, cannot)."""
+    dense = not isinstance(values, Tensor) or (values.ndim and values.layout == torch.strided and not values.is_meta)
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable) or not dense:
+        raise ValueError(f"{name} must be a list, got {kind(values)}")
+    return values.tolist() if hasattr(values, "tolist") else list(values)
+
+
+def check_path(path, name: str = "path") -> Path:
+    """The path as a Path; ValueError unless it is a text or a Path."""
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"{name} must be a path, a text or a Path, got {kind(path)}")
+    return Path(path).expanduser()
+
+
 def check_model(model, name: str = "model", *, values: bool = True) -> nn.Module:
     """model; ValueError unless it is a language model of transformers itself, not its name; on meta if no values."""
     if isinstance(model, str):
         raise ValueError(f"{name} must be a model, got the name {model!r}; pass load_lm({model!r})[0]")
     if isinstance(model, tuple):
         raise ValueError(f"{name} must be a model, got a tuple; model, tokenizer = load_lm() gives both")
-    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+    if not isinstance(model, nn.Module) or not hasattr(getattr(model, "config", None), "vocab_size"):
         raise ValueError(f"{name} must be a language model of transformers, got {kind(model)}")
     if values and next(model.parameters()).is_meta:
         raise ValueError(f"{name} is on the meta device: its parameters have no values")

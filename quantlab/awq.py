@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantlab.arguments import check_int, check_real
-from quantlab.gptq import Hessian, check_weight
+from quantlab.arguments import check_int, check_list, check_number, check_real
 from quantlab.granularity import QTensor, quantize_tensor, rows_or_groups
+from quantlab.hessian import Hessian, check_weight
 from quantlab.quantized import Quantized, smallest_exact
 
 
@@ -91,10 +91,9 @@ def keep_columns(
     >>> keep_columns(weight, [1], bits=2, group_size=4).dequantize()
     tensor([[ 1.3333,  0.3000, -0.6667,  0.0000]])
     """
-    if weight.ndim != 2:
+    if check_real(weight, "weight").ndim != 2:
         raise ValueError(f"need a weight (out, in), got shape {tuple(weight.shape)}")
-    columns = torch.as_tensor(columns).tolist()
-    columns = [check_int(c, "a column", 0, weight.shape[1] - 1) for c in columns]
+    columns = [check_int(c, "a column", 0, weight.shape[1] - 1) for c in check_list(columns, "columns")]
     if len(set(columns)) < len(columns):
         raise ValueError("a column to keep comes twice")
     granularity = rows_or_groups(group_size)
@@ -125,9 +124,8 @@ def awq_search(
     Shapes: weight (out, in), x (..., in). Raises: ValueError if the shapes do not fit, values are not finite, or bits
     or group_size are refused by quantize_tensor.
     """
-    check_real(x)
-    if x.ndim == 0 or weight.ndim != 2 or x.shape[-1] != weight.shape[-1]:
-        raise ValueError(f"need inputs of {weight.shape[-1]} features, got shape {tuple(x.shape)}")
+    if check_real(x).ndim == 0 or check_real(weight, "weight").ndim != 2 or x.shape[-1] != weight.shape[-1]:
+        raise ValueError(f"need a weight (out, in) and inputs (.., in), got {tuple(weight.shape)} and {tuple(x.shape)}")
     hessian = Hessian(x.shape[-1]).add(x)
     search = search_scales([weight], hessian, bits=bits, group_size=group_size, symmetric=symmetric, steps=steps)
     return scale_and_round(weight, search.input_scale, bits=bits, group_size=group_size, symmetric=symmetric), search
@@ -141,7 +139,9 @@ def search_scales(
 
     The Hessian gives both mean|x| and the output errors, so that X itself is not needed.
     """
-    check_int(steps, "steps", 1)
+    steps, weights = check_int(steps, "steps", 1, 1000), check_list(weights, "weights")
+    if not weights:
+        raise ValueError("there is no weight to search scales for")
     for weight in weights:
         check_weight(weight, hessian)
     strength = hessian.mean_abs
@@ -165,7 +165,7 @@ def scales_of(strength: Tensor, alpha: float) -> Tensor:
     >>> scales_of(torch.tensor([1.0, 4.0, 16.0]), 0.5).tolist()
     [0.5, 1.0, 2.0]
     """
-    strength = check_real(strength, "strength").double()
+    strength, alpha = check_real(strength, "strength").double(), check_number(alpha, "alpha", low=0, high=1)
     active = strength > 0
     if not active.any():
         return torch.ones_like(strength, dtype=torch.float32)
@@ -179,7 +179,10 @@ def scale_and_round(
 ) -> ScaledQTensor:
     """Q(W · diag(s)) with s: rounding to nearest, after each input channel j was multiplied by s_j."""
     granularity = rows_or_groups(group_size)
-    if check_real(input_scale, "input_scale").shape != weight.shape[1:] or not (input_scale > 0).all():
-        raise ValueError(f"input_scale must be {weight.shape[1]} numbers above 0, got {tuple(input_scale.shape)}")
+    input_scale = check_real(input_scale, "input_scale")
+    if check_real(weight, "weight").ndim != 2 or input_scale.shape != weight.shape[1:]:
+        raise ValueError(f"input_scale {tuple(input_scale.shape)} does not fit a weight {tuple(weight.shape)}")
+    if not (input_scale > 0).all():
+        raise ValueError(f"input_scale must be above 0, got {input_scale.min():.3g}")
     scaled = (weight.detach().float() * input_scale).to(weight.dtype)
     return ScaledQTensor(quantize_tensor(scaled, bits=bits, granularity=granularity, symmetric=symmetric), input_scale)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantlab.arguments import check_int, check_real
+from quantlab.arguments import check_codes, check_flag, check_int, check_kind, check_real, check_tensor
 from quantlab.quantized import DTYPES, Quantized
 
 
@@ -31,11 +31,14 @@ class FloatFormat:
     specials: str = "ieee"
 
     def __post_init__(self):
-        check_int(self.exponent_bits, "exponent_bits", 1, 8)
-        check_int(self.mantissa_bits, "mantissa_bits", 0, 22)
-        check_int(self.bias, "bias")
+        vars(self).update(
+            name=check_kind(self.name, "name", str),
+            exponent_bits=check_int(self.exponent_bits, "exponent_bits", 1, 8),
+            mantissa_bits=check_int(self.mantissa_bits, "mantissa_bits", 0, 22),
+            bias=check_int(self.bias, "bias"),
+        )
         enough = {"ieee": self.exponent_bits > 1, "nan": self.mantissa_bits > 0, "none": True}
-        if self.specials not in enough:
+        if not isinstance(self.specials, str) or self.specials not in enough:
             raise ValueError(f"specials must be one of {', '.join(enough)}, got {self.specials!r}")
         if not enough[self.specials]:
             raise ValueError(f"{self.name}: the codes kept for {self.specials!r} leave no normal number")
@@ -95,6 +98,7 @@ def round_to(x: Tensor, fmt: FloatFormat, *, saturate: bool | None = None) -> Te
     [1.125, 16.0, 448.0, 0.001953125]
     """
     _check_input(x, fmt)
+    saturate = saturate if saturate is None else check_flag(saturate, "saturate")
     if saturate is None:
         saturate = fmt.specials != "ieee"
     if not saturate and fmt.specials == "none":
@@ -135,9 +139,8 @@ def decode(codes: Tensor, fmt: FloatFormat) -> Tensor:
     >>> decode(torch.tensor([0b0_01_0, 0b0_00_1, 0b1_11_1]), FP4_E2M1).tolist()
     [1.0, 0.5, -6.0]
     """
-    if codes.is_floating_point() or codes.is_complex():
-        raise ValueError(f"codes must be integers, got {codes.dtype}; did you pass x instead of encode(x, fmt)?")
-    if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 2**fmt.bits):
+    check_kind(fmt, "fmt", FloatFormat, "FP8_E4M3")
+    if check_codes(codes).numel() and (int(codes.min()) < 0 or int(codes.max()) >= 2**fmt.bits):
         raise ValueError(f"codes of {fmt.name} lie in 0..{2**fmt.bits - 1}, got {codes.min()}..{codes.max()}")
     codes, top = codes.long(), 2**fmt.exponent_bits - 1
     field = (codes >> fmt.mantissa_bits) & top
@@ -157,6 +160,7 @@ def values(fmt: FloatFormat) -> Tensor:
     >>> values(FP4_E2M1).tolist()
     [-6.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
     """
+    check_kind(fmt, "fmt", FloatFormat, "FP8_E4M3")
     half = decode(torch.arange(2 ** (fmt.bits - 1)), fmt)  # codes of positive numbers grow with them
     half = half[half.isfinite()]
     return torch.cat([-half[1:].flip(0), half])
@@ -259,10 +263,9 @@ def nvfp4_quantize(x: Tensor) -> BlockFloatTensor:
 
 
 def _check_input(x: Tensor, fmt: FloatFormat) -> None:
-    if not isinstance(fmt, FloatFormat):
-        raise ValueError(f"fmt must be a FloatFormat such as FP8_E4M3, got {fmt!r}")
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise ValueError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    check_kind(fmt, "fmt", FloatFormat, "FP8_E4M3")
+    if not check_tensor(x).is_floating_point():
+        raise ValueError(f"x must be floating point, got {x.dtype}")
     has_nan = fmt.specials == "nan" or fmt.specials == "ieee" and fmt.mantissa_bits > 0
     if not has_nan and x.isnan().any():
         raise ValueError(f"x holds {int(x.isnan().sum())} NaN, and {fmt.name} has no code for NaN")

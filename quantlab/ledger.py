@@ -4,15 +4,16 @@ import csv
 import io
 import time
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import NamedTuple, get_args
 
 import torch
 from filelock import FileLock
 from torch import Tensor
 
+from quantlab.arguments import check_int, check_kind, check_number, check_path
 from quantlab.files import write_whole
 from quantlab.lm import QuantizeReport, divergence, model_bytes, perplexity
+from quantlab.lm.measuring import checked_windows
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,14 @@ def measure(
     their own bytes, all else in 16 bits. Without either the whole model counts as 16-bit floats. Latencies are measured
     where the model computes otherwise than the reference: weights that are floats on a grid take a float's time.
     """
+    method, bits, group = check_kind(method, "method", str), check_int(bits, "bits", 1), check_kind(group, "group", str)
+    if report is not None:
+        check_kind(report, "report", QuantizeReport)
+        seconds, calibration_tokens = report.seconds, report.calibration_tokens
+    seconds = seconds if seconds is None else check_number(seconds, "seconds", low=0)
+    read = calibration_tokens if calibration_tokens is None else check_int(calibration_tokens, "calibration_tokens", 0)
     p, d = perplexity(model, tokens, window=window), divergence(reference, model, tokens, window=window)
     size = report.nbytes if report else model_bytes(model, qtensors)
-    if report:
-        seconds, calibration_tokens = report.seconds, report.calibration_tokens
     return Row(
         method=method,
         bits=bits,
@@ -76,7 +81,7 @@ def measure(
         bits_per_weight=8 * size / sum(w.numel() for w in reference.parameters()),
         bytes=size,
         seconds=seconds,
-        calibration_tokens=calibration_tokens,
+        calibration_tokens=read,
         **(latency(reference, model, tokens)._asdict() if computes_otherwise(reference, model) else {}),
     )
 
@@ -91,6 +96,9 @@ def latency(reference, model, tokens: Tensor, *, rounds: int = 6) -> Latency:
 
     Whatever else runs on the machine only adds time, so the ratio is that of the least times, nearest to the truth.
     """
+    rounds = check_int(rounds, "rounds", 2, 1000)
+    for m in (reference, model):
+        checked_windows(m, tokens, 256, None)
     prompt = tokens[None, :256].to(model.device)
     times = [[_read_and_write(m, prompt) for m in (reference, model)] for _ in range(rounds + 1)][1:]
     times = torch.tensor(times, dtype=torch.float64)  # (rounds, reference or model, prefill or decode)
@@ -116,7 +124,7 @@ def append(row: Row, path="ledger.csv") -> list[Row]:
 
     Raises: FileNotFoundError if there is no such folder, ValueError if the file there is no ledger.
     """
-    path = Path(path)
+    path, row = check_path(path), check_kind(row, "row", Row, "measure gives")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"no folder {path.parent}")
     with FileLock(f"{path}.lock"):  # two notebooks may write at the same time
@@ -131,9 +139,10 @@ def append(row: Row, path="ledger.csv") -> list[Row]:
 
 def read(path="ledger.csv") -> list[Row]:
     """The rows of a ledger. Raises FileNotFoundError if there is none, ValueError if it is not a ledger or damaged."""
-    if not Path(path).is_file():
+    path = check_path(path)
+    if not path.is_file():
         raise FileNotFoundError(f"no ledger {path}")
-    with Path(path).open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
         reader = csv.DictReader(file)
         if reader.fieldnames != [f.name for f in fields(Row)]:
             raise ValueError(f"{path} is not a ledger: its columns are {reader.fieldnames}")
@@ -158,7 +167,8 @@ def compare(row: Row, other: Row) -> dict[str, float]:
     kl_sigmas: the difference of the two KLs over the standard error of that difference, were they independent. Both
     models read the same text, so that it errs on the safe side. Raises: ValueError if other's KL is 0.
     """
-    if other.kl == 0:
+    check_kind(row, "row", Row, "measure gives")
+    if check_kind(other, "other", Row, "measure gives").kl == 0:
         raise ValueError(f"{other.method} is the float model: its KL of 0 leaves no ratio")
     names = ("kl", "perplexity", "bytes", "prefill")
     both = [name for name in names if None not in (getattr(row, name), getattr(other, name))]

@@ -51,6 +51,7 @@ def split_error(x: Tensor, qp: QParams) -> SplitError:
     >>> split_error(torch.tensor([0.5, 5.0]), qp)
     SplitError(rounding=0.125, clipping=2.0)
     """
+    x = check_real(x)
     error = (fake_quantize(x.detach(), qp).double() - x.detach().double()).square()
     steps = unclamped_codes(x.detach(), qp)
     clipped = (steps < qp.qmin) | (steps > qp.qmax)
@@ -74,7 +75,8 @@ def kl_per_position(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     """KL(p || q) of each position, in nats, shape (...); what kl_divergence averages."""
     _check_pair(p_logits, q_logits)
     log_p, log_q = F.log_softmax(p_logits.float(), dim=-1), F.log_softmax(q_logits.float(), dim=-1)
-    return (log_p.exp() * (log_p - log_q)).sum(dim=-1).clamp(min=0.0)
+    p = log_p.exp()  # what p never says costs nothing, also where log p is -inf: 0 log 0 = 0
+    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(dim=-1).clamp(min=0.0)
 
 
 def top1_agreement(p_logits: Tensor, q_logits: Tensor) -> float:
@@ -83,12 +85,12 @@ def top1_agreement(p_logits: Tensor, q_logits: Tensor) -> float:
     >>> top1_agreement(torch.tensor([[2.0, 1.0], [0.0, 1.0]]), torch.tensor([[3.0, 1.0], [1.0, 0.0]]))
     0.5
     """
-    _check_pair(p_logits, q_logits)
-    return (p_logits.argmax(dim=-1) == q_logits.argmax(dim=-1)).double().mean().item()
+    p, q = _check_pair(p_logits, q_logits)
+    return (p.argmax(dim=-1) == q.argmax(dim=-1)).double().mean().item()
 
 
-def _check_pair(x: Tensor, x_hat: Tensor) -> None:
-    check_real(x, "the first tensor")
-    check_real(x_hat, "the second tensor")
+def _check_pair(x: Tensor, x_hat: Tensor) -> tuple[Tensor, Tensor]:
+    x, x_hat = check_real(x, "the first tensor"), check_real(x_hat, "the second tensor")
     if x.shape != x_hat.shape:
         raise ValueError(f"need two tensors of one shape, got {tuple(x.shape)} and {tuple(x_hat.shape)}")
+    return x, x_hat

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from quantlab.arguments import check_choice, check_int
-from quantlab.gptq import Hessian
+from quantlab.arguments import FLOAT32_MAX, check_choice, check_flag, check_int, check_list, check_number, kind
 from quantlab.granularity import QTensor
+from quantlab.hessian import Hessian
 from quantlab.lm import blocks_of, linear_layers, weight_of
 from quantlab.lm.blocks import advance, block_inputs, input_hessians
 from quantlab.lm.layers import float_layers
@@ -74,7 +74,7 @@ def sensitivity(
     tokens that the model cannot read.
     """
     window, _ = checked_windows(model, tokens, window, None)
-    bits = _checked_bits(bits)
+    bits, progress = _checked_bits(bits), check_flag(progress, "progress")
     new = copy.deepcopy(model).eval()
     layers = float_layers(new)
     choices = _quantized(new, tokens, method, bits, group_size, window)
@@ -107,7 +107,7 @@ def _kl_of_each(model, layers: dict, choices: dict, ids: Tensor) -> dict[str, di
 
 
 def _checked_bits(bits) -> tuple[int, ...]:
-    bits = tuple(sorted(check_int(b, "bits") for b in bits))
+    bits = tuple(sorted(check_int(b, "bits", 1, 8) for b in check_list(bits, "bits")))
     if not bits or len(set(bits)) < len(bits):
         raise ValueError(f"bits must be different bit widths, at least one, got {bits}")
     return bits
@@ -228,8 +228,8 @@ def knapsack(costs: dict, sizes: dict, budget: int) -> Allocation:
 
 def frontier(costs: dict, sizes: dict) -> list[Allocation]:
     """What knapsack gives for every budget at once: the allocations that no smaller one beats, smallest first."""
-    largest = sum(max(row.values(), default=0) for row in sizes.values())
-    _check(costs, sizes, largest)
+    _check(costs, sizes, FLOAT32_MAX)
+    largest = sum(max(row.values()) for row in sizes.values())
     steps = _steps(costs, sizes, largest)
     return [_trace(steps, costs, sizes, i) for i in range(len(steps[-1]))]
 
@@ -272,12 +272,17 @@ def _allocation(bits: dict[str, int], costs: dict, sizes: dict) -> Allocation:
 
 
 def _check(costs: dict, sizes: dict, budget: int) -> None:
+    for name, table in (("costs", costs), ("sizes", sizes)):
+        if not isinstance(table, Mapping) or not all(isinstance(row, Mapping) for row in table.values()):
+            raise ValueError(f"{name} must be {{layer: {{bits: ..}}}}, got {kind(table)}")
     if not sizes or any(not row for row in sizes.values()):
         raise ValueError("there is no layer, or a layer without a choice of bits")
     if costs.keys() != sizes.keys() or any(costs[name].keys() != sizes[name].keys() for name in sizes):
         raise ValueError("costs and sizes must name the same layers, and for each the same bits")
-    if not all(math.isfinite(cost) for row in costs.values() for cost in row.values()):
+    if not all(
+        isinstance(cost, int | float) and math.isfinite(cost) for row in costs.values() for cost in row.values()
+    ):
         raise ValueError("costs must be finite; is a layer's weight or the model broken?")
     least = sum(min(check_int(size, "sizes", 1) for size in row.values()) for row in sizes.values())
-    if not budget >= least:
+    if check_number(budget, "budget") < least:
         raise ValueError(f"the smallest possible budget is {least:,} bytes, got {budget:,}")

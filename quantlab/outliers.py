@@ -1,15 +1,16 @@
 """Outlier channels of activations: planted without changing a model, smoothed into the weights, or kept in float."""
 
 import copy
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantlab.affine import QParams
-from quantlab.arguments import check_int, check_real
+from quantlab.arguments import FLOAT32_MAX, check_int, check_kind, check_list, check_model, check_number, check_real
 from quantlab.linear import Int8Linear
-from quantlab.modules import evaluating, is_linear, weight_of
+from quantlab.modules import evaluating, hooked, is_linear, weight_of
 
 
 def plant_outliers(model, *, channels, factor: float):
@@ -22,12 +23,11 @@ def plant_outliers(model, *, channels, factor: float):
     channels: indices into the hidden state. Raises: ValueError if one does not exist, factor is not a positive number,
     or the model's norms are read by more than linear layers, so that its outputs would change.
     """
-    new = copy.deepcopy(model).eval()
-    if not isinstance(factor, int | float) or not 0 < factor < float("inf"):
-        raise ValueError(f"factor must be a positive number, got {factor!r}")
+    factor = check_number(factor, "factor", above=0, high=FLOAT32_MAX)
+    new = copy.deepcopy(check_model(model)).eval()
     readers = norm_readers(new)
     width = len(readers[0][0].weight)
-    channels = [check_int(c, "a channel", 0, width - 1) for c in channels]
+    channels = [check_int(c, "a channel", 0, width - 1) for c in check_list(channels, "channels")]
     stretch = torch.ones(width)
     stretch[channels] = factor
     for norm, layers in readers:
@@ -46,9 +46,9 @@ def smooth(model, activation_scales: dict[str, Tensor], *, alpha: float = 0.5):
     activation_scales: max|x| of each input channel, (in,), by layer name: quantlab.lm.activation_scales.
     Raises: ValueError if alpha is not in 0..1, or the scales of a layer are missing or of another width.
     """
-    if not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must be in 0..1, got {alpha}")
-    new = copy.deepcopy(model).eval()
+    alpha = check_number(alpha, "alpha", low=0, high=1)
+    check_kind(activation_scales, "activation_scales", Mapping, "quantlab.lm.activation_scales gives")
+    new = copy.deepcopy(check_model(model)).eval()
     names = {module: name for name, module in new.named_modules()}
     for norm, layers in norm_readers(new):
         name = names[layers[0]]
@@ -60,12 +60,13 @@ def smooth(model, activation_scales: dict[str, Tensor], *, alpha: float = 0.5):
 
 def smoothing_scales(largest_x: Tensor, layers: list[nn.Module], alpha: float) -> Tensor:
     """SmoothQuant's s for layers that read one input, (in,), float32; 1 where the channel is silent or unused."""
-    check_real(largest_x, "the activation scales")
+    largest_x = check_real(largest_x, "the activation scales")
+    alpha, layers = check_number(alpha, "alpha", low=0, high=1), check_list(layers, "layers")
     if not layers:
         raise ValueError("no layers to smooth the input of")
     largest_w = torch.stack([weight_of(layer).abs().amax(0) for layer in layers]).amax(0).float()
     if largest_x.shape != largest_w.shape:
-        raise ValueError(f"{len(largest_x)} activation scales for {len(largest_w)} input channels")
+        raise ValueError(f"activation scales {tuple(largest_x.shape)} for {len(largest_w)} input channels")
     s = largest_x.float() ** alpha / largest_w ** (1 - alpha)
     return torch.where((largest_x > 0) & (largest_w > 0), s, torch.ones_like(s)).clamp(1e-5, 1e5)
 
@@ -81,24 +82,19 @@ def norm_readers(model) -> list[tuple[nn.Module, list[nn.Module]]]:
     written: dict[int, tuple[nn.Module, Tensor]] = {}  # the tensor is kept, so that its id stays its own
     read: dict[nn.Module, list[nn.Module]] = {}
 
-    def wrote(module, _inputs, output):
+    def record_output(module, _inputs, output):
         written[id(output)] = (module, output)
 
-    def reads(module, inputs):
+    def record_input(module, inputs):
         if id(inputs[0]) in written:
             read.setdefault(written[id(inputs[0])][0], []).append(module)
 
-    handles = []
-    for module in model.modules():
-        if is_linear(module) and module is not model.get_output_embeddings():
-            handles.append(module.register_forward_pre_hook(reads))
-        elif getattr(module, "weight", None) is not None and module.weight.ndim == 1:
-            handles.append(module.register_forward_hook(wrote))
-    try:
+    head = check_model(model).get_output_embeddings()
+    linears = [m for m in model.modules() if is_linear(m) and m is not head]
+    norms = [m for m in model.modules() if not is_linear(m) and getattr(getattr(m, "weight", None), "ndim", 0) == 1]
+    before, after = dict.fromkeys(linears, record_input), dict.fromkeys(norms, record_output)
+    with hooked(before), hooked(after, after=True):
         _logits(model)
-    finally:
-        for handle in handles:
-            handle.remove()
     width = model.config.hidden_size
     found = [(norm, layers) for norm, layers in read.items() if len(norm.weight) == width]
     if not found:
@@ -116,9 +112,7 @@ class LLMInt8Linear(Int8Linear):
 
     def __init__(self, linear: nn.Linear, *, threshold: float = 6.0):
         super().__init__(linear)
-        if not threshold > 0:
-            raise ValueError(f"threshold must be positive, got {threshold}")
-        self.threshold = threshold
+        self.threshold = check_number(threshold, "threshold", above=0)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, threshold: float = 6.0) -> "LLMInt8Linear":

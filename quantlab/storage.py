@@ -1,12 +1,13 @@
 """Quantized tensors in a safetensors file, codes packed: what they weigh on disk, and back equal bit by bit."""
 
 import json
-from pathlib import Path
+from collections.abc import Mapping
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from quantlab.arguments import check_kind, check_path
 from quantlab.awq import MixedQTensor, ScaledQTensor
 from quantlab.codebook import CodebookTensor
 from quantlab.files import write_whole
@@ -35,8 +36,8 @@ def save_tensors(path, tensors: dict[str, Storable]) -> int:
     Raises: ValueError if a tensor is of no kind or dtype known here, or two names collide; FileNotFoundError if there
     is no such folder.
     """
-    parts, settings = {}, {}
-    for name, tensor in tensors.items():
+    path, parts, settings = check_path(path), {}, {}
+    for name, tensor in check_kind(tensors, "tensors", Mapping, '{"name": tensor}').items():
         kind, own, settings[name] = _take_apart(name, tensor)
         settings[name] |= {"kind": kind, "parts": list(own)}
         for part, value in own.items():
@@ -67,7 +68,7 @@ def read_parts(path) -> tuple[dict, dict[str, Tensor]]:
 
     Raises: FileNotFoundError if there is no file, ValueError with its name if it is truncated or no safetensors file.
     """
-    path = Path(path)
+    path = check_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     try:

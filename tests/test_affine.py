@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slow import quantize_by_hand
 
 from quantlab import QParams, choose_qparams, dequantize, fake_quantize, quantize
+from quantlab.plain import quantize_by_hand
 
 GRIDS = {"int8": (-128, 127), "uint8": (0, 255), "int4": (-8, 7), "uint2": (0, 3), "narrow": (-127, 127)}
 

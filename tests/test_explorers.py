@@ -21,8 +21,9 @@ from quantlab.blocks import PerAxis, PerGroup, PerTensor
 from quantlab.codebook import nf4_levels, quantize_codebook
 from quantlab.explorers import data
 from quantlab.floats import FP4_E2M1, round_to
-from quantlab.gptq import Hessian, gptq_quantize, gptq_steps
+from quantlab.gptq import gptq_quantize, gptq_steps
 from quantlab.granularity import quantize_tensor
+from quantlab.hessian import Hessian
 from quantlab.linear import DynamicInt8Linear, StaticInt8Linear
 from quantlab.lm import DATA, generate, load_lm
 from quantlab.metrics import mse, sqnr_db

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from slow import plain_gptq
 
-from quantlab import Hessian, PerAxis, PerGroup, gptq_quantize, quantize_tensor
+from quantlab import Hessian, PerAxis, PerGroup, gptq_quantize, plain, quantize_tensor
 from quantlab.gptq import factorize, gptq_steps, obq_steps
 
 
@@ -26,7 +25,7 @@ def test_codes_equal_the_plain_algorithm(bits, group_size, act_order):
     weight, hessian = weight.double(), Hessian(200).add(x)
     how = {"bits": bits, "group_size": group_size, "act_order": act_order}
     q = gptq_quantize(weight, hessian, **how)
-    codes, _, _, values = plain_gptq(weight, hessian.matrix, **how)
+    codes, _, _, values = plain.gptq(weight, hessian.matrix, **how)
     assert torch.equal(q.codes.double(), codes)
     torch.testing.assert_close(q.dequantize(), values, rtol=1e-6, atol=1e-7)
 
@@ -38,14 +37,14 @@ def test_symmetric_codes_equal_the_plain_algorithm(act_order):
     weight, x = layer()
     weight, hessian = weight.double(), Hessian(200).add(x)
     q = gptq_quantize(weight, hessian, bits=4, symmetric=True, act_order=act_order)
-    codes, _, _, _ = plain_gptq(weight, hessian.matrix, bits=4, symmetric=True, act_order=act_order)
+    codes, _, _, _ = plain.gptq(weight, hessian.matrix, bits=4, symmetric=True, act_order=act_order)
     assert torch.equal(q.codes.double(), codes)
 
 
 def test_float32_weights_give_nearly_the_same_codes():
     weight, x = layer(rows=256, columns=256)
     hessian = Hessian(256).add(x)
-    codes, _, _, _ = plain_gptq(weight.double(), hessian.matrix, bits=4, group_size=128)
+    codes, _, _, _ = plain.gptq(weight.double(), hessian.matrix, bits=4, group_size=128)
     same = gptq_quantize(weight, hessian, bits=4, group_size=128).codes == codes
     assert same.double().mean() >= 0.999
 
@@ -120,7 +119,7 @@ def test_dead_columns_are_rounded_to_nearest_and_harm_nothing():
         q = gptq_quantize(weight.double(), Hessian(200).add(x), bits=4, act_order=act_order)
         nearest = quantize_tensor(weight, bits=4, granularity=PerAxis(0), symmetric=False)
         assert torch.equal(q.codes[:, 50:60], nearest.codes[:, 50:60])
-        codes, *_ = plain_gptq(weight, Hessian(200).add(x).matrix, bits=4, act_order=act_order)
+        codes, *_ = plain.gptq(weight, Hessian(200).add(x).matrix, bits=4, act_order=act_order)
         assert torch.equal(q.codes.double(), codes)
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
 
 from quantlab import PerAxis, PerGroup, lm, mixed, quantize_tensor
-from quantlab.gptq import Hessian, gptq_quantize
+from quantlab.gptq import gptq_quantize
+from quantlab.hessian import Hessian
 from quantlab.modules import put_weight
 
 SMALL = {"vocab_size": 97, "num_hidden_layers": 3, "hidden_size": 24, "num_attention_heads": 4}

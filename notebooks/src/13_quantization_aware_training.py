@@ -405,16 +405,15 @@ for bits, new in qat_models.items():
     for key, layer in linear_layers(new).items():
         layer.weight.data = packed[bits][key].dequantize()
 # %% tags=["nbval-ignore-output"]
-from dataclasses import replace
-
 from quantlab import ledger
 
 text = token_stream(its_tokenizer, load_text("eval"))[:4096]
 # round-to-nearest and GPTQ: rows of the reference ledger, notebooks 06 and 10, on the same tokens
 rows = [row for row in ledger.read(DATA / "ledger.csv") if row.method in ("rtn", "gptq") and row.group == "128"]
 for bits, new in qat_models.items():
-    row = ledger.measure(base, new, text, method="qat", bits=bits, group="128", qtensors=packed[bits])
-    rows.append(replace(row, seconds=logs[bits]["cpu_seconds"], calibration_tokens=tokens_read[bits]))
+    rows.append(ledger.measure(
+        base, new, text, method="qat", bits=bits, group="128", qtensors=packed[bits],
+        seconds=logs[bits]["cpu_seconds"], calibration_tokens=tokens_read[bits]))
     ledger.append(rows[-1])
 rows = sorted((row for row in rows if row.bits < 8), key=lambda row: (-row.bits, -row.kl))
 ledger.Table(rows)

@@ -379,16 +379,14 @@ def trained(run):
         layer.weight.data = packed[name].dequantize()
     return new, packed
 # %% tags=["nbval-ignore-output"]
-from dataclasses import replace
-
 runs = {("lsq finer", 3): "lsq/lsq3_finer", ("lsq finer", 2): "lsq/lsq2_finer", ("lsq", 2): "lsq/lsq2",
         ("ternary", 2): "ternary/ternary", ("binary", 1): "binary/binary"}
 rows = {"float": next(row for row in known if row.method == "float")}
 for (method, bits), run in runs.items():
-    new, packed = trained(run)
-    row, made = ledger.measure(base, new, text, method=method, bits=bits, group="128", qtensors=packed), log(run)
-    read = made["steps"] * made["batch"] * made["window"]
-    rows[method, bits] = replace(row, seconds=made["cpu_seconds"], calibration_tokens=read)
+    (new, packed), made = trained(run), log(run)
+    rows[method, bits] = ledger.measure(
+        base, new, text, method=method, bits=bits, group="128", qtensors=packed, seconds=made["cpu_seconds"],
+        calibration_tokens=made["steps"] * made["batch"] * made["window"])
     ledger.append(rows[method, bits])
 assert rows["lsq finer", 2].perplexity < rows["float"].perplexity
 ledger.Table(list(rows.values()))

@@ -370,7 +370,6 @@ f"rank 1 has {share:.0%} of rank 16's gain, in nats; each doubling adds {', '.jo
 import copy
 
 from quantlab.lm import divergence, model_bytes
-from quantlab.linear import PackedLinear
 from quantlab.train.lora import merge, nf4_linear
 
 graft = add_lora(model, rank=8)
@@ -382,7 +381,7 @@ kinds = {"adapters beside NF4": learner, "merged, 16 bits": half, "merged, NF4 a
 # %% tags=["nbval-ignore-output"]
 cost = {}
 for name, one in kinds.items():
-    size = model_bytes(one, {n: m for n, m in one.named_modules() if isinstance(m, PackedLinear)})
+    size = model_bytes(one)
     cost[name] = divergence(learner, one, held, window=128), perplexity(one, held, window=128), size
     print(f"{name:24} {size / 1e6:.2f} MB   KL {cost[name][0].kl:.5f}   perplexity {cost[name][1].value:.1f}")
 # %% tags=["nbval-ignore-output"]
@@ -437,13 +436,10 @@ print(f"stories we measure on: {before['stories'].value:.0f} -> {own.value:.0f},
 # The workbook's usual row, on the usual stories: it says how far teaching has moved the model, not what it
 # gave. (The last columns are the seconds and the tokens of training.)
 # %% tags=["nbval-ignore-output"]
-from dataclasses import replace
-
 from quantlab import ledger
 
-packed_layers = {n: m for n, m in learner.named_modules() if isinstance(m, PackedLinear)}
-row = ledger.measure(model, learner, stories, method="qlora", bits=4, group="64", qtensors=packed_layers)
-row = replace(row, seconds=history.seconds, calibration_tokens=40 * 8 * 128)  # of training
+row = ledger.measure(model, learner, stories, method="qlora", bits=4, group="64",
+                     seconds=history.seconds, calibration_tokens=40 * 8 * 128)  # of training
 ledger.append(row)
 assert row.kl > 5 * kl["rank 0"]
 ledger.Table([row])

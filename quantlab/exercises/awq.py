@@ -5,8 +5,8 @@ import torch
 from quantlab.awq import awq_search, keep_columns, scale_and_round
 from quantlab.checks import Exercise, expect
 from quantlab.exercises.material import layer_with_peaks, planted_layer
-from quantlab.gptq import Hessian
 from quantlab.granularity import PerAxis, PerGroup, quantize_tensor
+from quantlab.hessian import Hessian
 
 
 def keep_solution(weight, rounded, x, share):

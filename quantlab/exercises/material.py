@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from quantlab.gptq import Hessian
+from quantlab.hessian import Hessian
 
 # Two children's stories: one to calibrate on, one to measure on.
 CHINESE = (

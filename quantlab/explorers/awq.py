@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from quantlab.awq import ScaledQTensor, scale_and_round, scales_of
 from quantlab.explorers.base import Explorer, bind, figure
 from quantlab.explorers.data import evenly, relative_error
-from quantlab.gptq import Hessian, check_weight
+from quantlab.hessian import Hessian, check_weight
 from quantlab.plots import ERROR, FLOAT, OTHER, QUANTIZED
 
 ALPHAS = tuple(i / 20 for i in range(21))

@@ -14,8 +14,8 @@ from quantlab.codebook import fp4_levels, kmeans_levels, nf4_levels, normalize_b
 from quantlab.explorers.base import Explorer, bind
 from quantlab.explorers.data import check_layer
 from quantlab.explorers.drawing import draw_uprights, upright
-from quantlab.gptq import Hessian
 from quantlab.granularity import PerGroup, quantize_tensor
+from quantlab.hessian import Hessian
 from quantlab.metrics import sqnr_db
 from quantlab.plots import FLOAT, QUANTIZED
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from quantlab.explorers.base import Explorer, bind, figure
 from quantlab.explorers.data import relative_error
-from quantlab.gptq import Hessian, gptq_quantize, gptq_steps
+from quantlab.gptq import gptq_quantize, gptq_steps
 from quantlab.granularity import QTensor, quantize_tensor, rows_or_groups
+from quantlab.hessian import Hessian
 from quantlab.plots import ERROR, QUANTIZED
 
 _SIZES = (128, 64, 32, 16)

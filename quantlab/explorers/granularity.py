@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 
 from quantlab.explorers.base import Explorer, bind, figure
 from quantlab.explorers.data import check_layer, relative_error
-from quantlab.gptq import Hessian
 from quantlab.granularity import PerAxis, PerGroup, PerTensor, quantize_tensor
+from quantlab.hessian import Hessian
 from quantlab.plots import FLOAT, QUANTIZED
 
 _BITS = range(2, 9)

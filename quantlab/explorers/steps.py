@@ -13,8 +13,8 @@ from quantlab.blocks import from_blocks, mean_magnitude, to_blocks
 from quantlab.explorers.base import Explorer, bind, figure
 from quantlab.explorers.data import check_layer
 from quantlab.explorers.drawing import draw_ring
-from quantlab.gptq import Hessian
 from quantlab.granularity import PerGroup
+from quantlab.hessian import Hessian
 from quantlab.plots import CLIPPED, ERROR, FLOAT, OTHER, QUANTIZED
 from quantlab.train.few_levels import pack_ternary, quantize_binary, quantize_ternary
 from quantlab.train.lsq import LSQ

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantlab.affine import QParams, choose_qparams, fake_quantize, quantize
-from quantlab.arguments import check_int, check_real
+from quantlab.arguments import check_choice, check_codes, check_int, check_real, check_tensor, kind
 from quantlab.granularity import PerAxis, quantize_tensor
 from quantlab.linear.packed import KeepsScales
 from quantlab.modules import check_linear, weight_of
@@ -33,7 +33,7 @@ def int_linear(x_codes: Tensor, x_zero, w_codes: Tensor, w_zero=0) -> Tensor:
     [[4]]
     """
     for name, codes in (("x_codes", x_codes), ("w_codes", w_codes)):
-        if codes.is_floating_point() or codes.is_complex() or codes.ndim != 2:
+        if check_codes(codes, name).ndim != 2:
             raise ValueError(f"{name} must be a matrix of integers, got {codes.dtype} {tuple(codes.shape)}")
     if x_codes.shape[1] != w_codes.shape[1]:
         raise ValueError(f"x_codes has {x_codes.shape[1]} features, w_codes {w_codes.shape[1]}")
@@ -51,7 +51,7 @@ def int_linear(x_codes: Tensor, x_zero, w_codes: Tensor, w_zero=0) -> Tensor:
 def _check_zero(zero, name: str, shape: tuple) -> None:
     if not isinstance(zero, Tensor):
         check_int(zero, name)
-    elif zero.is_floating_point() or (zero.numel() != 1 and zero.shape != shape):
+    elif check_codes(zero, name).numel() != 1 and zero.shape != shape:
         raise ValueError(
             f"{name} must be a whole number, or whole numbers {shape}, got {zero.dtype} {tuple(zero.shape)}"
         )
@@ -114,7 +114,7 @@ class Int8Linear(KeepsScales):
         return self._layer(x, self._simulated)
 
     def _layer(self, x: Tensor, way) -> Tensor:
-        if x.shape[-1:] != (self.in_features,) or x.numel() == 0 or not x.is_floating_point():
+        if check_tensor(x).shape[-1:] != (self.in_features,) or x.numel() == 0 or not x.is_floating_point():
             raise ValueError(f"x must be floats of {self.in_features} features, got {x.dtype} {tuple(x.shape)}")
         y = way(x.reshape(-1, self.in_features).float())
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
@@ -169,9 +169,7 @@ class DynamicInt8Linear(Int8Linear):
 
     def __init__(self, linear: nn.Linear, *, per: str = "tensor", activation_bits: int = 8):
         super().__init__(linear, activation_bits)
-        if per not in ("tensor", "token"):
-            raise ValueError(f'per must be "tensor" or "token", got {per!r}')
-        self.per = per
+        self.per = check_choice(per, "per", ("tensor", "token"))
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, per: str = "tensor", activation_bits: int = 8) -> "DynamicInt8Linear":
@@ -194,6 +192,8 @@ class StaticInt8Linear(Int8Linear):
 
     def __init__(self, linear: nn.Linear, observer, *, activation_bits: int = 8):
         super().__init__(linear, activation_bits)
+        if not hasattr(observer, "min_max"):
+            raise ValueError(f"observer must have min_max(), as those of quantlab.observers, got {kind(observer)}")
         qp = choose_qparams(*observer.min_max(), qmin=0, qmax=2**self.activation_bits - 1)
         self.register_buffer("input_scale", qp.scale)
         self.register_buffer("input_zero_point", qp.zero_point)

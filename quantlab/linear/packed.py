@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantlab.arguments import check_tensor, kind
+from quantlab.arguments import check_kind, check_real, check_tensor
 from quantlab.blocks import Granularity, PerGroup
 from quantlab.granularity import quantize_tensor
 from quantlab.modules import check_linear, weight_of
@@ -37,8 +37,11 @@ class PackedLinear(KeepsScales):
 
     def __init__(self, q: Quantized, bias: Tensor | None = None):
         super().__init__()
-        if not isinstance(q, Quantized) or len(q.shape) != 2:
-            raise ValueError(f"need a quantized weight (out, in), got {tuple(getattr(q, 'shape', ())) or kind(q)}")
+        if len(check_kind(q, "q", Quantized, "quantize_tensor gives").shape) != 2:
+            raise ValueError(f"need a quantized weight (out, in), got shape {tuple(q.shape)}")
+        bias = bias if bias is None else check_real(bias, "bias")
+        if bias is not None and bias.shape != q.shape[:1]:
+            raise ValueError(f"a bias {tuple(bias.shape)} does not fit a weight {tuple(q.shape)}")
         self.out_features, self.in_features = q.shape
         self._of, self._settings, self._names = type(q), q.settings(), {}
         for part, value in q.parts().items():
@@ -52,7 +55,9 @@ class PackedLinear(KeepsScales):
     ) -> "PackedLinear":
         """A new layer with linear's weight rounded to nearest (default: groups of 128); linear is not changed."""
         weight = weight_of(check_linear(linear)).contiguous()
-        q = quantize_tensor(weight, bits=bits, granularity=granularity or PerGroup(128), symmetric=symmetric)
+        q = quantize_tensor(
+            weight, bits=bits, granularity=PerGroup(128) if granularity is None else granularity, symmetric=symmetric
+        )
         return cls(q, linear.bias)
 
     @property
@@ -92,7 +97,8 @@ WeightOnlyLinear = PackedLinear  # the public name of the same layer
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
     """The packed layers of a model by full name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
+    of = check_kind(model, "model", nn.Module)
+    return {name: m for name, m in of.named_modules() if isinstance(m, PackedLinear)}
 
 
 class _Decoding(torch.autograd.Function):

@@ -1,16 +1,17 @@
 """Running the blocks of a model one by one: their inputs, and hooks on the layers inside."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 from torch import Tensor, nn
 
-from quantlab.gptq import Hessian
+from quantlab.hessian import Hessian
 from quantlab.lm.layers import blocks_of
 from quantlab.modules import hooked, linears_in
 
 
 class Stop(Exception):
-    """Ends a forward pass once the first block's input is known."""
+    """Ends a forward pass once all that is asked of it is known."""
 
 
 def block_inputs(model, tokens: Tensor, window: int) -> tuple[list[Tensor], list[dict]]:
@@ -21,7 +22,7 @@ def block_inputs(model, tokens: Tensor, window: int) -> tuple[list[Tensor], list
     _, blocks = blocks_of(model)
     hidden, arguments = [], [{} for _ in blocks]
 
-    def remember(i):
+    def record(i):
         def hook(_block, inputs, keywords):
             arguments[i].update(keywords)
             if i == 0:
@@ -31,16 +32,10 @@ def block_inputs(model, tokens: Tensor, window: int) -> tuple[list[Tensor], list
 
         return hook
 
-    hooks = [b.register_forward_pre_hook(remember(i), with_kwargs=True) for i, b in enumerate(blocks)]
-    try:
+    with hooked({block: record(i) for i, block in enumerate(blocks)}, with_kwargs=True):
         for ids in whole_windows(tokens, window):
-            try:
+            with suppress(Stop):
                 model(ids.to(model.device), use_cache=False)
-            except Stop:
-                pass
-    finally:
-        for hook in hooks:
-            hook.remove()
     return hidden, arguments
 
 
@@ -50,20 +45,21 @@ def whole_windows(tokens: Tensor, window: int) -> Iterator[Tensor]:
     return iter(tokens[: count * window].view(count, 1, window) if count else tokens[None, None])
 
 
-def first(output):
+def hidden_of(output) -> Tensor:
+    """The hidden state that a block gives out; some blocks give a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 
 def run(block, hidden: list[Tensor], arguments: dict) -> Iterator[Tensor]:
     """What the block gives out for each batch, one at a time."""
     for h in hidden:
-        yield first(block(h, **arguments))
+        yield hidden_of(block(h, **arguments))
 
 
 def advance(block, hidden: list[Tensor], arguments: dict) -> None:
     """hidden becomes what the block gives out, one batch after the other: two lists of them are never held."""
     for k, h in enumerate(hidden):
-        hidden[k] = first(block(h, **arguments))
+        hidden[k] = hidden_of(block(h, **arguments))
 
 
 def input_hessians(block, hidden: list[Tensor], arguments: dict) -> list[tuple[dict[str, nn.Module], Hessian]]:
@@ -104,7 +100,5 @@ def _add_batches(block, hidden: list[Tensor], arguments: dict, hessians: dict[nn
 
     with hooked({layer: add(hessian) for layer, hessian in hessians.items()}):
         for h in hidden:
-            try:
+            with suppress(Stop):
                 block(h, **arguments)
-            except Stop:
-                pass

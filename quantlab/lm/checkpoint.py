@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from quantlab.arguments import check_path
 from quantlab.files import read_json, write_json
 from quantlab.lm.report import LayerReport
 from quantlab.storage import load_tensors, save_tensors
@@ -61,7 +62,9 @@ def open_checkpoint(folder, model, tokens: Tensor, what: dict) -> Checkpoint:
 
     Raises: ValueError if the folder holds another walk, or files that are not of a walk.
     """
-    folder = Path(folder)
+    folder = check_path(folder, "checkpoint")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"checkpoint must be a folder, and {folder} is a file")
     folder.mkdir(parents=True, exist_ok=True)
     # As JSON gives it back: a tuple becomes a list
     wanted = json.loads(json.dumps(what | {"model": fingerprint(model), "tokens": hash_tensors({"tokens": tokens})}))

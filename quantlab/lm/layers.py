@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from quantlab.arguments import check_model
+from quantlab.arguments import check_kind, check_list, check_model
 from quantlab.lm.measuring import checked_windows
 from quantlab.modules import evaluating, hooked, is_linear
 
@@ -37,8 +37,9 @@ def capture_inputs(model, tokens: Tensor, layers, *, window: int = 512) -> dict[
     Raises: ValueError if the model has no layer of that name.
     """
     window, _ = checked_windows(model, tokens, window, None)
-    modules, caught = dict(model.named_modules()), {name: [] for name in layers}
-    for name in caught:
+    modules, caught = dict(model.named_modules()), {}
+    for name in check_list(layers, "layers"):
+        caught[check_kind(name, "the name of a layer", str)] = []
         if name not in modules:
             raise ValueError(f"the model has no layer {name!r}; linear_layers(model) lists them")
 

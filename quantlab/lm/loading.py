@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from quantlab.arguments import check_kind, check_list, check_path
 from quantlab.storage import read_names
 
 DATA = Path(__file__).resolve().parent.parent.parent / "data"
@@ -24,14 +25,12 @@ def load_lm(name_or_path: str = "bundled"):
     Raises: FileNotFoundError if there is no such folder, or the hub cannot give the model (offline, or unknown);
     ValueError if the folder was written by save_quantized, or its weights are damaged.
     """
-    name = str(name_or_path)
+    name = str(check_path(name_or_path, "name_or_path"))
     if name == "bundled":
         name = os.environ.get("QUANTLAB_MODEL") or "bundled"
     folder = DATA / "model" if name == "bundled" else Path(name).expanduser()
     if name == "bundled" and not folder.is_dir():
-        raise FileNotFoundError(
-            f"no bundled model: {folder} is missing; get the workbook, the whole of it"
-        )
+        raise FileNotFoundError(f"no bundled model: {folder} is missing; get the workbook, the whole of it")
     if not name or not folder.is_dir():
         folder = _download(name)
     if not (folder / "config.json").is_file():
@@ -87,12 +86,14 @@ def read_documents(paths) -> list[str]:
     Raises: FileNotFoundError if a file is missing, ValueError if one holds no text.
     """
     documents = []
-    if isinstance(paths, str | Path):
-        paths = [paths]
-    for path in map(Path, paths):
+    for path in [paths] if isinstance(paths, str | Path) else check_list(paths, "paths"):
+        path = check_path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no text file {path}")
-        found = [d.strip() for d in path.read_text(encoding="utf-8-sig").split(SEPARATOR)]
+        try:
+            found = [d.strip() for d in path.read_text(encoding="utf-8-sig").split(SEPARATOR)]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is no UTF-8 text: {error}") from error
         if not any(found):
             raise ValueError(f"{path} holds no text")
         documents += [d for d in found if d]
@@ -106,13 +107,15 @@ def load_text(name: str) -> list[str]:
 
     Raises: FileNotFoundError if it is missing, ValueError if it holds no text.
     """
-    path = DATA / "text" / f"{name}.txt"
+    path = DATA / "text" / f"{check_path(name, 'name')}.txt"
     return read_documents([path if path.is_file() else name])
 
 
 def token_stream(tokenizer, documents) -> Tensor:
     """All documents as one row of ids, (tokens,) int64; the begin token, where the model has one, before each."""
-    documents = [documents] if isinstance(documents, str) else list(documents)
+    check_kind(tokenizer, "tokenizer", PreTrainedTokenizerBase, "load_lm gives")
+    documents = [documents] if isinstance(documents, str) else check_list(documents, "documents")
+    documents = [check_kind(document, "a document", str) for document in documents]
     if not documents:
         raise ValueError("there is no document to make tokens of")
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]

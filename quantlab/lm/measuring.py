@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantlab.arguments import check_int
+from quantlab.arguments import check_int, check_kind, check_model, check_number, check_tensor, kind
 from quantlab.lm.loading import token_stream
 from quantlab.metrics import kl_per_position
 from quantlab.modules import evaluating
@@ -83,9 +83,10 @@ def _longest(model) -> int:
 
 def checked_windows(model, tokens: Tensor, window: int, stride: int | None) -> tuple[int, int]:
     """Window and stride; a window that is longer than the model can read is cut to that."""
+    check_model(model)
     if not isinstance(tokens, Tensor) or tokens.ndim != 1 or len(tokens) < 2:
-        raise ValueError(f"need one row of at least 2 tokens, got {getattr(tokens, 'shape', type(tokens).__name__)}")
-    if tokens.dtype != torch.int64:
+        raise ValueError(f"need one row of at least 2 tokens, got {kind(tokens)}")
+    if check_tensor(tokens, "tokens").dtype != torch.int64:
         raise ValueError(f"tokens must be integers, int64, got {tokens.dtype}")
     least, most, vocabulary = int(tokens.min()), int(tokens.max()), model.config.vocab_size
     if least < 0 or most >= vocabulary:
@@ -129,7 +130,7 @@ def _ratio(sums: list, counts: list) -> tuple[float, float]:
 
 
 def generate(model, tokenizer, prompt: str = "", *, tokens: int = 120, temperature: float = 0.0, seed: int = 0) -> str:
-    """The prompt and how the model goes on, until it ends the text or `tokens` are said.
+    """The prompt and how the model goes on, until it ends the text or `tokens` are written.
 
     temperature divides the logits before sampling: 0 always takes the likeliest token, 1 samples from the
     model's own distribution. The same seed gives the same text.
@@ -137,13 +138,12 @@ def generate(model, tokenizer, prompt: str = "", *, tokens: int = 120, temperatu
     Raises: ValueError if temperature < 0, tokens < 1, there is no token to start from, or prompt and tokens together
     are longer than the model can read.
     """
-    if not 0 <= temperature < math.inf or tokens < 1:
-        raise ValueError(f"need temperature >= 0 and tokens >= 1, got {temperature} and {tokens}")
-    random = torch.Generator().manual_seed(seed)
-    start, longest = token_stream(tokenizer, [prompt]), _longest(model)
+    temperature, tokens = check_number(temperature, "temperature", low=0), check_int(tokens, "tokens", 1)
+    random = torch.Generator().manual_seed(check_int(seed, "seed", 0, 2**63))
+    start, longest = token_stream(tokenizer, check_kind(prompt, "prompt", str)), _longest(check_model(model))
     if not 1 <= len(start) <= longest - tokens:
         raise ValueError(f"need a prompt of 1..{longest - tokens} tokens before {tokens} more, got {len(start)}")
-    said, cache, ids = [], None, start[None].to(model.device)
+    written, cache, ids = [], None, start[None].to(model.device)
     with torch.no_grad(), evaluating(model):
         for _ in range(tokens):
             out = model(ids, past_key_values=cache, use_cache=True)
@@ -151,9 +151,9 @@ def generate(model, tokenizer, prompt: str = "", *, tokens: int = 120, temperatu
             token = _choose(logits, temperature, random)
             if token == tokenizer.eos_token_id:
                 break
-            said.append(token)
+            written.append(token)
             ids = torch.tensor([[token]], device=model.device)
-    return tokenizer.decode(start.tolist() + said, skip_special_tokens=True)
+    return tokenizer.decode(start.tolist() + written, skip_special_tokens=True)
 
 
 def _choose(logits: Tensor, temperature: float, random: torch.Generator) -> int:

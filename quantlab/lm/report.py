@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from quantlab.arguments import check_kind, check_model, check_path, kind
 from quantlab.files import write_whole
 from quantlab.methods import Method, plain
 
@@ -52,7 +53,7 @@ class QuantizeReport:
 
         Written whole or not at all. Raises: ValueError for another ending, FileNotFoundError if there is no folder.
         """
-        path = Path(path)
+        path = check_path(path)
         if path.suffix not in (".json", ".csv"):
             raise ValueError(f"a report is saved as .json or .csv, got {path.name!r}")
         write_whole(path, self._json() if path.suffix == ".json" else self._csv())
@@ -79,6 +80,10 @@ def model_bytes(model, qtensors: Mapping | None = None) -> int:
 
     qtensors are quantized weights by layer name; layers that hold packed or int8 weights count by themselves.
     """
-    packed = {name: m for name, m in model.named_modules() if hasattr(m, "nbytes")} | dict(qtensors or {})
+    given = {} if qtensors is None else check_kind(qtensors, "qtensors", Mapping, "the report of quantize_lm has")
+    for name, q in given.items():
+        if not hasattr(q, "nbytes"):
+            raise ValueError(f"qtensors[{name!r}] must be a quantized tensor or layer, got {kind(q)}")
+    packed = {n: m for n, m in check_model(model).named_modules() if hasattr(m, "nbytes")} | dict(given)
     others = (p for name, p in model.named_parameters() if name.removesuffix(".weight") not in packed)
     return sum(2 * p.numel() for p in others) + sum(q.nbytes for q in packed.values())

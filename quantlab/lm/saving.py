@@ -1,14 +1,13 @@
 """A quantized model as a folder that loads by itself: configuration, tokenizer, and one file of packed weights."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
-from quantlab.arguments import check_model
+from quantlab.arguments import check_flag, check_kind, check_model, check_path
 from quantlab.files import new_folder, settle
 from quantlab.linear import PackedLinear, packed_layers
 from quantlab.lm.layers import linear_layers
@@ -34,13 +33,14 @@ def save_quantized(folder, model, qtensors: Mapping | None = None, tokenizer=Non
 
     Raises: ValueError if a layer of qtensors does not exist or holds other weights, or if the folder holds other files.
     """
-    folder, stored = Path(folder), _stored(check_model(model), qtensors)
+    folder, stored = check_path(folder, "folder"), _stored(check_model(model), qtensors)
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if (there and WEIGHTS not in there) or folder.is_file():
         raise ValueError(f"{folder} exists and holds no quantized model; nothing was written")
     with new_folder(folder) as new:
         model.config.save_pretrained(new)
         if tokenizer is not None:
+            check_kind(tokenizer, "tokenizer", PreTrainedTokenizerBase, "load_lm gives")
             tokenizer.save_pretrained(new)
         size = save_tensors(new / WEIGHTS, stored)
         foreign = sorted(there - {path.name for path in new.iterdir()} - TOKENIZER_FILES)
@@ -57,7 +57,7 @@ def load_quantized(folder, *, packed: bool = False):
 
     Raises: FileNotFoundError if there is no such folder, ValueError if its weights are damaged or of another model.
     """
-    folder = Path(folder)
+    folder, packed = check_path(folder, "folder"), check_flag(packed, "packed")
     settle(folder)
     if not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"{folder} holds no {WEIGHTS}; load_lm loads models that are not quantized")
@@ -87,6 +87,8 @@ def _check_layers(model, qtensors: dict) -> None:
 
 def _stored(model, qtensors: Mapping | None) -> dict:
     """What goes into the file: the quantized weights by layer name, everything else by its own."""
+    if qtensors is not None:
+        check_kind(qtensors, "qtensors", Mapping, "the report of quantize_lm has")
     own, layers = _own_tensors(model), packed_layers(model)
     _check_layers(model, qtensors or {})
     quantized = dict(qtensors or {}) | {name: layer.q for name, layer in layers.items()}

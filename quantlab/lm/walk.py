@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from quantlab.arguments import check_model
-from quantlab.gptq import Hessian
+from quantlab.arguments import check_flag, check_kind, check_model, kind
+from quantlab.hessian import Hessian
 from quantlab.lm.blocks import advance, block_inputs, input_hessians
 from quantlab.lm.checkpoint import Checkpoint, open_checkpoint
 from quantlab.lm.integers import replace_block
@@ -46,8 +46,12 @@ def quantize_lm(
     Shapes: tokens (n,), cut into windows. Raises: ValueError for an unknown method or setting, a value that the method
     refuses, tokens that are missing or fewer than one window can use, or a checkpoint of another walk.
     """
-    method = method_of(method, **settings)
-    reads = method.needs_data if output_errors is None else output_errors or method.needs_data
+    method, progress, in_place = (
+        method_of(method, **settings),
+        check_flag(progress, "progress"),
+        check_flag(in_place, "in_place"),
+    )
+    reads = method.needs_data or (output_errors is not None and check_flag(output_errors, "output_errors"))
     window, tokens = _checked(model, tokens, window, reads)
     _check_walk(model, method, checkpoint, in_place)
     report = QuantizeReport(method, (len(tokens) // window * window or len(tokens)) if method.needs_data else 0)
@@ -70,10 +74,11 @@ def quantize_weights(model, quantizer: Callable[[Tensor], Quantized]) -> tuple[n
     quantizer gets a weight (out, in) and returns anything with dequantize() and nbytes: a QTensor, a CodebookTensor ...
     Nothing is calibrated; the given model is not changed; embeddings, norms and head stay as they are.
     """
-    float_layers(check_model(model))
-    new, qtensors = copy.deepcopy(model).eval(), {}
+    if not callable(quantizer) or isinstance(quantizer, nn.Module):
+        raise ValueError(f"quantizer must be a function of a weight, got {kind(quantizer)}")
+    new, qtensors = copy.deepcopy(check_model(model)).eval(), {}
     for name, layer in float_layers(new).items():
-        qtensors[name] = quantizer(weight_of(layer).clone())
+        qtensors[name] = check_kind(quantizer(weight_of(layer).clone()), "what quantizer returns", Quantized)
         put_weight(layer, qtensors[name].dequantize())
     return new, qtensors
 

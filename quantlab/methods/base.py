@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from quantlab.arguments import check_int
-from quantlab.gptq import Hessian
+from quantlab.arguments import check_flag, check_int
+from quantlab.hessian import Hessian
 from quantlab.linear import Int8Linear
 from quantlab.quantized import Quantized
 
@@ -67,6 +67,32 @@ class WeightMethod(Method):
         return "row" if self.group_size is None else str(self.group_size)
 
 
+@dataclass(frozen=True, kw_only=True)
+class GridMethod(WeightMethod):
+    """A WeightMethod whose codes are those of an affine grid."""
+
+    bits: int | Mapping[str, int] = 4  # of a code; or {layer: bits} for mixed precision
+    group_size: int | None = 128  # weights in a row that share a scale; None: one a row
+    symmetric: bool = False  # no zero points: the grid reaches equally far on both sides of 0
+
+    words: ClassVar[dict[str, str]] = {"symmetric": "symmetric"}
+
+    def __post_init__(self):
+        vars(self).update(
+            symmetric=check_flag(self.symmetric, "symmetric"),
+            group_size=None if self.group_size is None else check_int(self.group_size, "group_size", 1),
+        )
+        low = 2 if self.symmetric else 1
+        of = self.bits if isinstance(self.bits, Mapping) else {"": self.bits}
+        bits = {name: check_int(b, f"bits of {name}" if name else "bits", low, 8) for name, b in of.items()}
+        vars(self).update(bits=bits if isinstance(self.bits, Mapping) else bits[""])
+
+    @property
+    def grid(self) -> dict:
+        """bits, group_size and symmetric."""
+        return {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
+
+
 class IntegerMethod(Method):
     """Rounds weights and activations: puts a layer that computes in integers in the place of each linear layer."""
 
@@ -84,18 +110,6 @@ class IntegerMethod(Method):
     @property
     def ledger_bits(self) -> int:
         return 8
-
-
-def check_bits(bits, low: int = 1):
-    """bits as one int or {layer: int}, each low..8; ValueError otherwise."""
-    if isinstance(bits, Mapping):
-        return {name: check_int(b, f"bits of {name}", low, 8) for name, b in bits.items()}
-    return check_int(bits, "bits", low, 8)
-
-
-def check_group_size(group_size) -> int | None:
-    """group_size as an int, at least 1, or None for one scale a row."""
-    return None if group_size is None else check_int(group_size, "group_size", 1)
 
 
 def plain(value):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantlab.arguments import check_int, kind
+from quantlab.arguments import check_int, check_kind, check_list, kind
 from quantlab.blocks import Granularity, PerAxis, PerTensor, rows_or_groups
 from quantlab.linear import Int8Linear
 from quantlab.lm import linear_layers
@@ -106,13 +106,13 @@ def prepare_qat(
     Raises: ValueError for settings that a method does not take, a layer that is none, or a model without such layers.
     """
     settings = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "method": method}
-    new = copy.deepcopy(model).requires_grad_(False)
+    new = copy.deepcopy(check_kind(model, "model", nn.Module)).requires_grad_(False)
     modules = dict(new.named_modules())
-    names = list(linear_layers(new) if layers is None else layers)
+    names = list(linear_layers(new)) if layers is None else check_list(layers, "layers")
     if not names:
         raise ValueError(f"{type(model).__name__} has no float linear layers left; is it prepared already?")
     for name in names:
-        if name not in modules:
+        if not isinstance(name, str) or name not in modules:
             raise ValueError(f"the model has no layer {name!r}")
         inputs = {"activations": _of_layer(activations, name), "activation_bits": activation_bits}
         layer = FakeQuantLinear.from_linear(modules[name], **settings, **inputs)
@@ -122,7 +122,8 @@ def prepare_qat(
 
 def fake_quant_layers(model) -> dict[str, FakeQuantLinear]:
     """The layers that prepare_qat put in, by full name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, FakeQuantLinear)}
+    of = check_kind(model, "model", nn.Module)
+    return {name: m for name, m in of.named_modules() if isinstance(m, FakeQuantLinear)}
 
 
 def convert(model) -> tuple[nn.Module, dict[str, Quantized | Int8Linear]]:
@@ -135,7 +136,7 @@ def convert(model) -> tuple[nn.Module, dict[str, Quantized | Int8Linear]]:
 
     Raises: ValueError if there is no layer to convert, or its settings have no integer layer.
     """
-    new, qtensors = copy.deepcopy(model).eval().requires_grad_(False), {}
+    new, qtensors = copy.deepcopy(check_kind(model, "model", nn.Module)).eval().requires_grad_(False), {}
     for name, layer in fake_quant_layers(new).items():
         plain, qtensors[name] = layer.converted()
         new.set_submodule(name, plain.eval())

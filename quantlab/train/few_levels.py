@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantlab.arguments import check_codes, check_int, check_real, kind
+from quantlab.arguments import check_codes, check_int, check_real, check_tensor, kind
 from quantlab.blocks import from_blocks, mean_magnitude, to_blocks
 from quantlab.codebook import CodebookTensor
 from quantlab.granularity import Granularity, PerAxis, PerGroup, PerTensor, QTensor, symmetric_qtensor
@@ -24,7 +24,7 @@ def ternary(x: Tensor, granularity: Granularity | None = None) -> Tensor:
     >>> ternary(torch.tensor([0.1, -0.9, 0.4, 1.0])).tolist()
     [0.0, -0.6000000238418579, 0.6000000238418579, 0.6000000238418579]
     """
-    x, granularity = check_real(x), granularity or PerTensor()
+    x, granularity = check_real(x), PerTensor() if granularity is None else granularity
     codes, scale = _ternary_codes(x.detach(), granularity)
     return _PassThrough.apply(x, from_blocks(scale * codes, granularity, x.shape).to(x.dtype))
 
@@ -37,7 +37,7 @@ def quantize_ternary(x: Tensor, granularity: Granularity | None = None) -> QTens
     >>> quantize_ternary(torch.tensor([0.1, -0.9, 0.4, 1.0])).codes.tolist()
     [0, -1, 1, 1]
     """
-    x, granularity = check_real(x).detach(), granularity or PerTensor()
+    x, granularity = check_real(x).detach(), PerTensor() if granularity is None else granularity
     codes, scale = _ternary_codes(x, granularity)
     return symmetric_qtensor(x, codes, scale, 2, granularity)
 
@@ -61,7 +61,7 @@ def unpack_ternary(packed: Tensor, *, count: int) -> Tensor:
     >>> unpack_ternary(torch.tensor([156, 122], dtype=torch.uint8), count=6).tolist()
     [-1, 0, 1, 1, 0, 1]
     """
-    if not isinstance(packed, Tensor) or packed.dtype != torch.uint8:
+    if check_tensor(packed, "packed").dtype != torch.uint8:
         raise ValueError(f"packed must be uint8, got {kind(packed)}")
     if packed.numel() and packed.max() > 242:
         raise ValueError(f"five ternary codes make 0..242, got {packed.max().item()}")
@@ -82,7 +82,7 @@ def binary(x: Tensor, granularity: Granularity | None = None) -> Tensor:
     >>> binary(torch.tensor([0.0, -0.5, 1.0])).tolist()
     [0.5, -0.5, 0.5]
     """
-    x, granularity = check_real(x), granularity or PerTensor()
+    x, granularity = check_real(x), PerTensor() if granularity is None else granularity
     scale = mean_magnitude(x.detach(), granularity).float()
     value = torch.where(to_blocks(x.detach(), granularity) < 0, -scale, scale)
     return _PassThrough.apply(x, from_blocks(value, granularity, x.shape).to(x.dtype))
@@ -99,7 +99,7 @@ def quantize_binary(x: Tensor, granularity: Granularity | None = None) -> Codebo
     >>> q.codes.tolist(), q.absmax.tolist()
     ([[1, 0, 1, 1]], [0.25, 2.75])
     """
-    x, granularity = check_real(x).detach(), granularity or PerTensor()
+    x, granularity = check_real(x).detach(), PerTensor() if granularity is None else granularity
     size = to_blocks(x, granularity).shape[1]
     if isinstance(granularity, PerGroup) and x.shape[-1] % size:
         raise ValueError(

@@ -57,7 +57,6 @@ def nf4_model(model, *, block_size: int = 64, double_quant: bool = True):
 
     Raises: ValueError if the model has no float linear layers in its blocks.
     """
-    float_layers(model)
     new = copy.deepcopy(model).eval().requires_grad_(False)
     for name, layer in float_layers(new).items():
         new.set_submodule(name, nf4_linear(layer, block_size=block_size, double_quant=double_quant))

@@ -42,10 +42,16 @@ class LSQ(Rounding):
     ):
         super().__init__()
         x = check_real(x).detach()
-        self.granularity, self.mask = granularity or PerTensor(), check_choice(mask, "mask", ("value", "code"))
+        self.granularity = PerTensor() if granularity is None else granularity
+        self.mask = check_choice(mask, "mask", ("value", "code"))
         self.qmin, self.qmax = code_range(bits, symmetric=True)
         self.bits = self.qmax.bit_length() + 1
-        start = 2 * mean_magnitude(x, self.granularity) / math.sqrt(self.qmax) * check_number(start, "start", above=0)
+        start = (
+            2
+            * mean_magnitude(x, self.granularity)
+            / math.sqrt(self.qmax)
+            * check_number(start, "start", above=0, high=1000)
+        )
         self.step = nn.Parameter(start.clamp(min=SMALLEST_SCALE).float())
         self.register_buffer("gradient_scale", (block_sizes(x, self.granularity) * self.qmax).rsqrt().float())
 
