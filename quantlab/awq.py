@@ -124,8 +124,10 @@ def awq_search(
     Shapes: weight (out, in), x (..., in). Raises: ValueError if the shapes do not fit, values are not finite, or bits
     or group_size are refused by quantize_tensor.
     """
-    if check_real(x).ndim == 0 or check_real(weight, "weight").ndim != 2 or x.shape[-1] != weight.shape[-1]:
-        raise ValueError(f"need a weight (out, in) and inputs (.., in), got {tuple(weight.shape)} and {tuple(x.shape)}")
+    if check_real(weight, "weight").ndim != 2:
+        raise ValueError(f"need a weight (out, features), got shape {tuple(weight.shape)}")
+    if check_real(x).ndim == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"need inputs of {weight.shape[1]} features, got shape {tuple(x.shape)}")
     hessian = Hessian(x.shape[-1]).add(x)
     search = search_scales([weight], hessian, bits=bits, group_size=group_size, symmetric=symmetric, steps=steps)
     return scale_and_round(weight, search.input_scale, bits=bits, group_size=group_size, symmetric=symmetric), search
