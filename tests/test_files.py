@@ -43,7 +43,7 @@ def test_a_folder_that_is_not_there_is_not_made(tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder"):
         write_whole(tmp_path / "typo" / "x", "text")
     with pytest.raises(FileNotFoundError, match="no folder"):
-        ledger.append(None, tmp_path / "typo" / "deep" / "ledger.csv")
+        ledger.append(ledger.read(ROOT / "data/ledger.csv")[0], tmp_path / "typo" / "deep" / "ledger.csv")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -428,8 +428,8 @@ def test_nvfp4_scales_finer_than_mx():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: round_to(torch.tensor([1]), FP16), "floating-point tensor, got torch.int64"),
-        (lambda: round_to([1.0], FP16), "floating-point tensor, got list"),
+        (lambda: round_to(torch.tensor([1]), FP16), "x must be floating point, got torch.int64"),
+        (lambda: round_to([1.0], FP16), "x must be a tensor, got"),
         (lambda: round_to(torch.tensor([math.nan]), FP4_E2M1), "no code for NaN"),
         (lambda: round_to(torch.tensor([1.0]), FP4_E2M1, saturate=False), "only saturate"),
         (lambda: round_to(torch.tensor([1.0]), torch.float16), "must be a FloatFormat"),

@@ -76,7 +76,7 @@ def test_the_four_terms_are_the_sum_of_products(tokens, features, outputs, seed)
 
 def test_int_linear_refuses_what_has_no_exact_answer():
     ones = torch.ones(1, 4, dtype=torch.int32)
-    with pytest.raises(ValueError, match="matrix of integers"):
+    with pytest.raises(ValueError, match="x_codes must be integers, got torch.float32"):
         int_linear(ones.float(), 0, ones)
     with pytest.raises(ValueError, match="4 features, w_codes 3"):
         int_linear(ones, 0, ones[:, :3])

@@ -244,7 +244,7 @@ def test_generate_is_greedy_seeded_and_ends():
     assert greedy == tokenizer.decode(ids, skip_special_tokens=True)
     warm = [lm.generate(model, tokenizer, "The", tokens=20, temperature=1.0, seed=s) for s in (0, 0, 1)]
     assert warm[0] == warm[1] != warm[2]
-    with pytest.raises(ValueError, match="temperature >= 0"):
+    with pytest.raises(ValueError, match="temperature must be at least 0, got -1"):
         lm.generate(model, tokenizer, "The", temperature=-1)
 
 
@@ -373,7 +373,7 @@ def test_training_mode_is_put_aside_and_put_back():
 def test_tokens_of_another_model_are_refused():
     with pytest.raises(ValueError, match=r"0..96, got .*another model's tokenizer"):
         lm.perplexity(random_model("llama"), random_tokens(50) + 60)
-    with pytest.raises(ValueError, match="got list"):
+    with pytest.raises(ValueError, match=r"got \[1, 2, 3\]"):
         lm.perplexity(random_model("llama"), [1, 2, 3])
 
 
@@ -388,7 +388,7 @@ def test_generate_refuses_more_than_the_model_can_read():
     model, tokenizer = lm.load_lm(str(lm.DATA / "model"))
     with pytest.raises(ValueError, match="need a prompt of"):
         lm.generate(model, tokenizer, "Once", tokens=512)
-    with pytest.raises(ValueError, match="temperature >= 0"):
+    with pytest.raises(ValueError, match="temperature must be a finite number, got nan"):
         lm.generate(model, tokenizer, "Once", temperature=float("nan"))
 
 
