@@ -66,7 +66,7 @@ def smoothing_scales(largest_x: Tensor, layers: list[nn.Module], alpha: float) -
         raise ValueError("no layers to smooth the input of")
     largest_w = torch.stack([weight_of(layer).abs().amax(0) for layer in layers]).amax(0).float()
     if largest_x.shape != largest_w.shape:
-        raise ValueError(f"activation scales {tuple(largest_x.shape)} for {len(largest_w)} input channels")
+        raise ValueError(f"{largest_x.numel()} activation scales for {len(largest_w)} input channels")
     s = largest_x.float() ** alpha / largest_w ** (1 - alpha)
     return torch.where((largest_x > 0) & (largest_w > 0), s, torch.ones_like(s)).clamp(1e-5, 1e5)
 
