@@ -254,11 +254,9 @@ ledger.Table([row])
 #   token.
 # - **bits, group**: the settings of a quantizer; 32 and - for the float model as it computes.
 # - **bits/w, kB**: of the file, scales and all; 16 bits a weight here.
-# - **prefill, decode**: time to read and to write, over the float model's, ± its spread over some rounds.
-# - **s, tokens**: seconds to quantize (or train), and the tokens it looked at.
-#
-# A dash is a number that was not measured. Here it is time: a model that computes as the float model does
-# takes as long.
+# - **prefill, decode**: time to read and to write, over the float model's; ± the spread of some rounds. A dash:
+#   not measured, since a model that computes as the float model does takes as long.
+# - **s, tokens**: seconds to quantize (or train), and the tokens that this looked at.
 #
 # ## 7. Myth: "FP32 to INT8 is 8 times smaller"
 # **Predict** the factor, for one layer and for the whole model. A quantized layer also stores a scale
