@@ -31,12 +31,19 @@ def check_int(value, name: str, low: int | None = None, high: int | None = None)
     return number
 
 
-def check_number(value, name: str, *, above: float | None = None, low: float = -math.inf, high: float = math.inf):
-    """The value as an int or float; ValueError unless it is a finite number (no bool) above `above`, in low..high."""
+def check_number(
+    value, name: str, *, above: float | None = None, low: float = -math.inf, high: float = math.inf,
+    infinite: bool = False,
+):  # fmt: skip
+    """The value as an int or float; ValueError unless it is a number (no bool) above `above`, in low..high.
+
+    It must be finite, unless infinite, which lets infinity through.
+    """
     is_scalar = getattr(value, "ndim", None) == 0 and not _is_meta(value)  # numpy's or torch's
     number = value.item() if is_scalar else value
-    if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
-        raise ValueError(f"{name} must be a finite number, got {kind(value)}")
+    known = isinstance(number, int | float) and not isinstance(number, bool) and not math.isnan(number)
+    if not known or (math.isinf(number) and not infinite):
+        raise ValueError(f"{name} must be a {'' if infinite else 'finite '}number, got {kind(value)}")
     if (above is not None and not number > above) or not low <= number <= high:
         parts = [f"above {above:g}"] if above is not None else []
         parts += [f"at least {low:g}"] if low > -math.inf else []
@@ -122,7 +129,7 @@ def check_model(model, name: str = "model", *, values: bool = True) -> nn.Module
         raise ValueError(f"{name} must be a model, got the name {model!r}; pass load_lm({model!r})[0]")
     if isinstance(model, tuple):
         raise ValueError(f"{name} must be a model, got a tuple; model, tokenizer = load_lm() gives both")
-    if not isinstance(model, nn.Module) or not hasattr(getattr(model, "config", None), "vocab_size"):
+    if not isinstance(model, nn.Module) or not hasattr(getattr(model, "config", None), "num_hidden_layers"):
         raise ValueError(f"{name} must be a language model of transformers, got {kind(model)}")
     if values and next(model.parameters()).is_meta:
         raise ValueError(f"{name} is on the meta device: its parameters have no values")

@@ -112,7 +112,7 @@ class LLMInt8Linear(Int8Linear):
 
     def __init__(self, linear: nn.Linear, *, threshold: float = 6.0):
         super().__init__(linear)
-        self.threshold = check_number(threshold, "threshold", above=0)
+        self.threshold = check_number(threshold, "threshold", above=0, infinite=True)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, threshold: float = 6.0) -> "LLMInt8Linear":

@@ -1,6 +1,7 @@
 """Outliers: planting and smoothing leave the float model's outputs alone; LLM.int8() against its definition."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -243,7 +244,7 @@ def test_llm_int8_edges():
     assert int8.nbytes == 10 * 32 + 10 * 4
     assert (int8.kernel == "oneDNN") == (kernel_status() == "exact")
     for bad in (0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match="threshold must be (above 0, got|a finite number, got)"):
+        with pytest.raises(ValueError, match="threshold must be (above 0, got|a number, got)"):
             LLMInt8Linear.from_linear(layer, threshold=bad)
     x[0, 0] = float("nan")
     with pytest.raises(ValueError, match="finite"):
@@ -263,3 +264,10 @@ def test_the_threshold_itself_is_an_outlier_and_tiny_rows_keep_their_values():
     layer.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match="the weight must be finite"):
         LLMInt8Linear.from_linear(layer)
+
+
+def test_an_infinite_threshold_leaves_no_column_in_float():
+    linear, x = nn.Linear(8, 4).requires_grad_(False), torch.full((2, 8), 1e6)
+    layer = LLMInt8Linear.from_linear(linear, threshold=math.inf)
+    assert not layer.outlier_columns(x).any()
+    torch.testing.assert_close(layer(x), linear(x), rtol=0.05, atol=0.05 * linear(x).abs().max().item())

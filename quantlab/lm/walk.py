@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from quantlab.arguments import check_flag, check_kind, check_model, kind
+from quantlab.arguments import check_flag, check_model, kind
 from quantlab.hessian import Hessian
 from quantlab.lm.blocks import advance, block_inputs, input_hessians
 from quantlab.lm.checkpoint import Checkpoint, open_checkpoint
@@ -32,10 +32,10 @@ def quantize_lm(
     method="gptq", bits=3, act_order=True. RTN, NF4, GPTQ and AWQ round weights alone, which stay floats, on a grid;
     W8A8, SmoothQuant and LLMInt8 put layers in their place that compute in integers. bits may be {layer: bits}.
 
-    A method that needs no data rounds layer after layer, and no token is read. The others walk: block by
-    block, with one block's inputs in memory, each calibrated on what the quantized blocks before it give out; layers
-    that read the same input (q, k, v; gate, up) share one Hessian and one factorization. output_errors: measure what
-    each layer's output loses on the tokens; None: where the method reads them anyway.
+    A method that needs no data rounds layer after layer, and no token is read. The others walk: block by block, with
+    one block's inputs in memory, each calibrated on what the quantized blocks before it give out; layers that read
+    the same input (q, k, v) share one Hessian and factorization. output_errors: measure what each layer's output loses
+    on the tokens; None: where the method reads them anyway.
     The given model is not changed; embeddings, norms and head stay as they are.
 
     checkpoint (a folder; weights only): each finished block is written there. A walk that was interrupted goes on from
@@ -46,11 +46,8 @@ def quantize_lm(
     Shapes: tokens (n,), cut into windows. Raises: ValueError for an unknown method or setting, a value that the method
     refuses, tokens that are missing or fewer than one window can use, or a checkpoint of another walk.
     """
-    method, progress, in_place = (
-        method_of(method, **settings),
-        check_flag(progress, "progress"),
-        check_flag(in_place, "in_place"),
-    )
+    method = method_of(method, **settings)
+    progress, in_place = check_flag(progress, "progress"), check_flag(in_place, "in_place")
     reads = method.needs_data or (output_errors is not None and check_flag(output_errors, "output_errors"))
     window, tokens = _checked(model, tokens, window, reads)
     _check_walk(model, method, checkpoint, in_place)
@@ -78,7 +75,9 @@ def quantize_weights(model, quantizer: Callable[[Tensor], Quantized]) -> tuple[n
         raise ValueError(f"quantizer must be a function of a weight, got {kind(quantizer)}")
     new, qtensors = copy.deepcopy(check_model(model)).eval(), {}
     for name, layer in float_layers(new).items():
-        qtensors[name] = check_kind(quantizer(weight_of(layer).clone()), "what quantizer returns", Quantized)
+        qtensors[name] = q = quantizer(weight_of(layer).clone())
+        if not hasattr(q, "dequantize") or not hasattr(q, "nbytes"):
+            raise ValueError(f"quantizer must return what has dequantize() and nbytes, got {kind(q)}")
         put_weight(layer, qtensors[name].dequantize())
     return new, qtensors
 

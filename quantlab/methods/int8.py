@@ -74,7 +74,7 @@ class LLMInt8(IntegerMethod):
     name, needs_data, ledger_group = "llm_int8", False, "split"
 
     def __post_init__(self):
-        vars(self).update(threshold=check_number(self.threshold, "threshold", above=0))
+        vars(self).update(threshold=check_number(self.threshold, "threshold", above=0, infinite=True))
 
     def layer(self, linear: nn.Linear, observer=None) -> Int8Linear:
         return LLMInt8Linear.from_linear(linear, threshold=self.threshold)
