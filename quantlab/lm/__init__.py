@@ -1,10 +1,11 @@
 """A language model: load it, measure it, look at its layers' inputs, quantize it, save it."""
 
-from quantlab.lm.layers import activation_scales, blocks_of, capture_inputs, linear_layers
-from quantlab.lm.loading import DATA, SEPARATOR, load_lm, load_text, read_documents, token_stream
-from quantlab.lm.measuring import Divergence, Perplexity, divergence, generate, perplexity
+from quantlab.lm.layers import activation_scales, blocks_of, capture_inputs, layers_of_role, linear_layers
+from quantlab.lm.loading import chosen_model, load_lm
+from quantlab.lm.measuring import Divergence, Perplexity, budget, divergence, generate, perplexity
 from quantlab.lm.report import LayerReport, QuantizeReport, model_bytes
 from quantlab.lm.saving import load_quantized, save_quantized
+from quantlab.lm.texts import DATA, SEPARATOR, begin_token, load_text, read_documents, token_stream
 from quantlab.lm.walk import quantize_lm, quantize_weights
 from quantlab.modules import weight_of
 
@@ -16,10 +17,14 @@ __all__ = [
     "Perplexity",
     "QuantizeReport",
     "activation_scales",
+    "begin_token",
     "blocks_of",
+    "budget",
     "capture_inputs",
+    "chosen_model",
     "divergence",
     "generate",
+    "layers_of_role",
     "linear_layers",
     "load_lm",
     "load_quantized",

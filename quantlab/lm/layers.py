@@ -1,11 +1,24 @@
 """Inside a model: its blocks, its linear layers, and what they read."""
 
+import re
+
 import torch
 from torch import Tensor, nn
 
-from quantlab.arguments import check_kind, check_list, check_model
+from quantlab.arguments import check_choice, check_kind, check_list, check_model
 from quantlab.lm.measuring import checked_windows
 from quantlab.modules import evaluating, hooked, is_linear
+
+# What a linear layer of a block is for, by what its name holds. A fused layer has several roles.
+ROLES = {
+    "query": r"q_proj|q_lin|query|c_attn|qkv|Wqkv|attn_qkv",
+    "key": r"k_proj|k_lin|key|c_attn|qkv|Wqkv",
+    "value": r"v_proj|v_lin|value|c_attn|qkv|Wqkv",
+    "attention output": r"o_proj|out_proj|out_lin|att\w*\.(c_proj|dense|wo)$|att\w*\.output",
+    "gate": r"gate_proj|gate_up_proj",
+    "up": r"up_proj|fc1|fc_in|c_fc|h_to_4h|lin1|gate_up_proj",
+    "down": r"down_proj|fc2|fc_out|mlp\.c_proj|4h_to_h|lin2",
+}
 
 
 def blocks_of(model) -> tuple[str, nn.ModuleList]:
@@ -21,6 +34,27 @@ def linear_layers(model) -> dict[str, nn.Module]:
     """The linear layers inside the blocks by full name: nn.Linear, and GPT-2's Conv1D. Embeddings and head are not."""
     prefix, blocks = blocks_of(model)
     return {f"{prefix}.{name}": m for name, m in blocks.named_modules() if is_linear(m)}
+
+
+def layers_of_role(model, role: str) -> dict[str, nn.Module]:
+    """The linear layers of one role, a layer of each block where it has one, by full name.
+
+    role: "query", "key", "value", "attention output", "gate", "up" or "down". In a model that fuses them (GPT-2's
+    c_attn) query, key and value are one layer; without a gate, "gate" is "up". Names that are not known are told by
+    their place: the first layer of a block is the query, the last one down, before it up, and before that the output.
+    """
+    pattern, prefix = ROLES[check_choice(role, "role", ROLES)], blocks_of(model)[0]
+    by_block: dict[str, list[str]] = {}
+    for name in float_layers(model):
+        by_block.setdefault(name.removeprefix(f"{prefix}.").partition(".")[0], []).append(name)
+    found = [[name for name in names if re.search(pattern, name)][:1] for names in by_block.values()]
+    if role == "gate" and not any(found):
+        return layers_of_role(model, "up")
+    if not any(found):
+        place = {"down": -1, "up": -2, "attention output": -3}.get(role, 0)
+        found = [[names[max(place, -len(names))]] for names in by_block.values()]
+    layers = linear_layers(model)
+    return {name: layers[name] for names in found for name in names}
 
 
 def float_layers(model) -> dict[str, nn.Module]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quantlab.arguments import check_int, check_kind, check_model, check_number, check_tensor, kind
-from quantlab.lm.loading import token_stream
+from quantlab.lm.texts import token_stream
 from quantlab.metrics import kl_per_position
 from quantlab.modules import evaluating
 
@@ -74,6 +74,18 @@ def divergence(reference, model, tokens: Tensor, *, window: int = 512, stride: i
         agreed += ((p.argmax(-1) == q.argmax(-1)) * scored).sum().item()
     mean, stderr = _ratio(sums, counts)
     return Divergence(mean, stderr, agreed / sum(counts), int(sum(counts)))
+
+
+SMALL = 8e6  # parameters: on models up to here the workbook reads all the tokens that its text speaks of
+
+
+def budget(model, tokens: int, *, least: int = 1024) -> int:
+    """How many of so many tokens a notebook reads on this model: all on one of the bundled one's size, fewer on a
+    larger one in proportion, but at least `least` (or all, if there are not so many).
+    """
+    parameters = sum(p.numel() for p in check_model(model).parameters())
+    share = int(check_int(tokens, "tokens", 1) * min(1.0, SMALL / parameters))
+    return max(share, min(check_int(least, "least", 1), tokens))
 
 
 def _longest(model) -> int:
