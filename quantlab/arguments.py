@@ -129,11 +129,17 @@ def check_model(model, name: str = "model", *, values: bool = True) -> nn.Module
         raise ValueError(f"{name} must be a model, got the name {model!r}; pass load_lm({model!r})[0]")
     if isinstance(model, tuple):
         raise ValueError(f"{name} must be a model, got a tuple; model, tokenizer = load_lm() gives both")
-    if not isinstance(model, nn.Module) or not hasattr(getattr(model, "config", None), "num_hidden_layers"):
+    if not isinstance(model, nn.Module) or not hasattr(text_config(model), "num_hidden_layers"):
         raise ValueError(f"{name} must be a language model of transformers, got {kind(model)}")
     if values and next(model.parameters()).is_meta:
         raise ValueError(f"{name} is on the meta device: its parameters have no values")
     return model
+
+
+def text_config(model):
+    """The configuration of a model's text part: its own, unless it reads pictures too. None if it has none."""
+    config = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def kind(value) -> str:

@@ -1,4 +1,4 @@
-"""Exercises that answer back:  check("1.1", answer) · hint("1.1") · solution("1.1")  and findings:  found(holds, claim)"""
+"""Exercises that answer back, check("1.1", answer) · hint("1.1") · solution("1.1"); findings: found(holds, claim)"""
 
 import importlib
 import inspect

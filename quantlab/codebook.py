@@ -92,7 +92,7 @@ class CodebookTensor(Quantized):
                 f"out must be contiguous, {tuple(self.codes.shape)}, {self.dtype}, got {tuple(out.shape)}, {out.dtype}"
             )
         direct = self.dtype == torch.float32
-        values = out.view(-1) if direct else torch.empty(out.numel(), device=out.device)
+        values = out.view(-1) if direct else torch.empty(out.numel(), dtype=torch.float32, device=out.device)
         absmax, levels = self.block_absmax(), self.levels.contiguous()
         codes, pairs = self.codes.reshape(-1), pair_table(levels)
         pieces = list(_pieces(len(codes), self.block_size))
@@ -164,7 +164,7 @@ def quantize_codebook(x: Tensor, levels: Tensor, *, block_size: int = 64, double
     flat, levels = _flat_float32(x), check_levels(levels).to(x.device)
     block_size, double_quant = check_int(block_size, "block_size", 1), check_flag(double_quant, "double_quant")
     codes = torch.empty(len(flat), dtype=torch.uint8, device=x.device)
-    absmax = torch.empty(-(-len(flat) // block_size), device=x.device)
+    absmax = torch.empty(-(-len(flat) // block_size), dtype=torch.float32, device=x.device)
     nearest = fast_nearest(levels) or (lambda values: nearest_level(values, levels))
     for piece, blocks in _pieces(len(flat), block_size):
         values, absmax[blocks] = _normalized(flat, piece, block_size)

@@ -25,7 +25,7 @@ def fast_nearest(levels: Tensor) -> Callable[[Tensor], Tensor] | None:
         return None
     every = torch.arange(cells + 1, dtype=torch.int32, device=levels.device)
     before = torch.searchsorted(cell, every).to(torch.uint8)
-    middle = torch.full((cells + 1,), torch.inf, device=levels.device).index_copy(0, cell.long(), middles)
+    middle = levels.new_full((cells + 1,), torch.inf).index_copy(0, cell.long(), middles)
 
     def nearest(x: Tensor) -> Tensor:
         cell = _cell(x, cells)

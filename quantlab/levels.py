@@ -24,7 +24,7 @@ def nf4_levels() -> Tensor:
         torch.special.ndtri(torch.linspace(delta, 0.5, count, dtype=torch.float32)[:-1].double()).float()
         for count in (9, 8)
     )
-    return torch.cat([-down, torch.zeros(1), up.flip(0)]) / up[0]
+    return torch.cat([-down, torch.zeros_like(up[:1]), up.flip(0)]) / up[0]
 
 
 def fp4_levels(*, smallest: float = 1 / 12) -> Tensor:
@@ -36,8 +36,8 @@ def fp4_levels(*, smallest: float = 1 / 12) -> Tensor:
     [0.0, 0.083, 0.167, 0.25, 0.333, 0.5, 0.667, 1.0]
     """
     smallest = check_number(smallest, "smallest", above=0, high=0.16)  # the next level is 1/6
-    up = torch.tensor([smallest * 12, 2, 3, 4, 6, 8, 12]) / 12
-    return torch.cat([-up.flip(0), torch.zeros(1), up])
+    up = torch.tensor([smallest * 12, 2, 3, 4, 6, 8, 12], dtype=torch.float32) / 12
+    return torch.cat([-up.flip(0), torch.zeros_like(up[:1]), up])
 
 
 def dynamic_levels() -> Tensor:
@@ -48,9 +48,9 @@ def dynamic_levels() -> Tensor:
     >>> len(dynamic_levels()), dynamic_levels()[127].item()
     (256, 0.0)
     """
-    bins = [torch.linspace(0.1, 1, 2**e + 1) for e in range(7)]
+    bins = [torch.linspace(0.1, 1, 2**e + 1, dtype=torch.float32) for e in range(7)]
     up = torch.cat([10.0 ** (e - 6) * ((b[:-1] + b[1:]) / 2) for e, b in enumerate(bins)])
-    return torch.cat([-up.flip(0), torch.tensor([0.0]), up, torch.tensor([1.0])])
+    return torch.cat([-up.flip(0), torch.zeros_like(up[:1]), up, torch.ones_like(up[:1])])
 
 
 def kmeans_levels(x: Tensor, count: int = 16, *, max_steps: int = 300) -> Tensor:

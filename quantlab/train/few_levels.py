@@ -108,7 +108,7 @@ def quantize_binary(x: Tensor, granularity: Granularity | None = None) -> Codebo
     if isinstance(granularity, PerAxis) and granularity.axis % x.ndim:
         raise ValueError(f"binary blocks are rows: PerAxis(0), got {granularity}")
     scale = mean_magnitude(x, granularity).float().flatten()
-    levels = torch.tensor([-1.0, 1.0], device=x.device)
+    levels = torch.tensor([-1.0, 1.0], dtype=torch.float32, device=x.device)
     return CodebookTensor((x >= 0).to(torch.uint8), scale, levels, size, x.dtype)
 
 
