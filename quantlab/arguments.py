@@ -142,6 +142,13 @@ def text_config(model):
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def longest_context(model) -> int:
+    """How many tokens a model can read at once; 2**31 where its configuration names no limit (Bloom)."""
+    config = text_config(model)
+    names = ("max_position_embeddings", "max_seq_len", "seq_length")
+    return next((n for n in (getattr(config, name, None) for name in names) if isinstance(n, int) and n > 0), 2**31)
+
+
 def kind(value) -> str:
     """What a message says of a value: a tensor's dtype and shape, a short value itself, else its type.
 

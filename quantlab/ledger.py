@@ -14,6 +14,7 @@ from quantlab.arguments import check_int, check_kind, check_number, check_path
 from quantlab.files import write_whole
 from quantlab.lm import QuantizeReport, divergence, model_bytes, perplexity
 from quantlab.lm.measuring import checked_windows
+from quantlab.lm.report import left_in_float, left_in_float_note
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Row:
     decode_spread: float | None = None
     seconds: float | None = None  # to quantize, or to train
     calibration_tokens: int | None = None  # looked at to quantize, or to train
+    left_in_float: float | None = None  # fraction of the blocks' weights that no quantized layer holds
 
 
 class Latency(NamedTuple):
@@ -82,8 +84,17 @@ def measure(
         bytes=size,
         seconds=seconds,
         calibration_tokens=read,
+        left_in_float=_left_in_float(model, report, qtensors),
         **(latency(reference, model, tokens)._asdict() if computes_otherwise(reference, model) else {}),
     )
+
+
+def _left_in_float(model, report: QuantizeReport | None, qtensors: dict | None) -> float | None:
+    """None where nothing says which layers are quantized."""
+    if report is not None:
+        return report.left_in_float
+    packed = any(hasattr(m, "nbytes") for m in model.modules())
+    return left_in_float(model, qtensors or {}) if packed or qtensors else None
 
 
 def computes_otherwise(reference, model) -> bool:
@@ -92,14 +103,16 @@ def computes_otherwise(reference, model) -> bool:
 
 
 def latency(reference, model, tokens: Tensor, *, rounds: int = 6) -> Latency:
-    """Seconds of model over those of reference, to read 256 tokens and to write one: rounds in turns, after a warm-up.
+    """Seconds of model over those of reference, to read 256 tokens and to write one, in turns, after a warm-up.
 
     Whatever else runs on the machine only adds time, so the ratio is that of the least times, nearest to the truth.
     """
     rounds = check_int(rounds, "rounds", 2, 1000)
-    for m in (reference, model):
-        checked_windows(m, tokens, 256, None)
-    prompt = tokens[None, :256].to(model.device)
+    # Four tokens are written after the prompt, and a short context must hold them too.
+    most = min(256, *(checked_windows(m, tokens, 260, None)[0] - 4 for m in (reference, model)))
+    if most < 1:
+        raise ValueError("a model that reads fewer than 5 tokens has no latency to measure")
+    prompt = tokens[None, :most].to(model.device)
     times = [[_read_and_write(m, prompt) for m in (reference, model)] for _ in range(rounds + 1)][1:]
     times = torch.tensor(times, dtype=torch.float64)  # (rounds, reference or model, prefill or decode)
     ratio, spread = (times.amin(0)[1] / times.amin(0)[0]).tolist(), (times[:, 1] / times[:, 0]).std(0).tolist()
@@ -142,9 +155,10 @@ def read(path="ledger.csv") -> list[Row]:
     path = check_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no ledger {path}")
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:  # a spreadsheet puts a mark before it
         reader = csv.DictReader(file)
-        if reader.fieldnames != [f.name for f in fields(Row)]:
+        columns, needed = reader.fieldnames or [], [f.name for f in fields(Row) if f.name != "left_in_float"]
+        if columns[: len(needed)] != needed or set(columns) - {f.name for f in fields(Row)}:
             raise ValueError(f"{path} is not a ledger: its columns are {reader.fieldnames}")
         return [row_of(line, f"{path}, line {number}") for number, line in enumerate(reader, 2)]
 
@@ -200,6 +214,8 @@ class Table:
             for r in self.rows
         ]  # fmt: skip
         lines = ["  ".join(f"{text:>{w}}" for text, w in zip(row, widths, strict=True)) for row in (head, *lines)]
+        left = [r for r in self.rows if r.left_in_float and r.left_in_float >= 0.005]
+        lines += [f"{r.method}, {r.bits} bits: {left_in_float_note(r.left_in_float)}" for r in left]
         return "\n".join(lines)
 
 

@@ -15,9 +15,15 @@ from quantlab.arguments import kind
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a float linear layer: nn.Linear, or transformers' Conv1D.
 
-    A subclass that computes otherwise is none: the router of a mixture of experts gives two results.
+    A subclass is one if it gives one result, as Falcon's; the router of a mixture of experts gives two.
     """
-    return getattr(type(module), "forward", None) is nn.Linear.forward or type(module).__name__ == "Conv1D"
+    if not isinstance(module, nn.Linear):
+        return type(module).__name__ == "Conv1D"
+    weight = module.weight
+    if type(module).forward is nn.Linear.forward or not weight.is_floating_point():
+        return weight.is_floating_point()
+    with torch.no_grad():
+        return isinstance(module(weight.new_zeros(1, weight.shape[1])), Tensor)
 
 
 def check_linear(layer) -> nn.Module:

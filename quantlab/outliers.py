@@ -16,6 +16,7 @@ from quantlab.arguments import (
     check_model,
     check_number,
     check_real,
+    longest_context,
     text_config,
 )  # fmt: skip
 from quantlab.linear import Int8Linear
@@ -59,8 +60,11 @@ def smooth(model, activation_scales: dict[str, Tensor], *, alpha: float = 0.5):
     check_kind(activation_scales, "activation_scales", Mapping, "quantlab.lm.activation_scales gives")
     new = copy.deepcopy(check_model(model)).eval()
     names = {module: name for name, module in new.named_modules()}
+    outside = ("lm_head", "project_out")  # what a final norm feeds is no layer of a block
     for norm, layers in norm_readers(new):
         name = names[layers[0]]
+        if name not in activation_scales and name.endswith(outside):
+            continue
         if name not in activation_scales:
             raise ValueError(f"no activation scales for {name!r}; quantlab.lm.activation_scales gives them all")
         _move(norm, layers, 1 / smoothing_scales(activation_scales[name], layers, alpha))
@@ -186,7 +190,7 @@ def _same_outputs(model, new):
 def _logits(model) -> Tensor:
     """What the model says after some tokens of its vocabulary, without dropout; the model is left as it was."""
     config = text_config(model)
-    count = min(64, config.vocab_size, getattr(config, "max_position_embeddings", None) or 64)
+    count = min(64, config.vocab_size, longest_context(model))
     ids = torch.linspace(0, config.vocab_size - 1, count, dtype=torch.float64, device=device_of(model)).long()
     with torch.no_grad(), evaluating(model):
         return model(ids[None], use_cache=False).logits

@@ -16,7 +16,13 @@ from quantlab.files import new_folder
 from quantlab.lm import load_text, token_stream
 
 VOCABULARY, CONTEXT = 1000, 320
-SHAPE = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "tie_word_embeddings": False}
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+    "tie_word_embeddings": False,
+}
 KINDS = {
     "opt": OPTConfig(
         hidden_size=96, word_embed_proj_dim=96, ffn_dim=264, num_hidden_layers=3, num_attention_heads=4,

@@ -386,7 +386,7 @@ def test_a_single_text_is_one_document():
 
 def test_generate_refuses_more_than_the_model_can_read():
     model, tokenizer = lm.load_lm(str(lm.DATA / "model"))
-    with pytest.raises(ValueError, match="need a prompt of"):
+    with pytest.raises(ValueError, match="over the 512 that the model reads"):
         lm.generate(model, tokenizer, "Once", tokens=512)
     with pytest.raises(ValueError, match="temperature must be a finite number, got nan"):
         lm.generate(model, tokenizer, "Once", temperature=float("nan"))

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from quantlab.hessian import Hessian
@@ -14,29 +16,58 @@ class Stop(Exception):
     """Ends a forward pass once all that is asked of it is known."""
 
 
-def block_inputs(model, tokens: Tensor, window: int) -> tuple[list[Tensor], list[dict]]:
-    """The input of block 0 for each batch of windows, and for each block its other arguments (masks, positions).
+class Arguments(NamedTuple):
+    """What a block is given besides its input: masks, positions ..., by place and by name."""
 
-    All batches have one shape, and those arguments depend on the shape alone, so one full pass shows them.
+    placed: tuple
+    named: dict
+
+
+def block_inputs(model, tokens: Tensor, window: int) -> tuple[list[Tensor], list[Arguments]]:
+    """The input of block 0 for each batch of windows, and for each block its other arguments.
+
+    All batches have one shape, and those arguments must depend on the shape alone: the first batch shows them, and
+    with them the blocks, run one after the other, must make of the last batch what the model makes of it.
+    Raises: ValueError where they do not.
     """
     _, blocks = blocks_of(model)
-    hidden, arguments = [], [{} for _ in blocks]
+    windows, (first, arguments, end) = list(whole_windows(tokens, window)), ([], [None] * len(blocks), None)
 
     def record(i):
-        def hook(_block, inputs, keywords):
-            arguments[i].update(keywords)
+        def hook(_block, inputs, named):
+            named = dict(named)
+            x, *placed = inputs or (named.pop("hidden_states"),)
+            arguments[i] = arguments[i] or Arguments(tuple(placed), named)
             if i == 0:
-                hidden.append(inputs[0])
-                if len(hidden) > 1:
+                first.append(x)
+                if 1 < len(first) < len(windows):
                     raise Stop
 
         return hook
 
-    with hooked({block: record(i) for i, block in enumerate(blocks)}, with_kwargs=True):
-        for ids in whole_windows(tokens, window):
+    def keep_end(_block, _inputs, output):
+        nonlocal end
+        end = hidden_of(output)
+
+    before = {block: record(i) for i, block in enumerate(blocks)}
+    with hooked(before, with_kwargs=True), hooked({blocks[-1]: keep_end}, after=True):
+        for ids in windows:
             with suppress(Stop):
                 model(ids.to(model.device), use_cache=False)
-    return hidden, arguments
+    _check_chain(type(model).__name__, blocks, first[-1], arguments, end)
+    return first, arguments
+
+
+def _check_chain(name: str, blocks: nn.ModuleList, x: Tensor, arguments: list, end: Tensor) -> None:
+    """ValueError unless the blocks, one after the other, lead from x to where they led inside the model."""
+    for block, own in zip(blocks, arguments, strict=True):
+        x = run_block(block, x, own)
+    off = ((x - end).abs().max() / end.abs().max()).item()
+    if not off <= max(1e-3, 16 * torch.finfo(x.dtype).eps):
+        raise ValueError(
+            f"the blocks of {name} cannot be run one after the other: their last output is off by {off:.1%}. "
+            "Methods that need no data (RTN, NF4) quantize it"
+        )
 
 
 def whole_windows(tokens: Tensor, window: int) -> Iterator[Tensor]:
@@ -50,19 +81,24 @@ def hidden_of(output) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def run(block, hidden: list[Tensor], arguments: dict) -> Iterator[Tensor]:
+def run_block(block, x: Tensor, arguments: Arguments) -> Tensor:
+    """What the block gives out for one batch."""
+    return hidden_of(block(x, *arguments.placed, **arguments.named))
+
+
+def run(block, hidden: list[Tensor], arguments: Arguments) -> Iterator[Tensor]:
     """What the block gives out for each batch, one at a time."""
-    for h in hidden:
-        yield hidden_of(block(h, **arguments))
+    for x in hidden:
+        yield run_block(block, x, arguments)
 
 
-def advance(block, hidden: list[Tensor], arguments: dict) -> None:
+def advance(block, hidden: list[Tensor], arguments: Arguments) -> None:
     """hidden becomes what the block gives out, one batch after the other: two lists of them are never held."""
-    for k, h in enumerate(hidden):
-        hidden[k] = hidden_of(block(h, **arguments))
+    for k, x in enumerate(hidden):
+        hidden[k] = run_block(block, x, arguments)
 
 
-def input_hessians(block, hidden: list[Tensor], arguments: dict) -> list[tuple[dict[str, nn.Module], Hessian]]:
+def input_hessians(block, hidden: list[Tensor], arguments: Arguments) -> list[tuple[dict[str, nn.Module], Hessian]]:
     """One (layers, Hessian) for each distinct input in the block: layers handed the same tensor share it.
 
     The first batch shows which layers share an input; of the others only the first layer of each group is asked.
@@ -86,7 +122,7 @@ def input_hessians(block, hidden: list[Tensor], arguments: dict) -> list[tuple[d
     return found
 
 
-def _add_batches(block, hidden: list[Tensor], arguments: dict, hessians: dict[nn.Module, Hessian]) -> None:
+def _add_batches(block, hidden: list[Tensor], arguments: Arguments, hessians: dict[nn.Module, Hessian]) -> None:
     """Count in what these layers read in further batches."""
     last = list(hessians.values())[-1]
 
@@ -101,4 +137,4 @@ def _add_batches(block, hidden: list[Tensor], arguments: dict, hessians: dict[nn
     with hooked({layer: add(hessian) for layer, hessian in hessians.items()}):
         for h in hidden:
             with suppress(Stop):
-                block(h, **arguments)
+                run_block(block, h, arguments)

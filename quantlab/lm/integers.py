@@ -12,7 +12,7 @@ from quantlab.lm.report import LayerReport, QuantizeReport
 from quantlab.modules import as_linear, hooked, linears_in
 
 
-def replace_block(prefix: str, block, hidden: list[Tensor] | None, arguments: dict, report: QuantizeReport) -> None:
+def replace_block(prefix: str, block, hidden: list[Tensor] | None, arguments, report: QuantizeReport) -> None:
     """Put an integer layer in the place of every linear layer of a block, and measure their output errors on hidden."""
     method, layers = report.method, {name: as_linear(layer) for name, layer in linears_in(block).items()}
     observers = _observed(block, hidden, arguments, method.observer) if method.observes else {}
@@ -35,7 +35,7 @@ def replace_block(prefix: str, block, hidden: list[Tensor] | None, arguments: di
     report.layers += rows
 
 
-def _observed(block, hidden: list[Tensor], arguments: dict, observer) -> dict:
+def _observed(block, hidden: list[Tensor], arguments, observer) -> dict:
     """An observer for each linear layer of the block, which has seen all that the layer reads."""
     layers = linears_in(block)
     observers = {name: observer() for name in layers}

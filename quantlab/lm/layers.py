@@ -5,7 +5,7 @@ import re
 import torch
 from torch import Tensor, nn
 
-from quantlab.arguments import check_choice, check_kind, check_list, check_model
+from quantlab.arguments import check_choice, check_kind, check_list, check_model, text_config
 from quantlab.lm.measuring import checked_windows
 from quantlab.modules import evaluating, hooked, is_linear
 
@@ -22,12 +22,22 @@ ROLES = {
 
 
 def blocks_of(model) -> tuple[str, nn.ModuleList]:
-    """The name and list of the decoder blocks: the one list of modules as long as the config says."""
-    depth = check_model(model, values=False).config.num_hidden_layers
+    """The name and list of the decoder blocks: the one list of modules as long as the config says.
+
+    Raises: ValueError if there is none, or its blocks have no attention (Mamba, RWKV): this library knows transformers.
+    """
+    config, text = text_config(check_model(model, values=False)), model
+    if not any(hasattr(config, name) for name in ("num_attention_heads", "n_head", "num_heads")):
+        raise ValueError(f"{type(model).__name__} is no transformer: its configuration has no attention heads")
+    if config is not model.config and hasattr(model, "get_decoder"):
+        text = model.get_decoder()  # a model that also reads pictures has a list of blocks for them, too
+    inside = set(text.modules())
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
+        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers and module in inside:
             return name, module
-    raise ValueError(f"no list of {depth} blocks in {type(model).__name__}; is it a decoder-only language model?")
+    raise ValueError(
+        f"no list of {config.num_hidden_layers} blocks in {type(model).__name__}; is it a decoder-only language model?"
+    )
 
 
 def linear_layers(model) -> dict[str, nn.Module]:
@@ -58,8 +68,10 @@ def layers_of_role(model, role: str) -> dict[str, nn.Module]:
 
 
 def float_layers(model) -> dict[str, nn.Module]:
-    """linear_layers of a model; ValueError if it has none, as an int8 model has not."""
+    """linear_layers of a model; ValueError if it has none, as an int8 model has not, or adapters beside them."""
     layers = linear_layers(model)
+    if adapter := next((name for name in layers if ".lora_" in name), None):
+        raise ValueError(f"the model has LoRA adapters ({adapter}); merge them first: model.merge_and_unload()")
     if not layers:
         raise ValueError(f"{type(model).__name__} has no float linear layers in its blocks; is it quantized already?")
     return layers

@@ -8,7 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantlab.arguments import check_int, check_kind, check_model, check_number, check_tensor, kind, text_config
+from quantlab.arguments import (
+    check_int,
+    check_kind,
+    check_model,
+    check_number,
+    check_tensor,
+    kind,
+    longest_context,
+    text_config,
+)
 from quantlab.lm.texts import token_stream
 from quantlab.metrics import kl_per_position
 from quantlab.modules import check_finite, evaluating
@@ -92,11 +101,6 @@ def budget(model, tokens: int, *, least: int = 1024) -> int:
     return max(share, min(check_int(least, "least", 1), tokens))
 
 
-def _longest(model) -> int:
-    """How many tokens the model can read at once."""
-    return getattr(text_config(model), "max_position_embeddings", None) or 2**31
-
-
 def checked_windows(model, tokens: Tensor, window: int, stride: int | None) -> tuple[int, int]:
     """Window and stride; a window that is longer than the model can read is cut to that."""
     check_model(model)
@@ -107,7 +111,7 @@ def checked_windows(model, tokens: Tensor, window: int, stride: int | None) -> t
     least, most, vocabulary = int(tokens.min()), int(tokens.max()), text_config(model).vocab_size
     if least < 0 or most >= vocabulary:
         raise ValueError(f"token ids lie in 0..{vocabulary - 1}, got {least}..{most}; is it another model's tokenizer?")
-    window = min(check_int(window, "window", 2), _longest(model))
+    window = min(check_int(window, "window", 2), longest_context(model))
     stride = window if stride is None else check_int(stride, "stride")
     if not 1 <= stride <= window:
         raise ValueError(f"need 1 <= stride <= window, got stride={stride}, window={window}")
@@ -163,7 +167,7 @@ def generate(model, tokenizer, prompt: str = "", *, tokens: int = 120, temperatu
     """
     temperature, tokens = check_number(temperature, "temperature", low=0), check_int(tokens, "tokens", 1)
     random = torch.Generator().manual_seed(check_int(seed, "seed", 0, 2**63))
-    start, longest = token_stream(tokenizer, check_kind(prompt, "prompt", str)), _longest(check_model(model))
+    start, longest = token_stream(tokenizer, check_kind(prompt, "prompt", str)), longest_context(check_model(model))
     if len(start) + tokens > longest:
         raise ValueError(f"{len(start)} tokens of prompt and {tokens} more are over the {longest} that the model reads")
     if len(start) == 0:

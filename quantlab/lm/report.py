@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from quantlab.arguments import check_kind, check_model, check_path, kind
 from quantlab.files import write_whole
+from quantlab.lm.layers import blocks_of
 from quantlab.methods import Method, plain
 
 
@@ -34,6 +35,7 @@ class QuantizeReport:
     seconds: float = 0.0  # of the whole walk; of the rounding alone where no data are needed
     nbytes: int = 0  # of the whole model: packed layers, everything else in 16 bits
     bits_per_parameter: float = 0.0  # 8 * nbytes / parameters
+    left_in_float: float = 0.0  # fraction of the blocks' weights that are in no layer above: a mixture's experts, say
 
     def __str__(self) -> str:
         lines = [f"{'layer':44}{'output error':>13}{'weight error':>13}{'bits':>7}{'ms':>7}"]
@@ -46,6 +48,8 @@ class QuantizeReport:
             f"{self.method.name}: {self.nbytes:,} bytes, {self.bits_per_parameter:.2f} bits per parameter, "
             f"{self.seconds:.1f} s"
         )
+        if self.left_in_float:
+            lines.append(left_in_float_note(self.left_in_float))
         return "\n".join(lines)
 
     def save(self, path) -> Path:
@@ -73,6 +77,22 @@ class QuantizeReport:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.2e}"
+
+
+def left_in_float_note(fraction: float) -> str:
+    return f"left in float: {fraction:.0%} of the blocks' weights (in no linear layer, as a mixture's experts)"
+
+
+def left_in_float(model, layers) -> float:
+    """The fraction of the weights in the blocks (matrices and beyond) that belong to none of these layers, by name."""
+    prefix, blocks = blocks_of(model)
+    whole, left = 0, 0
+    for name, module in blocks.named_modules():
+        full, own = f"{prefix}.{name}", [p.numel() for p in module.parameters(recurse=False) if p.ndim > 1]
+        packed = module.in_features * module.out_features if hasattr(module, "nbytes") else 0
+        whole += sum(own) + packed
+        left += 0 if full in layers or packed else sum(own)
+    return left / whole if whole else 0.0
 
 
 def model_bytes(model, qtensors: Mapping | None = None) -> int:

@@ -1,10 +1,12 @@
 """A quantized model as a folder that loads by itself: configuration, tokenizer, and one file of packed weights."""
 
+import copy
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
 from quantlab.arguments import check_flag, check_kind, check_model, check_path
@@ -33,12 +35,18 @@ def save_quantized(folder, model, qtensors: Mapping | None = None, tokenizer=Non
 
     Raises: ValueError if a layer of qtensors does not exist or holds other weights, or if the folder holds other files.
     """
-    folder, stored = check_path(folder, "folder"), _stored(check_model(model), qtensors)
+    folder, stored = check_path(folder, "folder").resolve(), _stored(check_model(model), qtensors)
+    if folder == Path.cwd():
+        raise ValueError(
+            f"{folder} is where this program runs, and a folder is replaced as a whole; name one inside it"
+        )
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if (there and WEIGHTS not in there) or folder.is_file():
         raise ValueError(f"{folder} exists and holds no quantized model; nothing was written")
     with new_folder(folder) as new:
-        model.config.save_pretrained(new)
+        _settings_of(model).save_pretrained(new)
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(new)
         if tokenizer is not None:
             check_kind(tokenizer, "tokenizer", PreTrainedTokenizerBase, "load_lm gives")
             tokenizer.save_pretrained(new)
@@ -64,14 +72,24 @@ def load_quantized(folder, *, packed: bool = False):
     stored = load_tensors(folder / WEIGHTS)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with no_init_weights():  # memory that nothing has been written to: no random weights that are overwritten at once
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
+        dtype = config.dtype or torch.float32
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
     model.tie_weights()
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     try:
         _put_stored(model, stored, packed)
     except RuntimeError as error:  # of copy_: another width
         raise ValueError(f"{folder} holds weights of another model than its configuration says: {error}") from error
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if has_tokenizer else None
+
+
+def _settings_of(model):
+    """The configuration, with the dtype that the model really has."""
+    config = copy.deepcopy(model.config)
+    config.dtype = model.dtype
+    return config
 
 
 def _check_layers(model, qtensors: dict) -> None:

@@ -10,12 +10,12 @@ from tqdm.auto import tqdm
 
 from quantlab.arguments import check_flag, check_model, kind
 from quantlab.hessian import Hessian
-from quantlab.lm.blocks import advance, block_inputs, input_hessians
+from quantlab.lm.blocks import Arguments, advance, block_inputs, input_hessians
 from quantlab.lm.checkpoint import Checkpoint, open_checkpoint
 from quantlab.lm.integers import replace_block
 from quantlab.lm.layers import activation_scales, blocks_of, float_layers
 from quantlab.lm.measuring import checked_windows
-from quantlab.lm.report import LayerReport, QuantizeReport, model_bytes
+from quantlab.lm.report import LayerReport, QuantizeReport, left_in_float, model_bytes
 from quantlab.methods import IntegerMethod, Method, SmoothQuant, WeightMethod, method_of, plain
 from quantlab.modules import linears_in, put_weight, weight_of
 from quantlab.outliers import smooth
@@ -60,6 +60,7 @@ def quantize_lm(
         for block in _bar(_walked(new, tokens if reads else None, window), len(blocks_of(new)[1]), method, progress):
             _quantize_block(*block, report, checkpoint)
     report.seconds = time.perf_counter() - began if method.needs_data else sum(row.seconds for row in report.layers)
+    report.left_in_float = left_in_float(new, {row.name for row in report.layers})
     report.nbytes = model_bytes(new, report.qtensors)
     report.bits_per_parameter = 8 * report.nbytes / sum(p.numel() for p in model.parameters())
     return new, report
@@ -130,7 +131,7 @@ def _walked(model, tokens: Tensor | None, window: int) -> Iterator[tuple]:
 
 
 def _quantize_block(
-    i: int, prefix: str, block, hidden: list[Tensor] | None, arguments: dict, report: QuantizeReport,
+    i: int, prefix: str, block, hidden: list[Tensor] | None, arguments: Arguments | None, report: QuantizeReport,
     checkpoint: Checkpoint | None,
 ) -> None:  # fmt: skip
     """Quantize one block of the new model in place, or take it from the checkpoint."""
@@ -152,7 +153,7 @@ def _quantize_block(
 
 
 def _round_block(
-    prefix: str, block, hidden: list[Tensor] | None, arguments: dict, method: WeightMethod
+    prefix: str, block, hidden: list[Tensor] | None, arguments: Arguments | None, method: WeightMethod
 ) -> tuple[dict, list[LayerReport]]:
     """Round the weights of one block in place (it belongs to the new model): the codes, and a row for each layer."""
     if hidden is None:
