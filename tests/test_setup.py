@@ -1,6 +1,9 @@
 """Three files that name the same packages, and what run.py says when it cannot go on."""
 
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -106,9 +109,30 @@ def test_setup_does_nothing_the_second_time(monkeypatch, tmp_path):
     monkeypatch.setattr(run, "PYTHON", tmp_path)
     monkeypatch.setattr(run.subprocess, "call", lambda command, cwd: commands.append(command))
     run.setup()
-    assert len(commands) == 3
+    assert len(commands) == 4  # the last is SmolLM2
+    assert commands[3][-1] == "recipes/smollm2.txt"
     run.setup()
-    assert len(commands) == 3
+    assert len(commands) == 4
+
+
+def test_setup_goes_on_without_smollm2(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(run, "STAMP", tmp_path / "complete")
+    monkeypatch.setattr(run, "PYTHON", tmp_path)
+    monkeypatch.setattr(run.subprocess, "call", lambda command, cwd: int("recipes/smollm2.txt" in command))
+    run.setup()
+    assert "SmolLM2 is left out" in capsys.readouterr().out
+    monkeypatch.setattr(run, "SMOLLM2", False)
+    run.setup()  # another choice is another environment
+    assert "SmolLM2" not in capsys.readouterr().out
+
+
+def test_a_model_folder_is_meant_from_where_the_user_stands(monkeypatch, tmp_path):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name, wanted in (("mine", str(tmp_path / "mine")), ("smollm2", "smollm2"), ("org/name@1", "org/name@1")):
+        monkeypatch.setenv("QUANTLAB_MODEL", name)
+        run.absolute_model()
+        assert os.environ["QUANTLAB_MODEL"] == wanted
 
 
 def test_torch_index_is_asked_for_torch_alone(monkeypatch):
@@ -116,17 +140,33 @@ def test_torch_index_is_asked_for_torch_alone(monkeypatch):
     monkeypatch.setenv("QUANTLAB_TORCH_INDEX", "index")
     monkeypatch.setattr(run.subprocess, "call", lambda command, cwd: commands.append(command))
     run.install("torch==2.13.0")
-    assert ["--extra-index-url=index" in command for command in commands] == [True, False]
+    assert ["--extra-index-url=index" in command for command in commands] == [True, False, False]
 
 
 def test_options_of_test_go_to_pytest_alone():
-    assert run.steps("test", ["-k", "affine"]) == {"tests": ["-m", "pytest", "-k", "affine"]}
-    assert list(run.steps("test", [])) in (["ruff", "tests"], ["ruff", "notebooks", "tests"])
+    assert run.steps("test", ["-k", "affine"]) == {
+        "tests": (["-m", "pytest", "-k", "affine"], {"OMP_NUM_THREADS": "1"})
+    }
+    names = list(run.steps("test", []))
+    assert (names[0], names[-1]) == ("ruff", "tests")
+    assert {"notebooks", "notebooks on another model", "notebooks on another processor"} <= set(names)
+
+
+def test_another_processor_is_played_by_other_kernels():
+    steps = run.steps("test", ["--cpu"])
+    assert len(steps) == 2 * len(run.PROCESSORS) >= 8
+    assert steps["tests, two threads"][1]["OMP_NUM_THREADS"] == "2"
+    assert steps["notebooks, no AVX"][1] == {"OMP_NUM_THREADS": "1"} | run.PROCESSORS["no AVX"]
+    code = "import torch; print(torch.backends.cpu.get_cpu_capability())"
+    said = subprocess.run([sys.executable, "-c", code], env=os.environ | run.PROCESSORS["no AVX"], capture_output=True)
+    assert said.stdout.decode().strip() == "DEFAULT"
 
 
 def test_a_failed_step_fails_the_whole_but_not_before_the_rest_has_run(monkeypatch, capsys):
     monkeypatch.setattr(run, "setup", lambda: None)
-    monkeypatch.setattr(run, "steps", lambda what, options: {"one": ["1"], "two": ["2"], "three": ["3"]})
+    monkeypatch.setattr(
+        run, "steps", lambda what, options: {"one": (["1"], {}), "two": (["2"], {}), "three": (["3"], {})}
+    )
     monkeypatch.setattr(run.subprocess, "call", lambda command, cwd, env: int(command[1] != "2"))
     assert run.main("test") != 0
     assert capsys.readouterr().out.split() == "== one == two == three == failed: one, three".split()
