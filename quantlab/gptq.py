@@ -7,6 +7,7 @@ Read obq_steps, where it comes from, then gptq_steps, the plain loop, then gptq_
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from quantlab.hessian import Factor, Hessian, check_weight, factorize
 __all__ = ["Factor", "Hessian", "factorize", "gptq_quantize", "gptq_steps", "obq_steps"]
 
 BLOCK = 128  # columns that are finished before the others learn of their error; any size gives the same result
+STEP = 16  # columns of a block that take up each other's errors one by one
 
 
 @dataclass
@@ -43,6 +45,7 @@ class _Grid:
         self.zero_points.append(qp.zero_point)
         self.scale, self.inverse = qp.scale.to(group.dtype), (1.0 / qp.scale).to(group.dtype)
         self.zero_point = qp.zero_point.to(group.dtype)
+        self.low, self.high = self.qmin - self.zero_point, self.qmax - self.zero_point  # of codes without zero_point
 
     def codes(self, w: Tensor) -> Tensor:
         """Round one column to its codes, still as floats."""
@@ -160,32 +163,50 @@ def _quantize_columns(W: Tensor, R: Tensor, grid: _Grid) -> Tensor:
     """
     codes = torch.empty(W.shape, dtype=torch.int8, device=W.device)
     removed = torch.empty_like(W)  # W - Q of the columns done
+    across = R.to(W.dtype)
     # A block holds whole groups, so that a group's scale sees every update before it.
     size = BLOCK if grid.per_row else grid.group_size * max(1, BLOCK // grid.group_size)
     for a in range(0, len(W), size):
         b = min(a + size, len(W))
         U = torch.linalg.solve_triangular(R[a:b, a:b], torch.eye(b - a, dtype=R.dtype, device=R.device), upper=True)
-        U = U.T.to(W.dtype).contiguous()  # row i: what columns 0..i give to column i
+        give = (U / U.diagonal()[:, None]).T.to(W.dtype).contiguous()  # row i: what columns 0..i give to column i
         block = W[a:b].clone()
         if a:
-            block.addmm_(U, R[:a, a:b].T.to(W.dtype) @ removed[:a])
-        codes[a:b], values = _quantize_block(block, U, grid, first=a)
+            block.addmm_(U.T.to(W.dtype), across[:a, a:b].T @ removed[:a])
+        steps, values = _quantize_block(block, give, grid, first=a)
+        group = torch.arange(a, b, device=W.device) // grid.group_size
+        codes[a:b] = steps.add_(torch.stack(grid.zero_points[group[0] :])[group - group[0]])
         removed[a:b] = W[a:b] - values
     return codes
 
 
-def _quantize_block(block: Tensor, U: Tensor, grid: _Grid, first: int) -> tuple[Tensor, Tensor]:
-    """Codes and values of one block of columns (rows here); each column sees the errors of those before it."""
+def _quantize_block(block: Tensor, give: Tensor, grid: _Grid, first: int) -> tuple[Tensor, Tensor]:
+    """Codes less zero_point, and values, of one block of columns (rows here); each sees the errors of those before it.
+
+    This loop is what GPTQ's time goes to: six operations a column, each into memory that is there, and of the errors
+    only the last few go to each column by itself, those before them to STEP columns at once. On a CPU numpy does them,
+    on the same memory: a call of numpy's takes a fifth of the time that a call of torch's takes.
+    """
     codes, values, errors = (torch.empty_like(block) for _ in range(3))
-    pivots = U.diagonal().tolist()
-    for i in range(len(block)):
+    lib, own = (np, Tensor.numpy) if block.device.type == "cpu" else (torch, lambda x: x)
+    rows = [list(own(x)) for x in (codes, values, errors)]
+    for i, (code, value, error) in enumerate(zip(*rows, strict=True)):
         if grid.per_row and first + i == 0:
             grid.fit(grid.columns)
         elif not grid.per_row and (first + i) % grid.group_size == 0:
             group = slice(i, i + grid.group_size)
-            grid.fit(torch.addmm(block[group], U[group, :i], errors[:i], alpha=-1))
-        w = torch.addmv(block[i], errors[:i].T, U[i, :i], alpha=-1)
-        codes[i] = grid.codes(w)
-        values[i] = grid.scale * (codes[i] - grid.zero_point)
-        errors[i] = (w - values[i]) / pivots[i]
-    return codes.to(torch.int8), values
+            grid.fit(torch.addmm(block[group], give[group, :i], errors[:i], alpha=-1))
+        k = i % STEP
+        if k == 0:
+            near = own(torch.addmm(block[i : i + STEP], give[i : i + STEP, :i], errors[:i], alpha=-1))
+            last, taken = own(errors[i : i + STEP]), own(give[i : i + STEP, i : i + STEP])
+        if i == 0 or (first + i) % grid.group_size == 0:
+            inverse, scale, low, high = (own(x) for x in (grid.inverse, grid.scale, grid.low, grid.high))
+        w = near[k] - taken[k, :k] @ last[:k]
+        lib.multiply(w, inverse, out=code)
+        lib.round(code, out=code)
+        lib.minimum(code, high, out=code)
+        lib.maximum(code, low, out=code)
+        lib.multiply(code, scale, out=value)
+        lib.subtract(w, value, out=error)
+    return codes, values
