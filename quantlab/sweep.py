@@ -1,6 +1,7 @@
 """Sweeps: many ways of quantizing one model, measured side by side, each result kept on disk.
 
 python -m quantlab.sweep --out ledger.csv --methods rtn gptq "gptq act-order" nf4 --bits 8 4 3 2
+python -m quantlab.sweep --out ledger-smollm2.csv --model smollm2     # all that a real model is compared by: an hour
 """
 
 import argparse
@@ -23,9 +24,9 @@ from tqdm.auto import tqdm
 from quantlab import ledger
 from quantlab.files import read_json, write_json
 from quantlab.ledger import Row
-from quantlab.lm import linear_layers, load_lm, load_text, quantize_lm, token_stream
+from quantlab.lm import budget, linear_layers, load_lm, load_text, quantize_lm, token_stream
 from quantlab.lm.checkpoint import fingerprint, hash_tensors
-from quantlab.methods import AWQ, GPTQ, NF4, RTN, Method, method_of, plain, settings_of
+from quantlab.methods import AWQ, GPTQ, NF4, RTN, W8A8, LLMInt8, Method, SmoothQuant, method_of, plain, settings_of
 
 # What --methods offers: the short names of methods that round weights alone, with a word for a setting.
 NAMED = {
@@ -36,6 +37,14 @@ NAMED = {
     "gptq act-order": GPTQ(act_order=True),
     "awq": AWQ(),
 }
+# What SmolLM2 is measured by when no methods are named.
+REAL_MODEL = [
+    *(RTN(bits=b, group_size=g, symmetric=s) for s in (False, True) for b in (8, 4, 3) for g in (None, 128, 64, 32)),
+    *(NF4(), GPTQ(bits=4), GPTQ(bits=4, group_size=64), GPTQ(bits=4, act_order=True), GPTQ(bits=3), AWQ(bits=4)),
+    *(W8A8(per="tensor"), W8A8(per="token"), W8A8(per="static")),
+    *(SmoothQuant(per="tensor"), SmoothQuant(per="static"), LLMInt8()),
+]
+TEXTS = {"smollm2": ("general_calibration", "general")}  # and for other models the stories
 
 
 def grid(**lists: Sequence) -> list[dict]:
@@ -79,7 +88,8 @@ def sweep(
     not measured again, so a sweep that was interrupted goes on, and one that was finished takes only as long as loading
     the model. A file that is damaged is measured again, with a warning.
 
-    calibration and tokens (n,): by default the first 16,384 and 4,096 of the bundled texts.
+    calibration and tokens (n,): by default the first 16,384 and 4,096 of the stories, or for "smollm2" of general
+    English; of the second as many as quantlab.lm.budget allows.
     Raises: ValueError for an unknown method or option, before anything runs, and what quantize_lm raises.
     """
     methods = [_method(job) for job in jobs]
@@ -137,10 +147,11 @@ def _settings(method: Method) -> dict:
 def _inputs(name: str, calibration, tokens) -> tuple[Tensor, Tensor, str]:
     """Both texts, and the hash of the weights that the name stands for now."""
     model, tokenizer = load_lm(name)
+    texts = TEXTS.get(name, ("calibration", "eval"))
     if calibration is None:
-        calibration = token_stream(tokenizer, load_text("calibration"))[:16384]
+        calibration = token_stream(tokenizer, load_text(texts[0]))[:16384]
     if tokens is None:
-        tokens = token_stream(tokenizer, load_text("eval"))[:4096]
+        tokens = token_stream(tokenizer, load_text(texts[1]))[: budget(model, 4096, least=2048)]
     return calibration, tokens, fingerprint(model)
 
 
@@ -217,15 +228,15 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """The command line: measure these ways and write their rows to a ledger, in place of older ones of their kind."""
     parser = argparse.ArgumentParser(prog="python -m quantlab.sweep", description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="ledger.csv", help="the ledger to write the rows to")
-    parser.add_argument("--methods", nargs="+", default=list(NAMED), choices=list(NAMED), metavar="METHOD")
+    parser.add_argument("--methods", nargs="+", choices=list(NAMED), metavar="METHOD", help=", ".join(NAMED))
     parser.add_argument("--bits", nargs="+", type=int, default=[8, 4, 3, 2], metavar="BITS")
     parser.add_argument("--group", type=int, default=128, help="group size; NF4 keeps its blocks of 64")
-    parser.add_argument("--model", default="bundled", help="a folder or a hub name")
+    parser.add_argument("--model", default="bundled", help="smollm2, a folder or a hub name")
     parser.add_argument("--cache", default="sweeps", help="folder of what was measured before")
     parser.add_argument("--n-jobs", type=int, default=-1, help="processes side by side; -1 one a core")
     chosen = parser.parse_args(arguments)
-    jobs = []
-    for name in chosen.methods:
+    jobs = list(REAL_MODEL) if chosen.model == "smollm2" and not chosen.methods else []
+    for name in chosen.methods or ([] if jobs else NAMED):
         if name == "nf4":
             jobs.append(NAMED[name])
         else:
