@@ -20,19 +20,22 @@
 #    floats. For rounding, nearly everything (notebook 09).</details>
 #
 # ## 1. What was left
-# GPTQ trusts H. How many calibration tokens justify that? We take a `down_proj`, which has 768 inputs,
-# leave damping at 0.01, and test on fresh tokens. **Predict:** with 64, 1024 and 8192 tokens, is GPTQ
+# GPTQ trusts H. How many calibration tokens justify that? We take the layer of the second block that leads down
+# from the MLP, whose inputs are the most (768 in the bundled model), leave damping at 0.01, and test on fresh
+# tokens. **Predict:** with 64, 1024 and 8192 tokens, is GPTQ
 # better than round-to-nearest?
 # %%
 import torch
 
 from quantlab import Hessian, PerGroup, gptq_quantize, quantize_tensor
-from quantlab.lm import capture_inputs, linear_layers, load_lm, load_text, token_stream, weight_of
+from quantlab.checks import check, found, hint, solution
+from quantlab.lm import (budget, capture_inputs, layers_of_role, linear_layers, load_lm, load_text, token_stream,
+                         weight_of)
 
 model, tokenizer = load_lm()
 calibration = token_stream(tokenizer, load_text("calibration"))[:16384]
 layers = linear_layers(model)
-q_proj, down_proj = list(layers)[7], list(layers)[13]
+q_proj, down_proj = (list(layers_of_role(model, role))[1] for role in ("query", "down"))
 many = capture_inputs(model, calibration, [q_proj, down_proj])
 weight, x = weight_of(layers[down_proj]), many[down_proj]
 down_proj, tuple(weight.shape)
@@ -56,7 +59,7 @@ from quantlab.plots import plot_curves
 errors = on_fresh_tokens(gptq, weight, x, 3)
 plot_curves({"GPTQ": (sizes, errors)}, xlabel="calibration tokens", ylabel="error ÷ round-to-nearest's", log="x",
             ax=plt.subplots(figsize=(7, 2.8))[1])
-assert min(errors[:3]) > 1 > max(errors[3:])
+found(min(errors[:3]) > 1 > max(errors[3:]), "GPTQ is worse than rounding up to 1024 tokens, better from 4096 on")
 # %% [markdown]
 # Until there are several times as many tokens as inputs, GPTQ is *worse than plain rounding* here: it fits
 # noise. More damping is one cure (section 7). Is there something simpler, that needs one number for each
@@ -73,16 +76,15 @@ assert min(errors[:3]) > 1 > max(errors[3:])
 def my_keep(weight, rounded, x, share):
     raise NotImplementedError
 # %%
-from quantlab.checks import check, hint, solution
-
 check("11.1", my_keep)
 # %%
 from quantlab.awq import keep_columns
 from quantlab.exercises.awq import keep_solution
 
-kept = keep_columns(weight, x.abs().mean(0).topk(8).indices, bits=4)  # the library counts their bytes too
+some = round(0.01 * weight.shape[1])
+kept = keep_columns(weight, x.abs().mean(0).topk(some).indices, bits=4)  # the library counts their bytes too
 assert torch.equal(kept.dequantize(), keep_solution(weight, nearest(weight, 4), x, 0.01))
-f"{kept.q.bits_per_element:.2f} bits for each weight, {kept.bits_per_element:.2f} with 8 columns in 16 bits"
+f"{kept.q.bits_per_element:.2f} bits for each weight, {kept.bits_per_element:.2f} with {some} columns in 16 bits"
 # %% [markdown]
 # **Predict:** round all layers to 4 bits and keep 1 % of the columns of each. How much of the output error is
 # gone when they are chosen by their inputs, by their weights, and at *random* (the control)?
@@ -91,7 +93,8 @@ inputs = capture_inputs(model, calibration[:2048], list(layers))
 def keep(way, weight, x, share=0.01):
     random = torch.rand(x.shape[1], generator=torch.Generator().manual_seed(0))
     by = {"largest inputs": x.abs().mean(0), "largest weights": weight.norm(dim=0), "random": random}[way]
-    return keep_columns(weight, by.topk(round(share * x.shape[1])).indices, bits=4)
+    count = max(round(share * x.shape[1]), 1) if share else 0
+    return keep_columns(weight, by.topk(count).indices, bits=4)
 
 def error_left(way, name, share):
     w, hessian = weight_of(layers[name]), Hessian(inputs[name].shape[1]).add(inputs[name])
@@ -101,13 +104,14 @@ ways, gone = ("largest inputs", "largest weights", "random"), {}
 for way in ways:
     left = [error_left(way, name, 0.01) / error_left(way, name, 0) for name in layers]
     gone[way] = 1 - sum(left) / len(left)
-assert gone["largest inputs"] > 2 * gone["largest weights"] > 3 * gone["random"] > 0
-assert gone["random"] < 0.02 < 0.03 < gone["largest inputs"]
+by_input, by_weight, by_chance = gone.values()
+found(by_input > 2 * by_weight > 3 * by_chance > 0, "the loudest columns take most of the error away")
+found(by_chance < 0.02 < 0.03 < by_input, f"a random 1 % takes its share, {by_chance:.1%}, the loudest {by_input:.1%}")
 {way: f"{value:.1%} of the error gone" for way, value in gone.items()}
 # %% [markdown]
 # A random 1 % of the columns takes away about 1 % of the error: its share. The columns with the largest
 # weights take about twice their share; the loudest 1 % takes several times its share, and still little: as
-# notebook 09 measured, this model has no loud channels. So we measure the whole model's KL, once as it is
+# notebook 09 measured, the bundled model has no loud channels. So we measure the whole model's KL, once as it is
 # and once with **planted** outliers: six channels 100 times as loud, the same function. **Predict** for
 # both models: how much of the KL does each choice of 1 % take away?
 # %% tags=["nbval-ignore-output"]
@@ -116,12 +120,14 @@ from tqdm.auto import tqdm
 from quantlab.lm import divergence, quantize_weights
 from quantlab.outliers import plant_outliers
 
-planted = plant_outliers(model, channels=range(0, 240, 40), factor=100)
+width = weight_of(layers[q_proj]).shape[1]
+six = [5 * width // 32 * k for k in range(6)]  # channels, from one end to the other
+planted = plant_outliers(model, channels=six, factor=100)
 tokens = token_stream(tokenizer, load_text("eval"))
 def kl_when_kept(m, way, share):
     x, names = capture_inputs(m, calibration[:1024], list(layers)), iter(layers)
     new, _ = quantize_weights(m, lambda weight: keep(way, weight, x[next(names)], share))
-    return divergence(model, new, tokens[:2048]).kl
+    return divergence(model, new, tokens[:budget(model, 2048)]).kl  # fewer on a large model
 
 kl = {title: {"none": kl_when_kept(m, "random", 0)} | {way: kl_when_kept(m, way, 0.01) for way in ways}
       for title, m in tqdm({"plain": model, "planted": planted}.items(), leave=False)}
@@ -129,9 +135,11 @@ kl = {title: {"none": kl_when_kept(m, "random", 0)} | {way: kl_when_kept(m, way,
 from quantlab.plots import plot_bars
 
 plot_bars(kl, ylabel="KL, nats per token", ax=plt.subplots(figsize=(7, 2.8))[1])
-assert kl["planted"]["largest inputs"] < 0.7 * kl["planted"]["none"]
-assert min(kl["planted"]["random"], kl["planted"]["largest weights"]) > 0.95 * kl["planted"]["none"]
-assert kl["plain"]["largest inputs"] < kl["plain"]["none"]
+of_planted, of_plain = kl["planted"], kl["plain"]
+found(of_planted["largest inputs"] < 0.7 * of_planted["none"], "the loudest 1 % takes away 0.3 of the planted KL")
+others = min(of_planted["random"], of_planted["largest weights"])
+found(others > 0.95 * of_planted["none"], "the other choices take away next to nothing")
+found(of_plain["largest inputs"] < of_plain["none"], "unplanted, the loudest 1 % helps too")
 # %% [markdown]
 # **The control fails, as it must:** a random 1 % does next to nothing, and the largest weights little. What
 # matters are the *inputs*. (1 % of 256 columns is three: half of the planted six. And planting flatters: it
@@ -221,10 +229,12 @@ assert ((x[:512] / s) @ (weight * s).T - exact).abs().max() < 1e-5 * exact.abs()
 #
 # Two layers read no norm. `down_proj` reads silu(gate) · up: its 1/s goes into the *rows* of `up_proj`.
 # `o_proj` reads mixtures of values: 1/s can go into the rows of `v_proj`, if every query head has a value
-# head of its own. Here two share one, and then the authors' code leaves `o_proj` unscaled. Our library
+# head of its own. In the bundled model two share one, and then the authors' code leaves `o_proj` unscaled. (A
+# model without a gate has a bend between up and down, which no scale passes, unless it is a ReLU.) Our library
 # keeps its s, and the ledger counts 16 bits for every entry of every s.
 #
-# **Predict:** fold the scales of all layers but `o_proj` into a copy. How far do its logits move?
+# **Predict:** fold the scales of all layers that read a norm, and of a gated `down_proj`, into a copy. How far do
+# its logits move?
 # %% tags=["nbval-ignore-output"]
 import copy
 
@@ -236,19 +246,24 @@ def half_way(layer):
     return scales_of(inputs[names[layer]].abs().mean(0), alpha=0.5)
 
 for norm, readers in norm_readers(folded):  # readers of one norm share s
-    norm.weight.data /= half_way(readers[0])
-    for reader in readers:
-        reader.weight.data *= half_way(readers[0])
+    if readers[0] in names:  # not the head
+        s = half_way(readers[0])
+        for parameter in (norm.weight, getattr(norm, "bias", None)):
+            if parameter is not None:
+                parameter.data /= s
+        for reader in readers:
+            weight_of(reader).mul_(s)
 # %% tags=["nbval-ignore-output"]
-for block in folded.model.layers:
-    s = half_way(block.mlp.down_proj)
-    block.mlp.up_proj.weight.data /= s[:, None]
-    block.mlp.down_proj.weight.data *= s
+roles = {role: list(layers_of_role(folded, role).values()) for role in ("gate", "up", "down")}
+for gate, up, down in zip(*roles.values(), strict=True):
+    if gate is not up:  # what goes down is silu(gate) · up
+        s = half_way(down)
+        weight_of(up).div_(s[:, None])
+        weight_of(down).mul_(s)
 with torch.no_grad():
     before, after = (m(tokens[None, :256]).logits for m in (model, folded))
 moved = ((after - before).abs().max() / before.abs().max()).item()
-assert 0 < moved < 1e-5
-assert model.config.num_attention_heads == 2 * model.config.num_key_value_heads
+assert moved < 1e-4
 f"the largest change of a logit is {moved:.0e} of the largest logit"
 # %% [markdown]
 # Float rounding only. With the scaled weights quantized these are plain integer layers: s costs nothing.
@@ -278,7 +293,7 @@ check("11.3", my_search)
 from quantlab.awq import awq_search
 
 def grown(x, factor):
-    return x * torch.ones(x.shape[1]).index_fill(0, torch.arange(0, 240, 40), float(factor))
+    return x * torch.ones(x.shape[1]).index_fill(0, torch.tensor(six), float(factor))
 
 x_q, w, loud, curves = inputs[q_proj], weight_of(layers[q_proj]), "q_proj, six inputs × 100", {}
 cases = {"q_proj": (w, x_q), "down_proj": (weight, x[:2048]), loud: (w, grown(x_q, 100))}
@@ -291,9 +306,10 @@ for title, (of_layer, read) in cases.items():
 plot_curves(curves, xlabel="alpha", ylabel="error ÷ round-to-nearest's",
             ax=plt.subplots(figsize=(7, 3))[1])
 assert all(abs(errors[0] - 1) < 1e-6 for _, errors in curves.values())  # alpha 0 is round-to-nearest
-assert min(curves[loud][1]) < 0.3 < 0.8 < min(curves["q_proj"][1])
-assert 0.25 <= search.alpha <= 0.55
-assert curves[loud][1][-1] > 2 * min(curves[loud][1])
+valley, even = min(curves[loud][1]), min(curves["q_proj"][1])
+found(valley < 0.3 < 0.8 < even, f"loud inputs leave {valley:.2f} of the error, even ones {even:.2f}")
+found(0.2 <= search.alpha <= 0.6, f"the valley is around alpha 0.4; here {search.alpha:.2f}")
+found(curves[loud][1][-1] > 2 * valley, "right of the valley the others pay")
 # %% [markdown]
 # Each curve begins at 1: on its calibration data AWQ is never worse than that. Even inputs leave little to
 # win. Loud channels make a deep valley, here around α = 0.4; to its right the others pay.
@@ -313,20 +329,20 @@ from quantlab.explorers import explore_scaling
 explorer = explore_scaling({title: (cases[title][0], hessians[title]) for title in cases})
 explorer
 # %% tags=["nbval-ignore-output"]
-found = {}
+of_groups = {}
 for group_size in (32, 128, None):
     scaled, search = awq_search(*cases[loud], bits=4, group_size=group_size)
     plain = scale_and_round(w, torch.ones_like(search.input_scale), bits=4, group_size=group_size)
     of_weight = [(w - q.dequantize()).square().sum().item() for q in (scaled, plain)]
-    found[group_size] = min(search.errors) / search.errors[0], of_weight[0] / of_weight[1]
-assert found[32][0] < found[128][0] < found[None][0] < 0.4
+    of_groups[group_size] = min(search.errors) / search.errors[0], of_weight[0] / of_weight[1]
+found(of_groups[32][0] < of_groups[None][0] < 0.4, "in small groups scaling helps more than in whole rows")
 for alpha in (0.0, 1.0):
     scaled = scale_and_round(w, scales_of(hessians[loud].mean_abs, alpha), bits=4, group_size=128).dequantize()
-    quiet_only = scaled.index_copy(1, torch.arange(0, 240, 40), w[:, 0:240:40])  # loud columns in float
+    quiet_only = scaled.index_copy(1, torch.tensor(six), w[:, six])  # loud columns in float
     part = hessians[loud].output_error(w, quiet_only) / hessians[loud].output_error(w, scaled)
-    assert (part < 0.05) if alpha == 0 else (part > 0.5)
-assert min(of_weight for _, of_weight in found.values()) > 1.5
-{f"group {size}": f"output error {a:.2f} ×, weight error {b:.1f} ×" for size, (a, b) in found.items()}
+    found(part < 0.05 if alpha == 0 else part > 0.5, f"at alpha {alpha:g} the quiet ones carry {part:.0%} of the error")
+found(min(of_weight for _, of_weight in of_groups.values()) > 1.5, "the weight error rises")
+{f"group {size}": f"output error {a:.2f} ×, weight error {b:.1f} ×" for size, (a, b) in of_groups.items()}
 # %% [markdown]
 # **What you saw.** With α the dots tilt: loud channels get a finer step, quiet ones a coarser. At 0 the six
 # loud ones carry nearly all of the error, so that pays: the output error falls to a fraction while the
@@ -338,7 +354,7 @@ assert min(of_weight for _, of_weight in found.values()) > 1.5
 # damping 0.01 and 0.0001, on fresh tokens. **Predict:** who wins at 1, who at 300? Why might damping
 # matter? (It adds a part of the *mean* of diag H to every entry.)
 # %% tags=["nbval-ignore-output"]
-factors, found, damped, settings = (1, 3, 10, 30, 100, 300), {}, {}, {"bits": 4, "group_size": 128}
+factors, of_loud, damped, settings = (1, 3, 10, 30, 100, 300), {}, {}, {"bits": 4, "group_size": 128}
 for factor in factors:
     seen, test = (Hessian(w.shape[1]).add(grown(part, factor)) for part in many[q_proj][:8192].split(4096))
     tried = {"GPTQ, damping 0.01": gptq_quantize(w, seen, **settings, act_order=True),
@@ -346,17 +362,17 @@ for factor in factors:
              "GPTQ, damping 0.0001": gptq_quantize(w, seen, **settings, act_order=True, damping=1e-4)}
     for title, q in tried.items():
         error = test.output_error(w, q.dequantize()) / test.output_error(w, nearest(w, 4))
-        found.setdefault(title, []).append(error)
+        of_loud.setdefault(title, []).append(error)
     diagonal = seen.matrix.diagonal()
     damped[factor] = (0.01 * diagonal.mean() / diagonal.median()).item()
 # %% tags=["nbval-ignore-output"]
-plot_curves({title: (factors, errors) for title, errors in found.items()}, xlabel="six inputs, × as large",
+plot_curves({title: (factors, errors) for title, errors in of_loud.items()}, xlabel="six inputs, × as large",
             ylabel="error ÷ round-to-nearest's", log="x", ax=plt.subplots(figsize=(7, 3.2))[1])
-assert found["GPTQ, damping 0.01"][0] < 0.5 < 0.8 < found["AWQ"][0]
-assert found["AWQ"][-1] < 0.5 * found["GPTQ, damping 0.01"][-1]
-assert found["GPTQ, damping 0.0001"][-2] < found["AWQ"][-2] < found["GPTQ, damping 0.01"][-2]
-assert found["AWQ"][-1] < found["GPTQ, damping 0.0001"][-1]
-assert damped[1] < 0.05 < 1 < damped[100]
+usual, awq, little = of_loud.values()
+found(usual[0] < 0.5 < 0.8 < awq[0], f"on even inputs GPTQ leaves {usual[0]:.2f} of the error, AWQ {awq[0]:.2f}")
+found(awq[-1] < 0.5 * usual[-1], "at 300 AWQ leaves less than half of what GPTQ at its usual damping does")
+found(little[-2] < awq[-2] < usual[-2] and awq[-1] < little[-1], "with little damping GPTQ leads at 100, not at 300")
+found(damped[1] < 0.05 < 1 < damped[100], "what damping adds comes to outweigh a median entry")
 f"damping 0.01, in units of the median diag H: {damped[1]:.3f} at × 1, {damped[100]:.1f} at × 100"
 # %% [markdown]
 # On even inputs GPTQ is far ahead. With channels a hundred times as loud, as in large models (notebook 09),
@@ -372,15 +388,15 @@ f"damping 0.01, in units of the median diag H: {damped[1]:.3f} at × 1, {damped[
 ways = {"GPTQ, damping 0.01": gptq, "AWQ": lambda weight, x, bits: awq_search(weight, x, bits=bits)[0],
         "GPTQ, damping 1": lambda *data: gptq(*data, damping=1.0)}
 tested = {"down_proj, 3 bits": (weight, x, 3), f"{loud}, 4 bits": (w, grown(many[q_proj], 100), 4)}
-found = {title: {way: on_fresh_tokens(f, *data) for way, f in ways.items()} for title, data in tested.items()}
+lines = {title: {way: on_fresh_tokens(f, *data) for way, f in ways.items()} for title, data in tested.items()}
 _, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
-for ax, (title, lines) in zip(axes, found.items(), strict=True):
-    plot_curves({way: (sizes, errors) for way, errors in lines.items()}, log="x", xlabel="calibration tokens",
+for ax, (title, of_way) in zip(axes, lines.items(), strict=True):
+    plot_curves({way: (sizes, errors) for way, errors in of_way.items()}, log="x", xlabel="calibration tokens",
                 ylabel="error ÷ round-to-nearest's", ax=ax).set(title=title, ylim=(0, None))
 axes[1].get_legend().remove()
-(gptq_even, awq_even, damped_even), (gptq_loud, awq_loud, damped_loud) = (f.values() for f in found.values())
-assert max(damped_even[2:]) < 0.97 < min(awq_even) < max(awq_even[1:]) < 1.05 < min(gptq_even[:3])
-assert max(awq_loud) < 0.3 < max(gptq_loud) < 0.7 < 0.75 < min(damped_loud)
+(gptq_even, awq_even, damped_even), (gptq_loud, awq_loud, damped_loud) = (f.values() for f in lines.values())
+found(max(damped_even[2:]) < 0.98 < max(awq_even[1:]) < 1.05 < min(gptq_even[:3]), "damping cures GPTQ on even inputs")
+found(max(awq_loud) < 0.3 < max(gptq_loud) < 0.7 < min(damped_loud), "on loud ones it takes GPTQ's gain away")
 # %% [markdown]
 # AWQ chooses one of 21 candidates: little to learn, and so little to learn wrongly. With loud inputs 64
 # tokens are enough; on `down_proj` it has nothing to gain, and from 256 tokens on does no harm. There more
@@ -395,14 +411,14 @@ from quantlab import ledger
 from quantlab.lm import quantize_lm
 
 def measure(m, method, bits, read=8192, title=None, **options):
-    new, report = quantize_lm(m, calibration[:read], method=method, bits=bits, **options)
-    return new, report, ledger.measure(model, new, tokens[:4096], method=title or method, bits=bits,
+    new, report = quantize_lm(m, calibration[:budget(model, read)], method=method, bits=bits, **options)
+    return new, report, ledger.measure(model, new, tokens[:budget(model, 4096)], method=title or method, bits=bits,
                                        group="128", report=report)
 
 made = {(method, bits): measure(model, method, bits) for bits in (4, 3) for method in ("rtn", "awq", "gptq")}
 for bits in (4, 3):
     ledger.append(made["awq", bits][-1])
-    assert made["gptq", bits][-1].kl < 0.7 * made["awq", bits][-1].kl
+    found(made["gptq", bits][-1].kl < 0.7 * made["awq", bits][-1].kl, f"at {bits} bits GPTQ's KL is below 0.7 of AWQ's")
 ledger.Table([row for *_, row in made.values()])
 # %% [markdown]
 # GPTQ is far ahead, as section 7 foretold. AWQ and round-to-nearest are near each other, each with its
@@ -411,18 +427,21 @@ ledger.Table([row for *_, row in made.values()])
 # %% tags=["nbval-ignore-output"]
 from quantlab.metrics import kl_per_position
 
+length = min(512, model.config.max_position_embeddings)
+read = tokens[:budget(model, 8192) // length * length].split(length)
+
 @torch.no_grad()
 def windows(m):
-    return m(tokens[:8192].view(-1, 512)).logits[:, :-1]
+    return torch.cat([m(ids[None]).logits[:, :-1] for ids in read])
 
 reference = windows(model)
 for bits in (4, 3):
     rtn, awq = (kl_per_position(reference, windows(made[way, bits][0])).mean(1) for way in ("rtn", "awq"))
     gain, error = (rtn - awq).mean(), (rtn - awq).std() / len(rtn) ** 0.5
     print(f"{bits} bits: AWQ takes {gain:.4f} ± {error:.4f} of KL {rtn.mean():.4f} away")
-    assert 2 * error < gain < 0.15 * rtn.mean()
+    found(2 * error < gain < 0.15 * rtn.mean(), f"at {bits} bits AWQ's gain is real and below 15 % of the KL")
 # %% [markdown]
-# So AWQ's gain on this model is **real and small**, less than 15 % of the KL. Section 7 drew the curve, and
+# So AWQ's gain on the bundled model is **real and small**, less than 15 % of the KL. Section 7 drew the curve, and
 # this model sits at its left end. Now the planted model, the same function with loud channels. **Predict**
 # the order again.
 # %% tags=["nbval-ignore-output"]
@@ -430,8 +449,8 @@ more = [measure(planted, method, 4, 4096, f"planted {method}")[-1] for method in
 for row in more:
     ledger.append(row)
 rtn, awq, of_gptq = (row.kl for row in more)
-assert 0.35 < awq / rtn < 0.65
-assert awq < 1.15 * of_gptq
+found(0.35 < awq / rtn < 0.65, f"AWQ leaves {awq / rtn:.2f} of the planted model's KL (the bundled one: 0.47)")
+found(awq < 1.15 * of_gptq, "AWQ stands beside GPTQ there")
 ledger.Table(more)
 # %% [markdown]
 # AWQ takes back about half of the KL, and stands beside GPTQ. Read this with notebook 09 in mind: planted
@@ -447,7 +466,7 @@ scaled, search = awq_search(*cases[loud], bits=4)
 others = search.input_scale[torch.randperm(w.shape[1], generator=torch.Generator().manual_seed(0))]
 tried = nearest(w, 4), scaled.dequantize(), scale_and_round(w, others, bits=4, group_size=128).dequantize()
 results = [hessians[loud].output_error(w, q) for q in tried]
-assert results[1] < 0.3 * results[0] < results[0] < results[2]
+found(results[1] < 0.3 * results[0] < results[0] < results[2], "the right scales help, the same ones shuffled harm")
 "output error: round-to-nearest {:.4f}, AWQ {:.4f}, AWQ's scales shuffled {:.4f}".format(*results)
 # %% [markdown]
 # Larger: now quiet channels are scaled up, and the loud ones pay.
@@ -505,7 +524,7 @@ check("11.5", my_scales)
 # %% tags=["nbval-ignore-output"]
 errors = {row.name: row.output_error for row in made["awq", 3][1].layers}
 worst, best = max(errors, key=errors.get), min(errors, key=errors.get)
-assert errors[worst] > 5 * errors[best]
+found(errors[worst] > 5 * errors[best], f"one layer loses {errors[worst] / errors[best]:.1f} times the best's error")
 f"output error at 3 bits: {worst} {errors[worst]:.3f}, {best} {errors[best]:.4f}"
 # %% [markdown]
 # Far from it. And a bit saved where it does not hurt could be spent where it does.
