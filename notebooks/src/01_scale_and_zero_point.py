@@ -26,12 +26,11 @@
 # %%
 import torch
 
-from quantlab.lm import linear_layers, load_lm
+from quantlab.lm import layers_of_role, linear_layers, load_lm, weight_of
 
 model, tokenizer = load_lm()
-layers = linear_layers(model)
-name = list(layers)[4]
-weight = layers[name].weight.detach()
+name, layer = next(iter(layers_of_role(model, "gate").items()))
+weight = weight_of(layer)
 cast = weight.to(torch.int8)
 f"{name} {tuple(weight.shape)}: {(cast == 0).float().mean():.1%} of the weights became 0"
 # %% [markdown]
@@ -78,7 +77,7 @@ torch.round(torch.tensor(5.0) / scale) + zero_point
 def my_quantize(x, scale, zero_point, qmin, qmax):
     raise NotImplementedError
 # %%
-from quantlab.checks import check, hint, solution
+from quantlab.checks import check, found, hint, solution
 
 check("1.1", my_quantize)
 # %% [markdown]
@@ -185,8 +184,8 @@ f"{worse:.2f} times the squared error; mean error {(floored - x).mean() / qp.sca
 # need not be stored. Integer matrix products also become simpler (notebook 07). The price is range that
 # nobody uses.
 #
-# **Predict.** For weights, which lie about evenly on both sides of 0, how much does it cost? And for the
-# output of a ReLU?
+# **Predict.** For weights, which usually lie about evenly on both sides of 0, how much does it cost? And for
+# the output of a ReLU?
 # %% tags=["nbval-ignore-output"]
 def error_of(x, symmetric):
     qp = choose_qparams(x.min(), x.max(), qmin=0, qmax=15, symmetric=symmetric)
@@ -195,11 +194,12 @@ def error_of(x, symmetric):
 relu = torch.randn(100_000, generator=torch.Generator().manual_seed(0)).relu()
 costs = {"weights": weight, "after a ReLU": relu}
 costs = {key: (error_of(t, True) / error_of(t, False)).item() for key, t in costs.items()}
-assert costs["weights"] < 2.5 < 3 < costs["after a ReLU"]
+assert costs["after a ReLU"] > 3
+found(costs["weights"] < 2, f"symmetry costs the weights {costs['weights']:.2f} times (the bundled model: 1.06)")
 {key: f"{value:.2f} times the squared error" for key, value in costs.items()}
 # %% [markdown]
-# Little for weights; about four times the squared error for ReLU outputs, where half of the codes wait for
-# negative values that never come. Hence the usual rule: weights symmetric, activations asymmetric. (And
+# Little for these weights; about four times the squared error for ReLU outputs, where half of the codes wait
+# for negative values that never come. Hence the usual rule: weights symmetric, activations asymmetric. (And
 # "asymmetric means z ≠ 0" is no definition: unsigned codes on ReLU data have z = 0, symmetric unsigned ones
 # z = 8 here.)
 # %% [markdown]
@@ -220,15 +220,17 @@ explorer
 # %% [markdown]
 # **What you saw.** Inside the grid the error is a sawtooth of height s, between −s/2 and s/2 (dashed).
 # Outside, it grows without bound: that is clipping. A narrower grid has a lower sawtooth and a larger
-# outside. The best range lies in between: the next cell tries some at 3 bits. *Symmetric* moves the grid,
-# since the extremes of this layer are not equally far out; the step grows a little.
+# outside. The best range lies in between: the next cell tries some at 3 bits. *Symmetric* moves the grid
+# if the extremes of the layer are not equally far out, as here; the step grows a little.
 # %% tags=["nbval-ignore-output"]
 def error_at(part, bits=3):
     qp = choose_qparams(weight.min() * part, weight.max() * part, qmin=0, qmax=2**bits - 1)
     return (fake_quantize(weight, qp) - weight).square().mean().item()
 
 errors = {part: error_at(part) for part in (0.2, 0.4, 0.6, 0.8, 1.0)}
-assert min(errors, key=errors.get) < 1.0 < errors[0.2] / min(errors.values())
+best = min(errors, key=errors.get)
+found(best < 1, f"the best of these is {best:.0%} of the range (the bundled model: 40%)")
+found(errors[0.2] > 1.5 * errors[best], f"20% has {errors[0.2] / errors[best]:.1f} times the error of the best")
 {f"{part:.0%} of the range": f"{error:.2e}" for part, error in errors.items()}
 # %% [markdown]
 # ## 7. Rosetta: one map, three spellings
@@ -277,9 +279,9 @@ def per_tensor(model, bits):
     return new
 # %%
 from quantlab import ledger
-from quantlab.lm import generate, load_text, token_stream
+from quantlab.lm import budget, generate, load_text, token_stream
 
-tokens = token_stream(tokenizer, load_text("eval"))[:4096]
+tokens = token_stream(tokenizer, load_text("eval"))[: budget(model, 4096)]  # fewer on a larger model
 rows = [ledger.measure(model, model, tokens, method="float")]
 for bits in (8, 4, 3):
     new = per_tensor(model, bits)
@@ -288,15 +290,18 @@ for bits in (8, 4, 3):
 for row in rows:
     ledger.append(row)
 kl = [row.kl for row in rows]
-assert 0 == kl[0] < kl[1] < 0.05 < kl[2] < kl[3]
+assert kl[0] < 1e-6
+found(kl[1] < 0.05 < kl[2] < kl[3], f"at 8, 4 and 3 bits KL is {kl[1]:.3f}, {kl[2]:.2f} and {kl[3]:.2f} "
+      "(the bundled model: 0.002, 0.48 and 2.58)")
 ledger.Table(rows)
 # %% [markdown]
-# Eight bits are nearly free, four are not, and three ruin the model. (The sizes count these models as
+# Here eight bits are nearly free, four are not, and three ruin the model. (The sizes count these models as
 # 16-bit floats: nothing has been packed yet, and the ratios of times stay near 1 for the same reason.
 # Notebooks 03 and 07 change that.)
 #
 # **The control that must fail.** The same eight bits, with the zero point left out on the way back. If our
-# measure is worth anything, it must notice.
+# measure is worth anything, it must notice. (In a model with LayerNorm the bug may do no harm: what all
+# channels have too much is taken off again. Llama's RMSNorm does not do that.)
 # %%
 def forgetful(x):
     qp = choose_qparams(x.min(), x.max(), qmin=0, qmax=255)
@@ -307,7 +312,7 @@ for layer in linear_layers(broken).values():
     layer.weight.data = forgetful(layer.weight.data)
 # %% tags=["nbval-ignore-output"]
 bad = ledger.measure(model, broken, tokens, method="forgetful", bits=8)
-assert bad.kl > 100 * rows[1].kl
+found(bad.kl > 100 * rows[1].kl, f"without zero points KL is {bad.kl:.4f} (the bundled model: 8.27)")
 f"KL {bad.kl:.2f}; it writes: {generate(broken, tokenizer, 'Once upon a time', tokens=15)!r}"
 # %% [markdown]
 # ## 9. Exercises

@@ -22,20 +22,24 @@
 #
 # ## 1. What broke
 # That outlier was made up. Here are two real streams: what two linear layers of the second block read while
-# the model reads stories. `down_proj` is the last layer of the MLP, `q_proj` the first of the attention.
+# the model reads stories, 8,192 tokens of them (fewer if the model is larger than ours). `down_proj` is the
+# last layer of the MLP, `q_proj` the first of the attention; other models have other names for them.
 # %% tags=["nbval-ignore-output"]
 import matplotlib.pyplot as plt
 import torch
 from tqdm.auto import tqdm
 
-from quantlab.lm import capture_inputs, linear_layers, load_lm, load_text, token_stream, weight_of
+from quantlab.checks import check, found, hint, solution
+from quantlab.lm import budget, capture_inputs, layers_of_role, linear_layers, load_lm, load_text, token_stream
+from quantlab.lm import weight_of
 from quantlab.plots import ERROR, plot_against_bits, plot_bars, plot_curves, plot_histogram
 
 model, tokenizer = load_lm()
 layers = linear_layers(model)
-down, q = list(layers)[13], list(layers)[7]
+down, q = (list(layers_of_role(model, role))[1] for role in ("down", "query"))
+n = budget(model, 8192)
 tokens = {name: token_stream(tokenizer, load_text(name)) for name in ("calibration", "eval")}
-seen, fresh = (capture_inputs(model, tokens[name][:8192], [down, q])
+seen, fresh = (capture_inputs(model, tokens[name][:n], [down, q])
                for name in tqdm(tokens, desc="reading stories", leave=False))
 {name: (tuple(x.shape), f"{x.min():.1f} .. {x.max():.1f}") for name, x in seen.items()}
 # %% tags=["nbval-ignore-output"]
@@ -51,10 +55,11 @@ from quantlab import choose_qparams, fake_quantize, mse
 
 grids = {name: choose_qparams(x.min(), x.max(), qmin=0, qmax=15) for name, x in seen.items()}
 zeros = {name: (fake_quantize(seen[name], qp) == 0).float().mean().item() for name, qp in grids.items()}
-assert zeros[down] > 0.95 > 2 * zeros[q]
+found(zeros[down] > 0.9, f"{zeros[down]:.0%} of what down_proj reads become 0 (the bundled model: 99%)")
+found(zeros[q] < 0.5, f"{zeros[q]:.0%} of what q_proj reads become 0 (the bundled model: 37%)")
 {name: f"{share:.1%}" for name, share in zeros.items()}
 # %% [markdown]
-# Nearly everything that the MLP worked out is gone, for the sake of a few values far out. What if the grid
+# Here nearly everything that the MLP worked out is gone, for the sake of a few values far out. What if the grid
 # did not reach them? They would be **clamped** to its last point. That is an error too.
 #
 # ## 2. By hand: eight numbers
@@ -71,10 +76,10 @@ for qp in (wide, narrow):
 # of each small number with still one 6?
 # %%
 many = torch.cat([x[:-1].repeat(1000), x[-1:]])
-found = [[mse(t, fake_quantize(t, qp)) for qp in (wide, narrow)] for t in (x, many)]
-assert found[0][0] < found[0][1] / 10
-assert found[1][1] < found[1][0] / 5
-[[round(e, 4) for e in pair] for pair in found]
+pairs = [[mse(t, fake_quantize(t, qp)) for qp in (wide, narrow)] for t in (x, many)]
+assert pairs[0][0] < pairs[0][1] / 10
+assert pairs[1][1] < pairs[1][0] / 5
+[[round(e, 4) for e in pair] for pair in pairs]
 # %% [markdown]
 # First the wide one by far: one number in eight is too many to give up. Then the narrow one. Two harms
 # stand against each other, and how many values suffer each decides:
@@ -90,14 +95,12 @@ assert found[1][1] < found[1][0] / 5
 def my_split(x, scale, zero_point, qmin, qmax):
     raise NotImplementedError  # return rounding, clipping
 # %%
-from quantlab.checks import check, hint, solution
-
 check("2.1", my_split)
 # %%
 from quantlab import split_error  # the same from the library
 
 rounding, clipping = split_error(many, narrow)
-assert abs(rounding + clipping - mse(many, fake_quantize(many, narrow))) < 1e-9
+assert abs(rounding + clipping - mse(many, fake_quantize(many, narrow))) < 1e-7
 f"the narrow grid: rounding {rounding:.4f}, clipping {clipping:.4f}"
 # %% [markdown]
 # ## 3. The best clip
@@ -117,16 +120,17 @@ curves = {key: {f"{bits} bits": (clips, [error_at(x, clip, bits) for clip in cli
 fig, axes = plt.subplots(1, 2, figsize=(7, 3), layout="constrained", sharey=True)
 for (key, lines), ax in zip(curves.items(), axes, strict=True):
     plot_curves(lines, xlabel="clip (fraction of the range)", ylabel="relative squared error", log="xy", ax=ax)
-    ax.set_title(f"{key} of down_proj", fontsize="medium")
+    ax.set_title(f"{key} of {down.split('.')[-1]}", fontsize="medium")
 plt.show()
 best = {key: {name: x[y.index(min(y))] for name, (x, y) in lines.items()} for key, lines in curves.items()}
-assert all(list(b.values()) == sorted(b.values(), reverse=True) for b in best.values())
-assert best["input"]["4 bits"] < min(0.5, best["weights"]["4 bits"] / 1.5)
+found(all(b["2 bits"] < b["8 bits"] / 1.5 for b in best.values()), "the best clip at 2 bits is far inside that at 8")
+found(best["input"]["4 bits"] < 0.4, f"the best clip of the input at 4 bits is {best['input']['4 bits']:.2f} "
+      "(the bundled model: 0.21)")
 {key: ", ".join(f"{clip:.2f} at {name}" for name, clip in b.items()) for key, b in best.items()}
 # %% [markdown]
 # Each curve is a U: clipping on the left, rounding on the right. One bit less makes rounding about four
 # times as dear, so the best clip (listed below the picture) moves inwards. Outliers move it further: at 4
-# bits the grid for the input does best when it gives up most of the range.
+# bits the grid for the input does best here when it gives up most of the range.
 #
 # ### Exercise 2.2: the best clip (about 10 minutes)
 # On a symmetric grid, `choose_qparams(-clip, clip, qmin=-2**(bits-1), qmax=2**(bits-1)-1, symmetric=True)`.
@@ -221,25 +225,25 @@ changed, {m: f"weight of the first of 64 batches: {(1 - m) ** 63:.1%}" for m in 
 # forgotten; with 0.01, torch's default, it weighs more than all others together.
 #
 # ## 6. Five observers, real streams
-# Each watches 4096 tokens of calibration text, for `down_proj` and `q_proj`, at 8 bits and at 4; and once
-# more for `q_proj` with the loudest tokens first. Then the range is fixed, and we measure on *other* text:
-# the relative squared error of the input, ‖X̂ − X‖²/‖X‖², and of what the layer **makes** of it, ‖X̂Wᵀ −
-# XWᵀ‖²/‖XWᵀ‖² (the weights stay in float). **Predict** the best and the worst of each case.
+# Each watches half of the calibration tokens of section 1, for `down_proj` and `q_proj`, at 8 bits and at
+# 4; and once more for `q_proj` with the loudest tokens first. Then the range is fixed, and we measure on
+# *other* text: the relative squared error of the input, ‖X̂ − X‖²/‖X‖², and of what the layer **makes** of
+# it, ‖X̂Wᵀ − XWᵀ‖²/‖XWᵀ‖² (the weights stay in float). **Predict** the best and the worst of each case.
 # %%
 def errors(x, weight, bounds, bits):
     x_hat = fake_quantize(x, choose_qparams(*bounds, qmin=0, qmax=2**bits - 1))
     pairs = (x, x_hat), (x @ weight.T, x_hat @ weight.T)
     return [mse(a, b) / a.square().mean().item() for a, b in pairs]
 # %% tags=["nbval-ignore-output"]
-X, Y = seen[down][:4096], seen[q][:4096]
+X, Y = seen[down][: n // 2], seen[q][: n // 2]
 loud_first = Y[Y.abs().amax(1).argsort(descending=True)]
 cases = {"down_proj\n8 bits": (X, down, 8), "down_proj\n4 bits": (X, down, 4), "q_proj\n8 bits": (Y, q, 8),
          "q_proj\n4 bits": (Y, q, 4), "loud first\n8 bits": (loud_first, q, 8)}
 of_input, of_output = ({key: {} for key in observers(8)} for _ in range(2))
 for case, (x, name, bits) in tqdm(cases.items(), leave=False):
     for key, observer in observers(bits).items():
-        found = errors(fresh[name][:2048], weight_of(layers[name]), watch(observer, x), bits)
-        of_input[key][case], of_output[key][case] = found
+        pair = errors(fresh[name][: n // 4], weight_of(layers[name]), watch(observer, x), bits)
+        of_input[key][case], of_output[key][case] = pair
 # %% tags=["nbval-ignore-output"]
 fig, axes = plt.subplots(2, 1, figsize=(7, 4.6), layout="constrained", sharex=True)
 plot_bars(of_input, ylabel="error of the input", log=True, ax=axes[0])
@@ -248,14 +252,16 @@ plt.show()
 # %% tags=["nbval-ignore-output"]
 ranked = {case: sorted(of_output, key=lambda key: of_output[key][case]) for case in cases}
 worst = [ranking[-1] for ranking in ranked.values()]
-assert worst[:3] + worst[4:] == ["entropy", "min-max", "percentile", "moving average"]
-assert all(of_output["MSE"][case] < 1.1 * min(e[case] for e in of_output.values()) for case in cases)
+found(worst[:3] + worst[4:] == ["entropy", "min-max", "percentile", "moving average"],
+      "entropy, min-max, the percentile and the moving average are each the worst somewhere")
+share = max(of_output["MSE"][case] / of_output[ranked[case][0]][case] for case in cases)
+found(share < 1.3, f"MSE has at most {share:.2f} times the error of the best (the bundled model: 1.01)")
 {case.replace("\n", ", "): f"best {r[0]}, worst {r[-1]}" for case, r in ranked.items()}
 # %% [markdown]
-# **What you saw.** No rule is safe. At 8 bits steps are cheap, and whoever clips too much loses: entropy
-# where there are outliers, the percentile where there are few, the moving average where it has forgotten
-# the loud tokens. At 4 bits steps are dear, and whoever keeps the outliers loses: min-max. MSE knows the
-# bits, and leads or comes close.
+# **What you saw** (on the bundled model). No rule is safe. At 8 bits steps are cheap, and whoever clips too
+# much loses: entropy where there are outliers, the percentile where there are few, the moving average where
+# it has forgotten the loud tokens. At 4 bits steps are dear, and whoever keeps the outliers loses: min-max.
+# MSE knows the bits, and leads or comes close.
 #
 # ## 7. Drag it
 # Some 260 tokens of the input of `down_proj`. Left: histogram and grid; pink is clipped. Right: the three
@@ -268,57 +274,61 @@ assert all(of_output["MSE"][case] < 1.1 * min(e[case] for e in of_output.values(
 # %% tags=["nbval-ignore-output"]
 from quantlab.explorers import explore_calibration
 
-explorer = explore_calibration(seen[down][:4096], bits=4, weight=weight_of(layers[down]))
+explorer = explore_calibration(X, bits=4, weight=weight_of(layers[down]))
 explorer
 # %% tags=["nbval-ignore-output"]
 x, W = samples["input"], weight_of(layers[down])
 for bits in (8, 4, 3):
-    found = torch.tensor([errors(x, W, (clip * x.min(), clip * x.max()), bits) for clip in clips])
-    a, b = (clips[i] for i in found.argmin(0))
+    both = torch.tensor([errors(x, W, (clip * x.min(), clip * x.max()), bits) for clip in clips])
+    a, b = (clips[i] for i in both.argmin(0))
     qp = choose_qparams(a * x.min(), a * x.max(), qmin=0, qmax=2**bits - 1)
     zero = (fake_quantize(x, qp) == 0).float().mean().item()
     print(f"{bits} bits: best clip for the input {a:.2f}, where {zero:.0%} become 0; for the output {b:.2f}")
-    assert 0.7 < b / a < 1.5
-    assert (zero > 0.5) == (bits < 8)
+    found(0.5 < b / a < 2, f"at {bits} bits the output's best clip is {b / a:.2f} times the input's")
+    found((zero > 0.5) == (bits < 8), f"at {bits} bits {zero:.0%} become 0 (the bundled model: 36, 80 and 95%)")
 # %% [markdown]
-# **What you saw**, above on the tokens of section 3. 1: it rises again: at 4 bits most values are 0 even at the best
-# clip. 2: that of MSE, which wanders left with the valley (and may lie below the black curve: it shrinks
-# each end by itself). 3: yes, or near it. Here the input's error is a fair guide; in exercise 2.5 it is
-# not. 4: MSE and entropy; the others do not know the bits.
+# **What you saw** on the bundled model, above on the tokens of section 3. 1: it rises again: at 4 bits most
+# values are 0 even at the best clip. 2: that of MSE, which wanders left with the valley (and may lie below
+# the black curve: it shrinks each end by itself). 3: yes, or near it. Here the input's error is a fair guide;
+# in exercise 2.5 it is not. 4: MSE and entropy; the others do not know the bits.
 #
 # ## 8. And MSE?
-# The other four have each been the worst. MSE has the least squared error by design. Now a tensor for which
-# another error counts: the model's **logits**, one number for each token that could come next. They are for
-# the prediction. **Predict** the best and the worst, by squared error and by the KL of the predictions.
+# The other four have each been the worst in section 6. MSE has the least squared error by design. Now a
+# tensor for which another error counts: the model's **logits**, one number for each token that could come
+# next. They are for the prediction. **Predict** the best and the worst, by squared error and by the KL of
+# the predictions.
 # %% tags=["nbval-ignore-output"]
 from quantlab import kl_divergence, top1_agreement
 
+window = min(512, model.config.max_position_embeddings)
 with torch.no_grad():
-    logits, other = (model(tokens[name][None, :512]).logits[0] for name in ("calibration", "eval"))
-found = {}
+    logits, other = (model(tokens[name][None, :window]).logits[0] for name in ("calibration", "eval"))
+squared, kl = {}, {}
 for key, observer in observers(4).items():
     rounded = fake_quantize(other, choose_qparams(*watch(observer, logits, batch=32), qmin=0, qmax=15))
-    found[key] = mse(other, rounded), kl_divergence(other, rounded)
-    print(f"{key:15} squared error {found[key][0]:.3f}   KL {found[key][1]:.2f}   "
+    squared[key], kl[key] = mse(other, rounded), kl_divergence(other, rounded)
+    print(f"{key:15} squared error {squared[key]:.3f}   KL {kl[key]:.2f}   "
           f"same top token {top1_agreement(other, rounded):.0%}   largest logit {rounded.max():.1f}")
-assert min(found, key=lambda key: found[key][0]) == max(found, key=lambda key: found[key][1]) == "MSE"
+found(min(squared, key=squared.get) == max(kl, key=kl.get) == "MSE", "MSE has the least squared error "
+      f"({squared['MSE']:.2f}) and the largest KL ({kl['MSE']:.2f})")
 # %% [markdown]
-# The largest logits are few, so MSE clips them; but they are the answer. **Measure what the tensor is
+# The largest logits are few, so MSE clips them here; but they are the answer. **Measure what the tensor is
 # for**, not the tensor.
 #
 # ## 9. How much text is enough?
-# **Predict**, for 8 bits on `down_proj` and 16 tokens up to 4096: with more calibration text, does the error
-# of min-max, of the percentile and of MSE fall, stay or grow? We draw up to eight stretches of text for
-# each number (at 4096 they overlap). None begins with a window of 512 tokens: those have nothing before
-# them, and would be no fair sample. The error is that of the output, on the same 1024 tokens of other text;
-# the bars show the spread of the draws.
+# **Predict**, for 8 bits on `down_proj` and 16 tokens up to 4096 (256 on a large model): with more
+# calibration text, does the error of min-max, of the percentile and of MSE fall, stay or grow? We draw up to
+# eight stretches of text for each number (the longest overlap). None begins where the model's window of 512
+# tokens does: its first tokens have nothing before them, and would be no fair sample. The error is that of
+# the output, on the same 1024 tokens of other text; the bars show the spread of the draws.
 # %% tags=["nbval-ignore-output"]
-sizes, makers = (16, 64, 256, 1024, 4096), {"min-max": MinMax, "percentile": Percentile, "MSE": MSE}
+sizes = [size for size in (16, 64, 256, 1024, 4096) if 2 * size <= n]
+makers = {"min-max": MinMax, "percentile": Percentile, "MSE": MSE}
 
 def mean_and_spread(make, size):
-    draws = [seen[down][start : start + size] for start in range(100, 8193 - size, 1024)]
-    found = torch.tensor([errors(fresh[down][:1024], W, make().update(x).min_max(), 8)[1] for x in draws])
-    return found.mean().item(), found.std().item()
+    draws = [seen[down][start : start + size] for start in range(100, n + 1 - size, n // 8)]
+    each = torch.tensor([errors(fresh[down][:1024], W, make().update(x).min_max(), 8)[1] for x in draws])
+    return each.mean().item(), each.std().item()
 
 enough = {key: {size: mean_and_spread(make, size) for size in sizes}
           for key, make in tqdm(makers.items(), desc="calibrating", leave=False)}
@@ -331,41 +341,50 @@ def plot_against_tokens(curves, ylabel):
     plt.show()
 
 plot_against_tokens(enough, "output error")
-mean = {(key, size): enough[key][size][0] for key in makers for size in sizes}
-assert mean["MSE", 4096] < 1.1 * mean["MSE", 1024] < mean["MSE", 16]
-assert mean["min-max", 4096] > 1.2 * mean["min-max", 256]
-assert mean["percentile", 4096] > 4 * mean["MSE", 4096]
+few, before, most = sizes[0], sizes[-2], sizes[-1]
+error = {key: {size: mean for size, (mean, _) in points.items()} for key, points in enough.items()}
+found(1.2 * error["MSE"][most] < error["MSE"][few], f"with more text MSE's error falls by a factor of "
+      f"{error['MSE'][few] / error['MSE'][most]:.1f} (the bundled model: 2.4)")
+found(error["MSE"][most] < 1.1 * error["MSE"][before], f"the last step to {most} tokens changes MSE little")
+grown = error["min-max"][most] / min(error["min-max"].values())
+found(grown > 1.2, f"min-max ends at {grown:.2f} times its least error (the bundled model: 1.8)")
+apart = error["percentile"][most] / error["MSE"][most]
+found(apart > 4, f"the percentile ends at {apart:.1f} times MSE's error (the bundled model: 9.9)")
 # %% [markdown]
-# MSE falls and then stays: a thousand tokens are enough here. The percentile stays, far above: it cuts off
+# Here MSE falls and then stays: a thousand tokens are enough. The percentile stays, far above: it cuts off
 # its share however many it has seen. **Min-max gets worse**: with few tokens it clips by accident, with
 # more it stretches to ever rarer outliers. More text is no cure for a rule that does not suit the data.
 #
 # ## 10. Calibrating on the test set, caught
 # Some tutorials calibrate on the very text they test on: a *leak* (数据泄漏). We take up to fourteen stretches
 # of test text. The *leaked* range is calibrated on the stretch itself, the *honest* one on as many tokens
-# of calibration text. **Predict** by what factor the leaked error is smaller, with 16 tokens and with 1024;
-# and what is left of that when both are measured on fresh text.
+# of calibration text. **Predict** by what factor the leaked error is smaller, with 16 tokens and with 1024
+# (64 on a large model); and what is left of that when both are measured on fresh text.
 # %% tags=["nbval-ignore-output"]
+end = n * 7 // 8
+
 def honest_over_leaked(start, size):
-    texts = fresh[down][start:][:size], fresh[down][(start + 3584) % 7168 :][:512]  # read, and fresh
+    texts = fresh[down][start:][:size], fresh[down][(start + end // 2) % end :][: n // 16]  # read, and fresh
     leaked, honest = (MSE(bits=8).update(x[down][start:][:size]).min_max() for x in (fresh, seen))
     return [errors(x, W, honest, 8)[1] / errors(x, W, leaked, 8)[1] for x in texts]
 
 gain = {"on the text that leaked": {}, "on fresh text": {}}
-for size in tqdm(sizes[:4], desc="leaking", leave=False):
-    logs = torch.tensor([honest_over_leaked(start, size) for start in range(100, 7168, max(512, size))]).log()
-    for found, log in zip(gain.values(), logs.T, strict=True):
+for size in tqdm(sizes[:-1], desc="leaking", leave=False):
+    starts = range(100, end, max(n // 16, size))
+    logs = torch.tensor([honest_over_leaked(start, size) for start in starts]).log()
+    for points, log in zip(gain.values(), logs.T, strict=True):
         mean = log.mean().exp().item()  # the geometric mean, since these are ratios
-        found[size] = mean, mean * log.std().item() / len(log) ** 0.5
+        points[size] = mean, mean * log.std().item() / len(log) ** 0.5
 # %% tags=["nbval-ignore-output"]
 plot_against_tokens(gain, "honest error / leaked error")
 leaked, caught = gain.values()
-assert leaked[16][0] > 1.5 > 1.2 > leaked[1024][0]
-assert all(abs(mean - 1) < max(0.1, 3 * error) for mean, error in caught.values())
+found(leaked[few][0] > 1.5, f"{few} leaked tokens flatter {leaked[few][0]:.2f} times (the bundled model: 2.8)")
+found(leaked[before][0] < 1.2, f"{before} flatter {leaked[before][0]:.2f} times (the bundled model: 1.02)")
+found(all(abs(m - 1) < max(0.1, 3 * e) for m, e in caught.values()), "on fresh text nothing of the leak is left")
 {name: {size: f"{mean:.2f} ± {error:.2f}" for size, (mean, error) in g.items()} for name, g in gain.items()}
 # %% [markdown]
-# With a few tokens the leak flatters by a factor; with a thousand next to nothing is left: two numbers, low
-# and high, cannot memorise a text. Methods that fit more can (notebook
+# With a few tokens the leak flatters by a factor; with a thousand next to nothing is left here: two numbers,
+# low and high, cannot memorise a text. Methods that fit more can (notebook
 # [06](06_measuring_a_language_model.ipynb) measures it), so never do it.
 #
 # **Caught, first way:** measure again on fresh text. There the leaked ranges are no better.
@@ -401,6 +420,7 @@ for stories in (calibration_stories, leaky):
 #
 # ## 11. The whole model, and the control that must fail
 # Now all linear layers read rounded inputs, 8 bits, with the ranges that an observer chose on 1024 tokens.
+# (Of a model with more than 40 layers it is those of some blocks, evenly picked.)
 #
 # The **control**: examples for calibration tools often feed random numbers where real data should be. We do
 # it in two ways: random *tokens* (the model computes with them as with any others), and random *numbers*
@@ -415,43 +435,47 @@ embedding.data = torch.rand(embedding.shape, generator=random)
 any_token = torch.randint(0, len(embedding), (1024,), generator=random)
 sources = {"calibration text": (model, tokens["calibration"][:1024]),
            "random tokens": (model, any_token), "random numbers": (noisy, any_token)}
-inputs = {key: capture_inputs(m, ids, list(layers)) for key, (m, ids) in sources.items()}
+step, each = -(-len(layers) // 40), len(layers) // model.config.num_hidden_layers
+some = [name for i, name in enumerate(layers) if i // each % step == 0]
+inputs = {key: capture_inputs(m, ids, some) for key, (m, ids) in sources.items()}
 # %%
 def with_rounded_inputs(ranges):
     new = copy.deepcopy(model)
-    for name, layer in linear_layers(new).items():
-        qp = choose_qparams(*ranges[name], qmin=0, qmax=255)
-        layer.register_forward_pre_hook(lambda _, args, qp=qp: fake_quantize(args[0], qp))
+    for name, bounds in ranges.items():
+        qp = choose_qparams(*bounds, qmin=0, qmax=255)
+        new.get_submodule(name).register_forward_pre_hook(lambda _, args, qp=qp: fake_quantize(args[0], qp))
     return new
 # %% tags=["nbval-ignore-output"]
 from quantlab.lm import divergence
 
 jobs = [("calibration text", key) for key in observers(8)]
 jobs += [(source, key) for source in list(sources)[1:] for key in ("min-max", "MSE")]
-ranges, kl = {}, {}
+ranges, kl, test = {}, {}, tokens["eval"][: budget(model, 4096)]
 for job in tqdm(jobs, desc="whole model", leave=False):
     ranges[job] = {name: watch(observers(8)[job[1]], x) for name, x in inputs[job[0]].items()}
-    d = divergence(model, with_rounded_inputs(ranges[job]), tokens["eval"][:4096])
+    d = divergence(model, with_rounded_inputs(ranges[job]), test)
     kl[job] = d.kl
     print(f"{job[0]:17} {job[1]:15} KL {d.kl:.4f} ± {d.stderr:.4f}   same top token {d.top1:.1%}")
 # %% tags=["nbval-ignore-output"]
 width = {source: torch.stack([high - low for low, high in ranges[source, "min-max"].values()])
          for source in sources}
 ratio = {source: width[source] / width["calibration text"] for source in list(sources)[1:]}
-for key, least, most in (("min-max", 0.5, 1.1), ("MSE", 1.2, 3)):
-    assert least < kl["random tokens", key] / kl["calibration text", key] < most
-    assert kl["random numbers", key] > 10 * kl["random tokens", key]
+for key, bundled in (("min-max", 0.9), ("MSE", 1.5)):
+    times = kl["random tokens", key] / kl["calibration text", key]
+    found(0.5 < times < 3, f"{key}: {times:.1f} times the KL with random tokens (the bundled model: {bundled})")
+    found(kl["random numbers", key] > 10 * kl["random tokens", key], f"{key}: KL with random numbers is 10 times that")
 order = sorted(observers(8), key=lambda key: kl["calibration text", key])
-assert set(order[:2]) == {"moving average", "MSE"}
-assert order[-1] == "entropy"
-assert ratio["random numbers"].min() < 0.4 < 0.5 < ratio["random tokens"].min()
+found(set(order[:2]) == {"moving average", "MSE"}, f"moving average and MSE lead (here {', '.join(order[:2])})")
+found(order[-1] == "entropy", f"entropy is last (here {order[-1]})")
+found(ratio["random numbers"].min() < 0.4, "random numbers leave some range below 40% of what text needs")
+found(ratio["random tokens"].min() > 0.5, "random tokens leave no range below half of what text needs")
 {source: f"ranges {r.min():.2f} to {r.max():.2f} times those of the text" for source, r in ratio.items()}
 # %% [markdown]
-# On text, moving average and MSE lead, and entropy is last by far, as on `down_proj`. Random numbers ruin
-# the model with either rule: in some layers they lead to ranges of a third of what text needs. Random
-# *tokens* are no disaster, since their ranges are of about the right size. With min-max they are no worse
-# than text; with MSE, which looks closer, they cost. Each of these could have come out otherwise: measure,
-# do not assume.
+# On text, moving average and MSE lead on this model, and entropy is last by far, as on `down_proj`. Random
+# numbers ruin the model with either rule: in some layers they lead to ranges of a third of what text needs.
+# Random *tokens* are no disaster, since their ranges are of about the right size. With min-max they are
+# hardly worse than text; with MSE, which looks closer, they cost. Each of these could have come out
+# otherwise: measure, do not assume.
 #
 # ## 12. The ledger
 # Weights at last. Notebook 01 took each matrix from its minimum to its maximum, and so does "min-max" here.
@@ -469,16 +493,18 @@ makers = {"min-max": lambda bits: MinMax(), "clipped": lambda bits: MSE(bits=bit
 rows = {}
 for bits in tqdm((4, 3), leave=False):
     for method, make in makers.items():
-        rows[method, bits] = ledger.measure(model, round_weights(make, bits), tokens["eval"][:4096],
-                                            method=method, bits=bits, group="tensor")
+        rows[method, bits] = ledger.measure(model, round_weights(make, bits), test, method=method, bits=bits,
+                                            group="tensor")
         ledger.append(rows[method, bits])
-assert rows["clipped", 4].kl < rows["min-max", 4].kl / 2
-assert rows["clipped", 3].kl < rows["min-max", 3].kl / 3
-assert 0.5 < rows["clipped", 3].kl / rows["min-max", 4].kl < 1.5
+for bits, bundled in ((4, 2.8), (3, 4.9)):
+    less = rows["min-max", bits].kl / rows["clipped", bits].kl
+    found(less > 2, f"at {bits} bits the clip divides KL by {less:.1f} (the bundled model: {bundled})")
+like = rows["clipped", 3].kl / rows["min-max", 4].kl
+found(0.5 < like < 2, f"3 bits clipped have {like:.1f} times the KL of 4 bits unclipped (the bundled model: 1.2)")
 ledger.Table(list(rows.values()))
 # %% [markdown]
 # Same codes, same number of bits, nothing else stored: only the range is chosen better. At 3 bits, clipped,
-# the model is about where 4 bits were before. (Sizes still count 16-bit floats: see notebook 03.)
+# this model is about where 4 bits were before. (Sizes still count 16-bit floats: see notebook 03.)
 #
 # ## 13. Exercises
 # ### Exercise 2.5: a range for the output (about 30 minutes)
@@ -492,8 +518,8 @@ def my_output_range(x, weight, bits):
 check("2.5", my_output_range)
 # %% [markdown]
 # ### The hump (about 15 minutes, no check)
-# In section 1 the input of `q_proj` has a small hump near 6, which the percentile cuts off. In which
-# columns of `seen[q]` is it, at which tokens (`tokenizer.decode`)? Was it noise?
+# In section 1 the input of the bundled model's `q_proj` has a small hump near 6, which the percentile cuts
+# off. In which columns of `seen[q]` is it, at which tokens (`tokenizer.decode`)? Was it noise?
 #
 # ### Open
 # Build a sixth observer that is never the worst in sections 6 and 8. Is there one that is always the best?
@@ -504,7 +530,7 @@ check("2.5", my_output_range)
 # The clip of a tensor is a compromise between its rows as well. Here is one matrix with its best common
 # grid at 4 bits: how large is the typical weight of each row, and how much does the row lose?
 # %% tags=["nbval-ignore-output"]
-weight = weight_of(layers[list(layers)[-3]])
+weight = weight_of(list(layers_of_role(model, "gate").values())[-1])
 qp = choose_qparams(*MSE(bits=4).update(weight).min_max(), qmin=-8, qmax=7)
 size = weight.square().mean(1).sqrt()
 row_error = (fake_quantize(weight, qp) - weight).square().mean(1) / size**2
@@ -513,7 +539,7 @@ plt.semilogy(size / qp.scale, row_error, ".", color=ERROR)
 plt.gca().set(xlabel="typical weight of the row, in steps", ylabel="relative error of the row")
 plt.show()
 quiet = (row_error[size.argsort()[:5]].mean() / row_error.median()).item()
-assert quiet > 2
+found(quiet > 2, f"the five quietest rows lose {quiet:.1f} times the median (the bundled model: 4.7)")
 f"the five quietest rows lose {quiet:.1f} times the median"
 # %% [markdown]
 # Most rows of this model are alike. But a row of small weights uses only the few codes around 0, and loses

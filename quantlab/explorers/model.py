@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from quantlab.explorers.base import Explorer, bind, figure
 from quantlab.explorers.drawing import draw_ring, plain_ticks
+from quantlab.lm import token_stream
 from quantlab.plots import ERROR, FLOAT, QUANTIZED
 
 TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
@@ -46,10 +47,9 @@ def explore_temperature(
 
 def _next_logits(model, tokenizer, prompt: str) -> Tensor:
     """The logits of the token after the prompt, (vocabulary,)."""
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    ids = torch.tensor([begin + tokenizer(prompt, add_special_tokens=False)["input_ids"]], device=model.device)
+    ids = token_stream(tokenizer, prompt)  # with the begin token where generate() has it
     with torch.no_grad():
-        return model(ids).logits[0, -1].float().cpu()
+        return model(ids[None].to(model.device)).logits[0, -1].float().cpu()
 
 
 def _probabilities(logits: Tensor, temperature: float) -> Tensor:
