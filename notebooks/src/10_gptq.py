@@ -189,7 +189,8 @@ found(greedy < in_order < 1.25 * greedy < 0.4 * plain, f"left to right costs {in
 found(act_order < (greedy + in_order) / 2, f"act-order costs {act_order / greedy - 1:.0%} more than OBQ")
 f"times OBQ's error: left to right {in_order / greedy:.2f}, act-order {act_order / greedy:.2f}"
 # %% [markdown]
-# Here one order for all rows adds about a tenth; a wisely chosen one (*act-order*, section 9) gives most of it back.
+# Here one order for all rows adds about a tenth; a wisely chosen one (*act-order*, section 9) gives most of
+# it back.
 #
 # ## 6. Step three: all rows at once (GPTQ)
 # Left to right, (2) needs the first row of what (3) has left of the inverse. GPTQ's second insight: one
@@ -259,10 +260,10 @@ assert same > 0.999
 f"the same codes: {same:.2%}"
 # %% [markdown]
 # ## 7. The paradox
-# Two errors of GPTQ's Q, of the weights and of the outputs, both in units of round-to-nearest's on the same grid,
-# for every linear layer (of a large model: of seven blocks) at 3 bits: calibrated on 4096 tokens, measured on 4096
-# others. **Predict** both for the median layer. Does any layer fall below 1 in the weights, or rise above 1 in the
-# outputs? Which kind of layer gains least?
+# Two errors of GPTQ's Q, of the weights and of the outputs, both in units of round-to-nearest's on the same
+# grid, for every linear layer (of a large model: of seven blocks) at 3 bits: calibrated on 4096 tokens,
+# measured on 4096 others. **Predict** both for the median layer. Does any layer fall below 1 in the weights,
+# or rise above 1 in the outputs? Which kind of layer gains least?
 # %% tags=["nbval-ignore-output"]
 from tqdm.auto import tqdm
 
@@ -335,8 +336,8 @@ explorer
 # From t tokens comes an H of rank t at most; with fewer tokens than inputs it has no inverse. *Damping* adds to
 # the diagonal, as a fraction of its mean; 0.01 is the paper's choice.
 #
-# **Predict:** calibrated on half as many tokens as the layer has inputs, or on 32 times as many. Which looks better
-# on the calibration tokens themselves, which on fresh ones? Which needs more damping?
+# **Predict:** calibrated on half as many tokens as the layer has inputs, or on 32 times as many. Which looks
+# better on the calibration tokens themselves, which on fresh ones? Which needs more damping?
 # %%
 fresh = Hessian(weight.shape[1]).add(capture_inputs(model, calibration[8192:16384], [name])[name])
 
@@ -373,10 +374,10 @@ found(max(many[:4]) < 1.1 * min(many), f"with {sizes[-1]} tokens any damping up 
 f"damping 0.0001, 0.01, best: few tokens {few[0]:.2f}, {few[2]:.2f}, {min(few):.2f}; most {many[2]:.2f} at 0.01"
 # %% [markdown]
 # With few tokens GPTQ fits their noise: excellent on what it saw, worse on what comes. Half as many tokens as
-# inputs and next to no damping are *worse than rounding*: half of the directions were never seen, and there GPTQ
-# takes errors to be free. Damping says that none is; the fewer the tokens, the more of it. With tokens enough, any
-# damping up to 0.1 is alike. So take many times as many tokens as the layer has inputs, and leave damping
-# at 0.01.
+# inputs and next to no damping are *worse than rounding*: half of the directions were never seen, and there
+# GPTQ takes errors to be free. Damping says that none is; the fewer the tokens, the more of it. With tokens
+# enough, any damping up to 0.1 is alike. So take many times as many tokens as the layer has inputs, and leave
+# damping at 0.01.
 #
 # ### Which text?
 # **Predict** the order: stories; the same tokens shuffled; *random* tokens; the first 256 tokens of them 16
@@ -494,8 +495,8 @@ found(kl["gptq act-order", 3] < 0.6 * kl["rtn", 3], "at 3 bits, with act-order, 
 found(kl["gptq", 2] > 4 * kl["gptq", 3], "2 bits cost four times what 3 bits cost")  # far from saved
 {f"{b} bits": f"KL {kl['gptq', b] / kl['rtn', b]:.2f} times that of rounding" for b in (4, 3, 2)}
 # %% [markdown]
-# At the same bits, GPTQ takes away more than half of the bundled model's damage. At 2 bits too, but what is left is a
-# damaged model; notebook 13 trains the weights themselves.
+# At the same bits, GPTQ takes away more than half of the bundled model's damage. At 2 bits too, but what is
+# left is a damaged model; notebook 13 trains the weights themselves.
 #
 # ### Myth: "GPTQ quantizes the important weights more carefully"
 # Two things to look at: the grids; and how far each column has moved, beside round-to-nearest. **Predict:** is
@@ -520,15 +521,15 @@ found(moved[loudest].mean() > 1.2 > 1 > beside > 0.85, "the loud ones move furth
 f"the loudest: {moved[loudest].mean():.2f} times rounding's error, {beside:.2f} times that of the columns around"
 # %% [markdown]
 # The same scales, zero points and bits for every weight: with one scale a row, GPTQ chooses *which* grid
-# point, nothing else. (Later *groups* take their grid from moved weights.) The loud columns too end further from
-# their originals than by rounding. Place matters most: who comes late has taken over more. Beside their neighbours
-# loud ones stay a little nearer: a smaller step of them gives the same relief.
+# point, nothing else. (Later *groups* take their grid from moved weights.) The loud columns too end further
+# from their originals than by rounding. Place matters most: who comes late has taken over more. Beside their
+# neighbours loud ones stay a little nearer: a smaller step of them gives the same relief.
 #
 # ## 12. Exercises
 # ### Exercise 10.4: fit the budget (about 15 minutes)
-# For this practice layer, return the settings for `gptq_quantize(weight, hessian, **settings)` that reach an output
-# error of at most **1/8 of round-to-nearest's at 4 bits per row**, with at most **4.5 bits** for each weight, scales
-# included.
+# For this practice layer, return the settings for `gptq_quantize(weight, hessian, **settings)` that reach an
+# output error of at most **1/8 of round-to-nearest's at 4 bits per row**, with at most **4.5 bits** for each
+# weight, scales included.
 # %% tags=["exercise"]
 from quantlab.exercises.material import layer_with_hessian
 

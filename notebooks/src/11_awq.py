@@ -233,8 +233,8 @@ assert ((x[:512] / s) @ (weight * s).T - exact).abs().max() < 1e-5 * exact.abs()
 # model without a gate has a bend between up and down, which no scale passes, unless it is a ReLU.) Our library
 # keeps its s, and the ledger counts 16 bits for every entry of every s.
 #
-# **Predict:** fold the scales of all layers that read a norm, and of a gated `down_proj`, into a copy. How far do
-# its logits move?
+# **Predict:** fold the scales of all layers that read a norm, and of a gated `down_proj`, into a copy. How
+# far do its logits move?
 # %% tags=["nbval-ignore-output"]
 import copy
 
@@ -441,9 +441,9 @@ for bits in (4, 3):
     print(f"{bits} bits: AWQ takes {gain:.4f} ± {error:.4f} of KL {rtn.mean():.4f} away")
     found(2 * error < gain < 0.15 * rtn.mean(), f"at {bits} bits AWQ's gain is real and below 15 % of the KL")
 # %% [markdown]
-# So AWQ's gain on the bundled model is **real and small**, less than 15 % of the KL. Section 7 drew the curve, and
-# this model sits at its left end. Now the planted model, the same function with loud channels. **Predict**
-# the order again.
+# So AWQ's gain on the bundled model is **real and small**, less than 15 % of the KL. Section 7 drew the
+# curve, and this model sits at its left end. Now the planted model, the same function with loud channels.
+# **Predict** the order again.
 # %% tags=["nbval-ignore-output"]
 more = [measure(planted, method, 4, 4096, f"planted {method}")[-1] for method in ("rtn", "awq", "gptq")]
 for row in more:

@@ -19,10 +19,10 @@
 #    model's: KL(float ‖ quantized).</details>
 # %% [markdown]
 # ## 1. What was left
-# Notebook 11 ended with layers that lose very different parts of their output at the same bits. How
-# different is it for the *model*? `quantize_lm` also takes bits by layer. Two layers of the first block, the query
-# and the output of its attention, go to 2 bits, one at a time, while everything else has 8. **Predict:** by which factor do
-# the two KLs differ?
+# Notebook 11 ended with layers that lose very different parts of their output at the same bits. How different
+# is it for the *model*? `quantize_lm` also takes bits by layer. Two layers of the first block, the query and
+# the output of its attention, go to 2 bits, one at a time, while everything else has 8. **Predict:** by which
+# factor do the two KLs differ?
 # %%
 from quantlab.checks import check, found, hint, solution
 from quantlab.lm import (blocks_of, budget, divergence, layers_of_role, linear_layers, load_lm, load_text, quantize_lm,
@@ -43,8 +43,8 @@ alone = {name: kl_with(dict.fromkeys(names, 8) | {name: 2}, text) for name in (q
 found(alone[output] > 20 * alone[query], f"the output costs {alone[output] / alone[query]:.1f} times the query")
 {name: round(kl, 4) for name, kl in alone.items()}
 # %% [markdown]
-# In the bundled model: the same number of weights, the same bytes, and a harm that differs more than twenty times.
-# Bits that do nothing for one layer could do much for another.
+# In the bundled model: the same number of weights, the same bytes, and a harm that differs more than twenty
+# times. Bits that do nothing for one layer could do much for another.
 #
 # ## 2. By hand: two layers, four ways
 # Each of two layers can have 2 or 4 bits. The large one costs 10 bytes more for them, the small one 1 byte.
@@ -137,9 +137,10 @@ found(sum(name in values for name in per_weight[:4]) >= 3, "for each weight, val
 found(max(blocks, key=blocks.get) == "0", "the first block matters most")
 found(blocks[max(blocks, key=int)] < blocks["1"], "the last block matters less than the second")
 # %% [markdown]
-# In the bundled model the most and the least sensitive layer sit in the same block. For each weight, and so for each
-# byte, value projections lead: they are small there, since several query heads share one value head. The first
-# block matters most, the last does not. Rules of thumb about position are no substitute for measuring.
+# In the bundled model the most and the least sensitive layer sit in the same block. For each weight, and so
+# for each byte, value projections lead: they are small there, since several query heads share one value head.
+# The first block matters most, the last does not. Rules of thumb about position are no substitute for
+# measuring.
 #
 # One bit more divides the KL by four or a little more. It halves every rounding error (notebook 01), and KL
 # is *quadratic* in a small change of the logits: where both models agree it has its minimum, 0.
@@ -166,9 +167,9 @@ found(whole[2] > 1.15 * sums[2], f"at 2 bits the KL is {whole[2] / sums[2]:.2f} 
 for bits in sums:
     print(f"{bits} bits: predicted {sums[bits]:.4f}, measured {whole[bits]:.4f}, {whole[bits] / sums[bits]:.2f} times")
 # %% [markdown]
-# From 5 to 3 bits the sum is right within a few percent (in the bundled model): rounding errors of different layers are nearly
-# independent, so in a quadratic measure their cross terms average out. At 2 bits layers read what earlier
-# ones have spoiled, and the sum promises too little.
+# From 5 to 3 bits the sum is right within a few percent (in the bundled model): rounding errors of different
+# layers are nearly independent, so in a quadratic measure their cross terms average out. At 2 bits layers
+# read what earlier ones have spoiled, and the sum promises too little.
 #
 # ## 5. Choose
 # Four bit widths and 28 layers: 4²⁸ ways. The **greedy** (贪心) rule: all start at the smallest size. In each
@@ -258,9 +259,10 @@ first, last = ([brief[name] for name in part] for part in (queue[:5], queue[-3:]
 print("first to get more than 2 bits:", first, "last:", last)
 f"at the bytes of uniform 3 bits: {spread} bits, predicted KL {exact.kl / sums[3]:.2f} times the uniform one"
 # %% [markdown]
-# **What you saw** on the bundled model. The first extra bits go to value projections, which are cheap and sensitive. At the bytes of
-# uniform 3 bits the exact choice is a mix, and its gain is real but modest: one bit makes up for a factor
-# of four or more, so a layer must differ a lot to earn one. *By chance* falls behind uniform.
+# **What you saw** on the bundled model. The first extra bits go to value projections, which are cheap and
+# sensitive. At the bytes of uniform 3 bits the exact choice is a mix, and its gain is real but modest: one
+# bit makes up for a factor of four or more, so a layer must differ a lot to earn one. *By chance* falls
+# behind uniform.
 #
 # All of this is a prediction. Now measure.
 # %% [markdown]
@@ -323,9 +325,9 @@ for (way, bits), ratio in gain.items():
     print(f"{way}, bytes of {bits} bits: {kl[way, bits]:.4f} -> {kl[f'mixed {way}', bits]:.4f}, {ratio:.2f} times",
           f"(predicted {mixed[bits].kl:.4f})" if way == "rtn" else "")
 # %% [markdown]
-# With rounding, mixing takes off about a sixth of the bundled model's KL at the same bytes, and the predicted KL is
-# met within a few percent, on text that played no part in the choice. **With GPTQ it gives less.** Why? Compare
-# what GPTQ leaves of each layer's output error:
+# With rounding, mixing takes off about a sixth of the bundled model's KL at the same bytes, and the predicted
+# KL is met within a few percent, on text that played no part in the choice. **With GPTQ it gives less.** Why?
+# Compare what GPTQ leaves of each layer's output error:
 # %% tags=["nbval-ignore-output"]
 rtn, gptq = (
     quantize_lm(model, seen["gptq"][:2048], method=way, bits=3, output_errors=True, progress=False)[1].layers

@@ -25,17 +25,17 @@
 # Two bits, groups of 128: **predict** the KL to the float model after round-to-nearest, and how much of it
 # GPTQ takes away.
 # %%
-import os
 import torch
-from quantlab.lm import divergence, load_lm, load_text, quantize_lm, token_stream
+from quantlab.checks import check, found, hint, solution
+from quantlab.lm import budget, divergence, layers_of_role, load_lm, load_text, quantize_lm, token_stream
 
-bundled = not os.environ.get("QUANTLAB_MODEL")
 model, tokenizer = load_lm()
 calibration, tokens = (token_stream(tokenizer, load_text(name)) for name in ("calibration", "eval"))
 # %% tags=["nbval-ignore-output"]
-ptq = {m: quantize_lm(model, calibration[:16384], method=m, bits=2)[0] for m in ("rtn", "gptq")}
-kl = {method: divergence(model, new, tokens[:2048]).kl for method, new in ptq.items()}
-assert not bundled or kl["rtn"] > kl["gptq"] > 0.5
+read, text = calibration[:budget(model, 16384, least=4096)], tokens[:budget(model, 2048)]  # of a large model fewer
+ptq = {m: quantize_lm(model, read, method=m, bits=2)[0] for m in ("rtn", "gptq")}
+kl = {method: divergence(model, new, text).kl for method, new in ptq.items()}
+found(kl["rtn"] > kl["gptq"] > 0.5, f"GPTQ lowers the KL from {kl['rtn']:.2f} to {kl['gptq']:.2f}, and not below 0.5")
 {method: round(value, 2) for method, value in kl.items()}
 # %% [markdown]
 # Four grid points a group are too few for *these* weights, however cleverly one chooses among them. But
@@ -136,7 +136,6 @@ plt.show()
 def my_fake_quantize(x, scale, zero_point, qmin, qmax):
     raise NotImplementedError
 # %%
-from quantlab.checks import check, hint, solution
 
 check("13.1", my_fake_quantize)
 # %%
@@ -308,29 +307,31 @@ reached, runs["stories"]["steps"]
 # never runs out: the long runs of section 10 read both.
 #
 # ## 8. Train
-# The first of these runs, live: sixty steps of four windows of 128 tokens, about once through the stories.
-# Of one layer we keep four rows of float weights after every step.
+# The first of these runs, live: sixty steps of four windows of 128 tokens, about once through the stories (on a
+# large model ten steps). Of one layer we keep four rows of float weights after every step.
 #
 # Then `convert` puts plain layers back, their weights exactly on the grid, and gives the packed form of
 # each.
 # **Predict:** after sixty steps, how does the KL compare with GPTQ's?
 # %% tags=["nbval-ignore-output"]
-name = list(layers)[7]
+name = list(layers_of_role(model, "query"))[1]
+steps = budget(model, 60, least=10)
 walk = [layers[name].weight[:4].detach().clone()]
-history = finetune(student, stories, steps=60, batch=4, window=128, learning_rate=1e-3, teacher=model,
+history = finetune(student, stories, steps=steps, batch=4, window=128, learning_rate=1e-3, teacher=model,
                    on_step=lambda step, loss: walk.append(layers[name].weight[:4].detach().clone()))
 f"loss {history.losses[0]:.2f} → {history.losses[-1]:.2f} in {history.seconds:.0f} s"
 # %% tags=["nbval-ignore-output"]
 trained_here, qtensors = convert(student)
 with torch.no_grad():
     before, after = student(tokens[None, :256]).logits, trained_here(tokens[None, :256]).logits
-assert torch.allclose(before, after, atol=1e-5 * before.abs().max())
-q, kl["qat"] = qtensors[name], divergence(model, trained_here, tokens[:2048]).kl
-assert not bundled or kl["qat"] < min(0.5 * kl["rtn"], kl["gptq"])
+assert torch.allclose(before, after, atol=1e-4 * before.abs().max())
+q, kl["qat"] = qtensors[name], divergence(model, trained_here, text).kl
+found(kl["qat"] < min(0.5 * kl["rtn"], kl["gptq"]), f"trained, the KL is {kl['qat']:.2f}; GPTQ's {kl['gptq']:.2f}")
 print({method: round(value, 2) for method, value in kl.items()})
 f"{name}: {len(q.codes.unique())} codes, {q.bits_per_element:.2f} bits a weight"
 # %% [markdown]
-# The converted model gives the outputs of the trained one, and sixty steps have passed GPTQ.
+# The converted model gives the outputs of the trained one, and sixty steps have passed GPTQ on the bundled
+# model.
 #
 # ### The second control: was it the text?
 # Perhaps the stories did it, and not the rounding inside the loop. So train the same layers with nodes that
@@ -339,12 +340,13 @@ f"{name}: {len(q.codes.unique())} codes, {q.bits_per_element:.2f} bits a weight"
 # KL.
 # %% tags=["nbval-ignore-output"]
 floats_trained = prepare_qat(model, method=lambda weight: nn.Identity())
-finetune(floats_trained, stories, steps=60, batch=4, window=128, learning_rate=1e-3)
+finetune(floats_trained, stories, steps=steps, batch=4, window=128, learning_rate=1e-3)
 untrained, rounded = (prepare_qat(model, bits=2) for _ in range(2))
 rounded.load_state_dict(floats_trained.state_dict())
 control = {"rounded only": untrained, "trained as floats, then rounded": rounded}
 control = {title: round(divergence(model, m, held_out).kl, 2) for title, m in control.items()}
-assert not bundled or control["rounded only"] > control["trained as floats, then rounded"] > 1.2 * max(reached.values())
+plain, as_floats = control.values()
+found(plain > as_floats > 1.2 * max(reached.values()), f"trained as floats, then rounded: KL {as_floats}")
 control | {"trained while rounded, no teacher": reached["stories, no teacher"], "with teacher": reached["stories"]}
 # %% [markdown]
 # The text alone does far less: a model that is trained as floats never learns what rounding does to it.
@@ -377,8 +379,8 @@ pairs = [(weight_of(floats[key]), layer.weight.detach()) for key, layer in layer
 start, end = (torch.cat([(w / scale_of(w)).flatten() for w in side]) for side in zip(*pairs, strict=True))
 before, after = ((places - places.round()).abs().mean().item() for places in (start, end))
 moved = (start.round() != end.round()).float().mean().item()
-assert after > before - 0.01
-assert not bundled or 0.005 < moved < 0.1
+found(after > before - 0.01, "the weights come no nearer to their grid points")
+found(0.005 < moved < 0.1, f"{moved:.1%} of the weights are rounded elsewhere, a few in a hundred")
 f"distance {before:.3f} → {after:.3f} steps; {moved:.1%} of the weights are rounded elsewhere"
 # %% [markdown]
 # Nothing pulls a weight to its grid point: as with 0.2 → 0.6 above, the gradient does not see where between
@@ -486,7 +488,8 @@ check("13.4", my_training)
 codes = torch.cat([q.codes.flatten() for q in qtensors.values()])
 values, counts = codes.unique(return_counts=True)
 shares = counts / len(codes)
-assert not bundled or shares[0] + shares[3] < 0.3
+ends = (shares[0] + shares[-1]).item()
+found(ends < 0.3, f"the first and the last code serve {ends:.0%} of the weights")
 dict(zip(values.tolist(), [f"{share:.0%}" for share in shares.tolist()], strict=True))
 # %% [markdown]
 # Half of the grid serves a fifth of the weights: a few far ones make it coarse for all. What if each
