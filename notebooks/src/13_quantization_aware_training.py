@@ -32,9 +32,9 @@ from quantlab.lm import budget, divergence, layers_of_role, load_lm, load_text, 
 model, tokenizer = load_lm()
 calibration, tokens = (token_stream(tokenizer, load_text(name)) for name in ("calibration", "eval"))
 # %% tags=["nbval-ignore-output"]
-read, text = calibration[:budget(model, 16384, least=4096)], tokens[:budget(model, 2048)]  # of a large model fewer
+read, exam = calibration[:budget(model, 16384, least=4096)], tokens[:budget(model, 2048)]  # of a large model fewer
 ptq = {m: quantize_lm(model, read, method=m, bits=2)[0] for m in ("rtn", "gptq")}
-kl = {method: divergence(model, new, text).kl for method, new in ptq.items()}
+kl = {method: divergence(model, new, exam).kl for method, new in ptq.items()}
 found(kl["rtn"] > kl["gptq"] > 0.5, f"GPTQ lowers the KL from {kl['rtn']:.2f} to {kl['gptq']:.2f}, and not below 0.5")
 {method: round(value, 2) for method, value in kl.items()}
 # %% [markdown]
@@ -325,7 +325,7 @@ trained_here, qtensors = convert(student)
 with torch.no_grad():
     before, after = student(tokens[None, :256]).logits, trained_here(tokens[None, :256]).logits
 assert torch.allclose(before, after, atol=1e-4 * before.abs().max())
-q, kl["qat"] = qtensors[name], divergence(model, trained_here, text).kl
+q, kl["qat"] = qtensors[name], divergence(model, trained_here, exam).kl
 found(kl["qat"] < min(0.5 * kl["rtn"], kl["gptq"]), f"trained, the KL is {kl['qat']:.2f}; GPTQ's {kl['gptq']:.2f}")
 print({method: round(value, 2) for method, value in kl.items()})
 f"{name}: {len(q.codes.unique())} codes, {q.bits_per_element:.2f} bits a weight"
