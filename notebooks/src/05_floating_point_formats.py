@@ -28,12 +28,14 @@
 # %%
 import torch
 
-from quantlab.lm import capture_inputs, linear_layers, load_lm, load_text, token_stream, weight_of
+from quantlab.checks import check, found, hint, solution
+from quantlab.lm import (budget, capture_inputs, layers_of_role, linear_layers, load_lm, load_text, token_stream,
+                         weight_of)
 
 model, tokenizer = load_lm()
 text = token_stream(tokenizer, load_text("calibration"))
-name = [name for name in linear_layers(model) if name.endswith("down_proj")][1]
-weight = weight_of(linear_layers(model)[name])
+name, layer = list(layers_of_role(model, "down").items())[1]
+weight = weight_of(layer).contiguous()
 inputs = capture_inputs(model, text[:1024], [name])[name]
 name, tuple(weight.shape), tuple(inputs.shape)
 # %% tags=["nbval-ignore-output"]
@@ -45,7 +47,8 @@ def int8(x):
 for name, x in (("weight", weight), ("inputs", inputs)):
     spread, dead = x.abs().max() / x.abs().median(), ((int8(x) == 0) & (x != 0)).float().mean()
     print(f"{name}: largest {spread:.0f} × median, {sqnr_db(x, int8(x)):.1f} dB, {dead:.0%} became 0")
-assert sqnr_db(weight, int8(weight)) > 12 + sqnr_db(inputs, int8(inputs))
+ahead = sqnr_db(weight, int8(weight)) - sqnr_db(inputs, int8(inputs))
+found(ahead > 12, f"the weight is {ahead:.0f} dB ahead of the inputs, over twelve")
 # %% [markdown]
 # The weight is fine. The inputs have a few huge values; the step must reach them and is too coarse for all
 # others. We want bits that a multiplier understands *and* steps that are fine where numbers are small.
@@ -85,8 +88,6 @@ print(*(f"{M / 8 * 2**-6:.4f}" for M in range(8)), "then", f"{2**-6:.4f}")
 def my_decode(sign, exponent, mantissa):
     raise NotImplementedError
 # %%
-from quantlab.checks import check, hint, solution
-
 check("5.1", my_decode)
 # %%
 from quantlab.floats import FP8_E4M3, decode, encode
@@ -211,8 +212,8 @@ plot_curves(curves, log="x", xlabel="spread: largest / median magnitude", ylabel
 plt.show()
 # %% [markdown]
 # E4M3 gives about the same decibels whatever the data; INT8 starts far above it and ends far below. "FP8 is
-# more accurate than INT8" and its opposite are both half true. (In section 1 the weight's spread was 8,
-# that of the inputs 202. Which format for which?)
+# more accurate than INT8" and its opposite are both half true. (Section 1 printed the spread of the weight and
+# of the inputs. Which format for which?)
 #
 # ### Myth: "casting to FP16 is quantization to FP16"
 # Some texts use one word for both. **Predict:** multiply x by 1000. Who notices?
@@ -250,11 +251,12 @@ from quantlab.explorers.floats import custom_format
 
 splits = {f"E{e}M{7 - e}": custom_format(e, 7 - e) for e in range(1, 7)}
 db = {name: [round(sqnr_db(x, scaled(x, f)), 1) for x in (weight, inputs)] for name, f in splits.items()}
-assert [max(db, key=lambda name: db[name][i]) for i in (0, 1)] == ["E2M5", "E3M4"]
+best = [max(db, key=lambda name: db[name][i]) for i in (0, 1)]
+found(best == ["E2M5", "E3M4"], f"{best[0]} is best for the weight, {best[1]} for the inputs")
 db
 # %% [markdown]
-# Integers (E1M6) beat E4M3 on the narrow weight and lose on the wide inputs. E2M5 and E3M4 are best; but
-# E4M3 and E5M2 give both tensors the same.
+# In the bundled model integers (E1M6) beat E4M3 on the narrow weight and lose on the wide inputs. E2M5 and
+# E3M4 are best; but E4M3 and E5M2 give both tensors the same.
 #
 # ## 7. Blocks that share a scale
 # FP4 E2M1 has little range: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives. So blocks share a scale.
@@ -288,7 +290,7 @@ q = mx_quantize(block, FP4_E2M1)
 assert q.real_scales().item() == 2**exponent
 assert torch.equal(q.dequantize(), small * 2**exponent)
 quantized = mx_quantize(weight, FP4_E2M1), mx_quantize(weight, FP8_E4M3), nvfp4_quantize(weight)
-[round(q.bits_per_element, 4) for q in quantized]
+[round(q.bits_per_element, 3) for q in quantized]
 # %% [markdown]
 # 4 + 8/32, 8 + 8/32, and 4 + 8/16 with 32 bits for the tensor.
 #
@@ -313,14 +315,14 @@ for name, f in schemes.items():
     bits[name] = f(weight).bits_per_element
     db[name] = [sqnr_db(x, f(x).dequantize()) for x in (weight, inputs)]
     print(f"{name:10}{bits[name]:.2f} bits   weight {db[name][0]:.1f} dB   inputs {db[name][1]:.1f} dB")
-assert db["INT4, 128"][0] > db["MXFP4"][0] + 0.5
-assert db["INT4, 128"][1] < db["MXFP4"][1] - 0.5
-assert max(abs(db[name][0] - db["NVFP4"][0]) for name in ("NF4, 64", "INT4, 72")) < 1
-assert db["NVFP4"][1] > 2 + max(db["NF4, 64"][1], db["INT4, 72"][1])
+found(db["INT4, 128"][0] > db["MXFP4"][0] + 0.5, "INT4 beats MXFP4 on the weight")
+found(db["INT4, 128"][1] < db["MXFP4"][1] - 0.5, "MXFP4 beats INT4 on the inputs")
+found(max(abs(db[name][0] - db["NVFP4"][0]) for name in ("NF4, 64", "INT4, 72")) < 1, "three are within a decibel")
+found(db["NVFP4"][1] > 2 + max(db["NF4, 64"][1], db["INT4, 72"][1]), "on the inputs NVFP4 wins by two decibels")
 # %% [markdown]
-# At about 4.25 bits, plain INT4 beats MXFP4 on the weight and loses on the inputs. At 4.5, three are within
-# a decibel on the weight; on the inputs NVFP4 wins by far, since small blocks keep an outlier to
-# themselves. "Four bits" is not one thing.
+# On the bundled model, at about 4.25 bits, plain INT4 beats MXFP4 on the weight and loses on the inputs. At
+# 4.5, three are within a decibel on the weight; on the inputs NVFP4 wins by far, since small blocks keep an
+# outlier to themselves. "Four bits" is not one thing.
 #
 # ## 8. The whole model
 # One row for each format. The weights in the file are BF16 already; **predict** the KL of the first row,
@@ -342,13 +344,15 @@ from tqdm.auto import tqdm
 from quantlab import ledger
 from quantlab.lm import quantize_weights
 
-tokens, rows = token_stream(tokenizer, load_text("eval"))[:4096], {}
+tokens, rows = token_stream(tokenizer, load_text("eval"))[:budget(model, 4096)], {}  # of a large model fewer
 for (method, b, group), recipe in tqdm(recipes.items(), leave=False):
     new, packed = quantize_weights(model, recipe)
     rows[method] = ledger.measure(model, new, tokens, method=method, bits=b, group=group, qtensors=packed)
     ledger.append(rows[method])
-assert 0 == rows["bf16"].kl < rows["fp8 e4m3"].kl < rows["mxfp8"].kl
-assert 0.5 < rows["nvfp4"].kl / rows["mxfp4"].kl < 0.8
+found(0 == rows["bf16"].kl, "BF16 costs nothing, since the file holds nothing finer")
+found(rows["fp8 e4m3"].kl < rows["mxfp8"].kl, "at 8 bits one scale for the matrix beats one for each block")
+part = rows["nvfp4"].kl / rows["mxfp4"].kl
+found(0.5 < part < 0.8, f"NVFP4 leaves {part:.2f} of MXFP4's KL, about two thirds")
 ledger.Table(list(rows.values()))
 # %% [markdown]
 # BF16 costs nothing, since nothing was rounded. At 4 bits NVFP4's finer scales, for a quarter of a bit,
@@ -367,8 +371,9 @@ suspects = {"no scale": lambda w: stored(round_to(w, FP8_E4M3), w.numel()),
             "bias off by one": lambda w: stored(decode(encode(w, FP8_E4M3), bias_8), w.numel())}
 kl = {name: divergence(model, quantize_weights(model, f)[0], tokens).kl for name, f in suspects.items()}
 zeros = (round_to(weight / 2**8, FP8_E4M3) == 0).float().mean()
-assert kl["no scale"] < 1.3 * rows["fp8 e4m3"].kl < kl["bias off by one"] / 100
-assert zeros > 0.9
+found(kl["no scale"] < 1.3 * rows["fp8 e4m3"].kl, "leaving out the scale does no harm")
+found(kl["bias off by one"] > 20 * rows["fp8 e4m3"].kl, "the wrong bias wrecks the model")
+found(zeros > 0.9, "nearly all of the weight / 2⁸ becomes 0")
 print({name: round(value, 4) for name, value in kl.items()}, f"weight / 2⁸, no scale: {zeros:.1%} became 0")
 # %% [markdown]
 # The wrong bias halves every weight, and the model is wrecked, as it must be. The missing scale does *no*
@@ -376,9 +381,9 @@ print({name: round(value, 4) for name, value in kl.items()}, f"weight / 2⁸, no
 # trap: the same code on numbers 2⁸ times smaller loses nearly all of them, and raises no error.
 #
 # ## 9. Numbers that small exist: gradients
-# That is **underflow** (下溢): too small for the format, so 0. Training in FP16 meets it in its *gradients*.
-# We take 1024 tokens of real text, and look at each gradient that flows backward into a layer's output.
-# (torch's casts are quicker than `round_to`, and section 4 found them equal.)
+# That is **underflow** (下溢): too small for the format, so 0. Training in FP16 meets it in its *gradients*. We
+# take two windows of real text, 1024 tokens, and look at each gradient that flows backward into a layer's
+# output. (torch's casts are quicker than `round_to`, and section 4 found them equal.)
 # %%
 def backward(model, ids, dtype=torch.float32, k=0):
     """Gradients of 2^k × loss, each rounded to dtype: of the layers' outputs, and (over 2^k) of the weights."""
@@ -397,14 +402,15 @@ def backward(model, ids, dtype=torch.float32, k=0):
 def flat(gradients):
     return torch.cat([g.flatten() for g in gradients])
 
-ids = text[:1024].view(2, 512)
+length = min(512, model.config.max_position_embeddings, budget(model, 512, least=128))
+ids = text[:2 * length].view(2, length)
 flowing, of_weights = backward(model, ids)  # the first to flow are those of the logits
 curves = {}
 for name, some in {"logits": flowing[:1], "between layers": flowing[1:], "weights": of_weights}.items():
     g = flat(some)[flat(some) != 0]
     lost = (g.half() == 0).float().mean()
-    assert lost > (0.8 if name == "logits" else 0.01)
-    assert g.bfloat16().all()
+    found(lost > (0.8 if name == "logits" else 0.01), f"of the gradients of {name} {lost:.1%} become 0 in FP16")
+    assert g.bfloat16().float().count_nonzero() > 0.9999 * len(g)
     curves[f"{name}: {lost:.1%} become 0"] = (range(-55, 0), torch.histc(g.abs().log2(), 55, -55, 0) / len(g))
 ax = plot_curves(curves, xlabel="log₂ |gradient|   (shaded: 0 in FP16)", ylabel="share")
 ax.axvspan(-55, -25, color=CLIPPED, alpha=0.3)
@@ -431,9 +437,10 @@ def harm(dtype, k):
 fp16 = {k: harm(torch.float16, k) for k in tqdm(range(-12, 24, 3), leave=False)}
 bf16 = {k: harm(torch.bfloat16, k) for k in (-12, 21)}
 best = fp16[12]
-assert fp16[-12] > 0.9 > 0.02 > fp16[0] > 5 * best
-assert not math.isfinite(fp16[21])
-assert 3 * best < bf16[-12] == bf16[21]
+found(fp16[-12] > 0.9 > 0.02 > fp16[0] > 5 * best, "FP16 loses nearly all in the large batch, little in ours")
+found(not math.isfinite(fp16[21]), "at k = 21 the largest gradient is infinite")
+assert math.isclose(bf16[-12], bf16[21], rel_tol=0.01)  # powers of two shift nothing in BF16
+found(3 * best < bf16[-12], f"BF16's error is {bf16[-12] / best:.1f} times that of a well-scaled FP16, over three")
 # %% tags=["nbval-ignore-output"]
 curves = {"FP16": (list(fp16), list(fp16.values())), "BF16": (list(bf16), list(bf16.values()))}
 ax = plot_curves(curves, log="y", xlabel="k: loss × 2ᵏ", ylabel="relative error of the gradients")
@@ -457,15 +464,15 @@ check("5.4", my_loss_scale)
 # %% tags=["nbval-ignore-output"]
 largest = flat([*flowing, *of_weights]).abs().max().item()
 edge = math.floor(math.log2(FP16.largest / largest))
-assert math.isfinite(harm(torch.float16, edge))
-assert not math.isfinite(harm(torch.float16, edge + 1))
-f"largest gradient 2^{math.log2(largest):.1f}, so k = {edge} is the last"
+assert math.isfinite(harm(torch.float16, edge - 1))  # one short of it, since rounding on the way may add a little
+assert not math.isfinite(harm(torch.float16, edge + 2))
+f"largest gradient 2^{math.log2(largest):.1f}, so k = {edge} is the last, or its neighbour"
 # %% [markdown]
 # Nobody knows that edge before the step, and it moves. So trainers use a *dynamic* loss scale: start high;
 # when a gradient comes out infinite, skip the step and halve; after some hundreds of good steps, double.
 #
 # ### Does it train?
-# Twelve steps of Adam on calibration text, 512 tokens each, as pieces of a batch 2¹² times larger: k = −12.
+# Twelve steps of Adam on calibration text, a window each, as pieces of a batch 2¹² times larger: k = −12.
 # Four runs: float32; FP16 as it is; FP16 with a loss scale of 2¹⁶, so k = 4; and BF16. **Predict** the
 # order of the perplexities on test text.
 # %%
@@ -473,23 +480,25 @@ import copy
 
 from quantlab.lm import perplexity
 
-def train(dtype, k, steps=12):
+def train(dtype, k):
+    steps = budget(model, 12, least=4)
     new = copy.deepcopy(model)
     optimizer = torch.optim.Adam(new.parameters(), lr=3e-4)
-    for piece in text[: 512 * steps].view(steps, 1, 512):
+    for piece in text[: length * steps].view(steps, 1, length):
         _, gradients = backward(new, piece, dtype, k)
         for p, gradient in zip(new.parameters(), gradients, strict=True):
             p.grad = gradient
         optimizer.step()
-    return perplexity(new, tokens[:2048]).value
+    return perplexity(new, tokens[:budget(model, 2048)]).value
 # %% tags=["nbval-ignore-output"]
 settings = {"float32": (torch.float32, 0), "FP16": (torch.float16, -12),
             "FP16, loss × 2¹⁶": (torch.float16, 4), "BF16": (torch.bfloat16, -12)}
 after = {name: train(*setting) for name, setting in tqdm(settings.items(), leave=False)}
-before = perplexity(model, tokens[:2048]).value
+before = perplexity(model, tokens[:budget(model, 2048)]).value
 gain = {name: before - value for name, value in after.items()}
-assert gain["FP16"] < 0.3 * gain["float32"]
-assert all(abs(gain[name] / gain["float32"] - 1) < 0.05 for name in ("FP16, loss × 2¹⁶", "BF16"))
+found(gain["FP16"] < 0.3 * gain["float32"], "without a loss scale FP16 gains next to nothing")
+close = [gain[name] / gain["float32"] for name in ("FP16, loss × 2¹⁶", "BF16")]
+found(all(abs(ratio - 1) < 0.1 for ratio in close), "with it FP16 ends where float32 does, and BF16 without")
 print(f"before {before:.1f}; after", {name: round(value, 1) for name, value in after.items()})
 # %% [markdown]
 # One multiplication is the difference between training and not. Without it Adam makes the model worse here:
@@ -522,7 +531,7 @@ for name in sorted(verdicts, key=lambda name: -db[name][0]):
     d = verdicts[name]
     print(f"{name:10}{bits[name]:.2f} bits   weight {db[name][0]:.1f} dB   KL {d.kl:.4f} ± {d.stderr:.4f}")
 near = [verdicts[name].kl for name in ("NF4, 64", "INT4, 72", "NVFP4")]
-assert max(near) < 1.2 * min(near) < verdicts["MXFP4"].kl
+found(max(near) < 1.2 * min(near) < verdicts["MXFP4"].kl, "the first three are within a fifth of each other in KL")
 # %% [markdown]
 # Do decibels and KL agree on the first three? Is a difference of a few thousandths in KL real, or the luck
 # of this text?
