@@ -26,33 +26,38 @@
 # ## 1. What broke
 # Notebook 07 ended with a range that was fixed once, from eight tokens, and values that fell out of it. So
 # how should the range of an input be found? We look at what one layer of the model reads, in batches of 32
-# tokens, beside the range of a whole calibration text.
+# tokens, beside the range of a whole calibration text. (A model larger than the bundled one reads fewer tokens in
+# this notebook, by `budget`.)
 # %%
 import torch
 
-from quantlab.lm import capture_inputs, linear_layers, load_lm, load_text, token_stream
+from quantlab.checks import check, find, found, hint, solution  # noqa: F401
+from quantlab.lm import budget, capture_inputs, layers_of_role, linear_layers, load_lm, load_text, token_stream
+from quantlab.modules import as_linear  # GPT-2 keeps its weights transposed
 
 model, tokenizer = load_lm()
-layers = linear_layers(model)
-calibration = token_stream(tokenizer, load_text("calibration"))[:4096]
+layers = {n: as_linear(layer) for n, layer in linear_layers(model).items()}
+calibration = token_stream(tokenizer, load_text("calibration"))[:budget(model, 4096)]
 stories = token_stream(tokenizer, load_text("eval"))
 seen = capture_inputs(model, calibration, layers)  # what each layer reads on the calibration text
-live = capture_inputs(model, stories[:1024], layers)  # and on other stories
+live = capture_inputs(model, stories[:budget(model, 1024, least=512)], layers)  # and on other stories
 # %% tags=["nbval-ignore-output"]
 import matplotlib.pyplot as plt
 
 from quantlab.plots import plot_bars, plot_curves
 
-name = list(layers)[13]  # a down_proj
+name = list(layers_of_role(model, "down"))[1]  # the last layer of the second block, a down_proj
 highs, lows = ([f(batch).item() for batch in live[name].split(32)] for f in (torch.amax, torch.amin))
+batches = len(highs)
 lines = {"batch: largest": highs, "batch: smallest": lows,
-         "calibration: largest": 32 * [seen[name].max()], "calibration: smallest": 32 * [seen[name].min()]}
+         "calibration: largest": batches * [seen[name].max()], "calibration: smallest": batches * [seen[name].min()]}
 plt.figure(figsize=(7, 3))
-plot_curves({way: (range(32), values) for way, values in lines.items()}, xlabel="batch of 32 tokens", ylabel="input")
+plot_curves({way: (range(batches), values) for way, values in lines.items()},
+            xlabel="batch of 32 tokens", ylabel="input")
 plt.legend(loc="upper left", bbox_to_anchor=(1, 1))
 plt.show()
 # %% [markdown]
-# No two batches agree. Two answers are possible. **Static**: watch the layer on a calibration text
+# Hardly two batches agree. Two answers are possible. **Static**: watch the layer on a calibration text
 # (notebook 02), fix the range once, and use it for whatever comes: the two straight lines. **Dynamic**:
 # look at each input first, then choose: the jagged ones.
 #
@@ -86,8 +91,6 @@ for way, bounds in ranges.items():
 def my_static(x, w_codes, w_scale, scale, zero_point):
     raise NotImplementedError
 # %%
-from quantlab.checks import check, find, hint, solution  # noqa: F401
-
 check("8.1", my_static)
 # %% [markdown]
 # ### Exercise 8.2: a dynamic layer, per token (about 7 minutes)
@@ -113,13 +116,15 @@ layer, x = layers[name], live[name]
 static = StaticInt8Linear.from_linear(layer, MinMax().update(seen[name]))
 tensor, token = (DynamicInt8Linear.from_linear(layer, per=per) for per in ("tensor", "token"))
 # %%
-w_codes, w_scale = static.codes, static.weight_scale
+w_codes, w_scale, bias = static.codes, static.weight_scale, 0 if layer.bias is None else layer.bias.detach()
 y = find("8.1").solution(x, w_codes, w_scale, static.input_scale, static.input_zero_point)
-assert off(static(x), y) < 1e-4
+assert off(static(x), y + bias) < 2e-3
 scale = 2 * x.abs().amax(1, keepdim=True) / 255  # the library's symmetric map; exercise 8.2 has 254 steps
-assert off(token(x), torch.round(x * (1 / scale)).clamp(-128, 127) @ w_codes.float().T * scale * w_scale) < 1e-4
+y = torch.round(x * (1 / scale)).clamp(-128, 127) @ w_codes.float().T * scale * w_scale
+assert off(token(x), y + bias) < 2e-3
 # %% [markdown]
-# (From −a to a the library takes 255 steps, exercise 8.2 takes 254. Both are in use.)
+# (Nearly equal: the library multiplies by 1/scale where exercise 8.1 divides, and a value beside a tie may get the
+# next code. From −a to a the library takes 255 steps, exercise 8.2 takes 254. Both are in use.)
 #
 # ## 4. What is dynamic in "dynamic"?
 # One can read that dynamic quantization "changes the precision at run time". **Predict** what differs
@@ -134,9 +139,10 @@ for batch in (x[:32], x[32:64], 10 * x[64:96]):
     maps["static"].append(static.input_qparams(batch))
 assert all(torch.equal(before[key], value) for key, value in tensor.state_dict().items())
 assert torch.equal(static.codes, tensor.codes)
-assert all(qp.qmax == 255 for found in maps.values() for qp in found)
-scales = {way: [round(qp.scale.item(), 4) for qp in found] for way, found in maps.items()}
-assert [len(set(found)) for found in scales.values()] == [3, 1]
+assert all(qp.qmax == 255 for qps in maps.values() for qp in qps)
+scales = {way: [round(qp.scale.item(), 4) for qp in qps] for way, qps in maps.items()}
+assert len(set(scales["static"])) == 1
+found(len(set(scales["dynamic"])) == 3, "three batches, three dynamic scales")
 scales
 # %% [markdown]
 # The weight's codes and scales are bit for bit what they were: made once, when the layer was built. Inputs
@@ -145,7 +151,7 @@ scales
 # static layer the very same weight codes.
 #
 # ## 5. The same activations, both ways
-# Every linear layer of the model reads the same 1024 tokens of stories and answers four ways. Static
+# Every linear layer of the model reads the same tokens of stories and answers four ways. Static
 # appears twice: with the full range seen (`MinMax`), and with the outermost 0.01 % of the values cut off
 # (`Percentile`).
 #
@@ -167,22 +173,26 @@ errors = {way: [off(f(n)(live[n]), layers[n](live[n]).detach()) ** 2 for n in la
 plt.figure(figsize=(7, 3))
 plot_curves({way: (range(len(layers)), values) for way, values in errors.items()}, log="y",
             xlabel="linear layer, in the order of the model; the ticks: down_proj", ylabel="error of the output")
-plt.xticks([i for i, n in enumerate(layers) if n.endswith("down_proj")])
+downs = layers_of_role(model, "down")
+plt.xticks([i for i, n in enumerate(layers) if n in downs])
 plt.legend(loc="upper left", bbox_to_anchor=(1, 1))
 plt.show()
 # %% tags=["nbval-ignore-output"]
 middle = {way: torch.tensor(values).median().item() for way, values in errors.items()}
-assert middle["dynamic, token"] < 0.75 * min(middle[way] for way in list(make)[:3])
-assert middle["static, 99.99 %"] < middle["dynamic, tensor"] < middle["static, min-max"]
-assert all(token_error < min(others) for *others, token_error in zip(*errors.values(), strict=True))
+ratio = middle["dynamic, token"] / min(middle[way] for way in list(make)[:3])
+wins = sum(token_error < min(others) for *others, token_error in zip(*errors.values(), strict=True))
+found(ratio < 0.75, f"per token has {ratio:.2f} of the next best way's median error, below 0.75")
+found(middle["static, 99.99 %"] < middle["dynamic, tensor"] < middle["static, min-max"],
+      "of the medians clipped static is below dynamic per tensor, and that below static min-max")
+found(wins == len(layers), f"per token is best in {wins} of {len(layers)} layers (the bundled model: in all)")
 {way: f"median {error:.1e}" for way, error in middle.items()}
 # %% [markdown]
-# Per token wins in every layer. But look at the medians: on text of the calibration's kind a *clipped*
-# static grid has a smaller one than dynamic per tensor. Dynamic must reach the largest value of the moment,
-# however lonely; the observer may leave out what is rare. Static min-max is last: its range must hold the
-# extremes of 4096 tokens, not of 1024.
+# On this model per token wins in every layer. But look at the medians: on text of the calibration's kind a
+# *clipped* static grid has a smaller one than dynamic per tensor. Dynamic must reach the largest value of the
+# moment, however lonely; the observer may leave out what is rare. Static min-max is last: its range must hold the
+# extremes of four times as many tokens.
 #
-# The worst layers are the `down_proj`: they read the product of two activations, whose extremes are far
+# The worst layers are most of the `down_proj`: they read the product of two activations, whose extremes are far
 # out. That is the subject of notebook 09.
 #
 # ## 6. What does it cost?
@@ -209,7 +219,8 @@ def my_bytes(tokens, in_features, out_features, way):
 # %%
 check("8.3", my_bytes)
 # %% [markdown]
-# A formula is a claim: we hold it against the `nbytes` of the real tensors of our layer (K = 768, N = 256).
+# A formula is a claim: we hold it against the `nbytes` of the real tensors of our layer (in the bundled model
+# K = 768, N = 256).
 #
 # **Predict.** How many times the bytes of static does dynamic move: for one token? For 512? And how many
 # operations does the search for the range add?
@@ -231,8 +242,7 @@ f"stored: {layer.weight.nbytes} as float, {static.nbytes} as int8; operations fo
 # %% [markdown]
 # For one token (decoding, 解码) the weight is nearly all that moves, and dynamic costs next to nothing. For
 # many (prefill) it is a second pass over the input that costs, not the arithmetic. What does the clock say
-# on
-# *your* CPU? The best of 12 rounds, taken in turns.
+# on *your* CPU? The best of 12 rounds, taken in turns.
 # %% tags=["nbval-ignore-output"]
 import time
 
@@ -249,7 +259,7 @@ for way, call in 12 * list(calls.items()):
     start = time.perf_counter()
     call()
     times[way].append(time.perf_counter() - start)
-assert min(times["range"]) < 0.5 * min(times["tensor"])
+found(min(times["range"]) < 0.5 * min(times["tensor"]), "the range takes less than half of the time", of="machine")
 {way: f"{1e3 * min(seconds):.2f} ms" for way, seconds in times.items()}
 # %% [markdown]
 # Finding the range is a small part, and our static layer looks through its input as well, to refuse NaN: so
@@ -280,16 +290,17 @@ def errors_at(**place):
 
 small, large = errors_at(scale=0.25), errors_at(scale=4.0)
 moved, loud, home = errors_at(shift=0.5), errors_at(loud=64), errors_at()
-assert 4 < small[0] / home[0] < 40 < large[0] / home[0]
+coarse, cut = small[0] / home[0], large[0] / home[0]
+found(4 < coarse < 40 < cut, f"static suffers: {coarse:.0f} times at scale 1/4, below 40, and {cut:.0f} at 4, above")
 assert all(abs(e[i] / home[i] - 1) < 0.05 for e in (small, large) for i in (1, 2))
-assert moved[0] > 10 * home[0] > 3 * max(moved[1:])
-assert loud[2] < 1.5 * home[2] < loud[1] / 3 < loud[0]
-{"scale 1/4": f"static {small[0] / home[0]:.0f} times", "scale 4": f"static {large[0] / home[0]:.0f} times"}
+found(moved[0] > 10 * home[0] > 3 * max(moved[1:]), "a shift ruins static alone")
+found(loud[2] < 1.5 * home[2] < loud[1] / 3 < loud[0], "a loud token ruins all but per token")
+{"scale 1/4": f"static {coarse:.0f} times", "scale 4": f"static {cut:.0f} times"}
 # %% [markdown]
 # **What you saw.** 1. It does: the grid stays, the values shrink, so ever fewer codes are in use; half the scale is one
 # bit less. 2. Clipping, and it is far worse than coarseness. Dynamic errors do not move: their grid grows
 # with the input. 3. Static again. 4. Only per token: the loud one takes the whole grid per tensor, and
-# static cuts it. (The cell above asserts all four.)
+# static cuts it. (The cell above checks all four.)
 #
 # ## 8. A shift that is real
 # Sliders are free to exaggerate. Does real text move the activations so far? The model learned from
@@ -299,11 +310,11 @@ from quantlab.exercises.material import CHINESE
 
 german = "Es war einmal ein kleines Mädchen, das ging jeden Tag in den Wald. Da traf es einen Bären. "
 capitals = tokenizer.decode(stories[:600], skip_special_tokens=True).upper()
-written = {"CAPITALS": capitals, "code": load_text("code")[0], "German": german * 12,
-           "Chinese": CHINESE[1] * 5, "digits": " ".join(str(i * i) for i in range(400))}
-texts = {"stories": stories[:512]} | {kind: token_stream(tokenizer, [t])[:512] for kind, t in written.items()}
-texts["random"] = torch.randint(len(tokenizer), (512,), generator=torch.Generator().manual_seed(0))
-assert {len(text) for text in texts.values()} == {512}
+written = {"CAPITALS": capitals, "code": "\n".join(load_text("code")), "German": german * 40,
+           "Chinese": CHINESE[1] * 15, "digits": " ".join(str(i * i) for i in range(400))}
+length, vocabulary = budget(model, 512, least=256), model.config.vocab_size
+texts = {"stories": stories[:length]} | {kind: token_stream(tokenizer, [t])[:length] for kind, t in written.items()}
+texts["random"] = torch.randint(vocabulary, (length,), generator=torch.Generator().manual_seed(0))
 # %% [markdown]
 # We calibrate the whole model on stories with both observers, and once on Chinese (another Chinese story
 # than the one it will read), and measure the **KL** to the float model on each kind of text.
@@ -327,7 +338,7 @@ def static_model(reads, observer):
 def kl_of(new):
     return {kind: divergence(model, new, text, window=128).kl for kind, text in texts.items()}
 # %% tags=["nbval-ignore-output"]
-other = capture_inputs(model, token_stream(tokenizer, CHINESE[:1] * 4)[:512], layers, window=128)
+other = capture_inputs(model, token_stream(tokenizer, CHINESE[:1] * 12)[:length], layers, window=128)
 int8_models = {way: swapped(f) for way, f in make.items()} | {"99.99 %, Chinese": static_model(other, clipping)}
 rows = {way: kl_of(new) for way, new in int8_models.items()}
 fig, ax = plt.subplots(figsize=(8, 3.2), layout="constrained")
@@ -335,17 +346,20 @@ plot_bars(rows, ylabel="KL to float, nats", log=True)
 ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
 plt.show()
 # %% tags=["nbval-ignore-output"]
-full, clipped, follows, _, away = rows.values()
-assert clipped["stories"] < follows["stories"] < full["stories"]
-assert all(min(clipped[kind], full[kind], away[kind]) > follows[kind] for kind in list(texts)[1:])
-assert min(clipped["CAPITALS"] / full["CAPITALS"], clipped["code"] / full["code"]) > 1.5
-assert clipped["German"] < full["German"]
-assert max(rows["dynamic, token"].values()) < min(follows.values())
+full, clipped, follows, token_kl, away = rows.values()
+found(clipped["stories"] < min(follows["stories"], full["stories"]), "on stories clipping is better than per tensor")
+worse = [kind for kind in list(texts)[1:] if min(clipped[kind], full[kind], away[kind]) > follows[kind]]
+found(len(worse) == len(texts) - 1, "every static model is behind dynamic per tensor on every other text, here on "
+      f"{len(worse)} of {len(texts) - 1}")
+found(min(clipped["CAPITALS"] / full["CAPITALS"], clipped["code"] / full["code"]) > 1.5,
+      "clipping is far worse than min-max on CAPITALS and code")
+found(max(token_kl.values()) < min(follows.values()), f"per token has a KL of at most {max(token_kl.values()):.1e}, "
+      f"below per tensor's least, {min(follows.values()):.1e}")
 f"calibrated on Chinese: KL on stories {away['stories'] / away['Chinese']:.0f} times that on Chinese"
 # %% [markdown]
 # On stories the clipped static grid beats dynamic per tensor. On every other text static is behind, by far
 # where Chinese alone was calibrated on. Clipping is the worse choice on CAPITALS and code, the better one
-# on German. Per token hardly notices.
+# on German. Per token hardly notices. (All this of the bundled model; another one knows other texts.)
 #
 # ### Exercise 8.4: the alarm (about 10 minutes)
 # In production nobody computes KL. A static layer can watch its own input: return "narrow" if more than
@@ -359,20 +373,20 @@ def my_alarm(x, scale, zero_point, limit):
 # %%
 check("8.4", my_alarm)
 # %% tags=["nbval-ignore-output"]
-alarm = find("8.4").solution
-reads = {kind: capture_inputs(model, text, layers, window=128) for kind, text in texts.items()}
+alarm, rung = find("8.4").solution, {}
 statics = {n: make["static, min-max"](n) for n in layers}
-rung = {kind: [alarm(r[n], m.input_scale.item(), m.input_zero_point.item(), limit=1e-4) for n, m in statics.items()]
-        for kind, r in reads.items()}
-for kind, answers in rung.items():
-    print(f"{kind:14} narrow in {answers.count('narrow')} layers, wide in {answers.count('wide')}")
-assert min(rung["Chinese"].count(answer) for answer in ("narrow", "wide")) >= 2
-assert rung["stories"].count("narrow") <= 1
+for kind, text in texts.items():
+    reads = capture_inputs(model, text, layers, window=128)  # at last the random tokens'
+    answers = [alarm(reads[n], m.input_scale.item(), m.input_zero_point.item(), limit=1e-4)
+               for n, m in statics.items()]
+    rung[kind] = {answer: answers.count(answer) for answer in ("narrow", "wide")}
+    print(f"{kind:14} narrow in {rung[kind]['narrow']} layers, wide in {rung[kind]['wide']}")
+found(min(rung["Chinese"].values()) >= 2, "for Chinese it rings both ways, each in at least two layers")
+found(rung["stories"]["narrow"] <= 1, f"for stories it rings in {rung['stories']['narrow']} layers, at most one")
 # %% [markdown]
 # The share of clipped values is the usual monitor, and it sees half of the trouble. A grid that has become
 # too *wide* cuts off nothing and wastes codes in silence. A monitor must look both ways; and it says not
-# only
-# *that* something is wrong but where.
+# only *that* something is wrong but where.
 #
 # ## 9. Your neighbour in the batch
 # Dynamic seems the safe choice. Servers put the requests of several users in one batch, and a per-tensor
@@ -381,7 +395,7 @@ assert rung["stories"].count("narrow") <= 1
 # **Predict.** You ask for a story; next to you sits another request. Float model, dynamic per tensor, dynamic
 # per token: whose story depends on the neighbour?
 # %% tags=["nbval-ignore-output"]
-def write(m, rows, tokens=25):  # greedy; the first row is you
+def write(m, rows, tokens=25):  # always the likeliest token; the first row is you
     ids = torch.stack(rows)
     for _ in range(tokens):
         with torch.no_grad():
@@ -395,9 +409,9 @@ told = {kind: {who: write(m, [you, *rows]) for who, rows in beside.items()} for 
 print({kind: f"{len(set(ends.values()))} different" for kind, ends in told.items()})
 told["per tensor"]
 # %% [markdown]
-# The same prompt, the same weights, no sampling: and the story depends on a stranger. One prompt is an
-# anecdote (yours may differ on another CPU), so once more as a number: how far do your logits move, over 64
-# tokens?
+# The same prompt, the same weights, no sampling: and per tensor the story may depend on a stranger. One prompt is an
+# anecdote (on another CPU or model no story may change), so once more as a number: how far do your logits move,
+# over 64 tokens?
 #
 # And within *one* text the scale is shared with the tokens still to come. A language model must not look
 # ahead: we change the last of the 64 tokens, and look at the 63 predictions before it. **Predict** both.
@@ -410,19 +424,20 @@ def largest_move(m, *rows):
     return (logits_of(m, *rows)[:63] - logits_of(m, me)[:63]).abs().max().item()
 
 me = stories[:64]
-endings = [torch.cat([me[:63], torch.tensor([last])]) for last in range(0, len(tokenizer), len(tokenizer) // 12)]
+endings = [torch.cat([me[:63], torch.tensor([last])]) for last in range(0, vocabulary, vocabulary // 12)]
 neighbour = {kind: largest_move(m, me, calibration[:64]) for kind, m in models.items()}
 future = {kind: max(largest_move(m, ending) for ending in endings) for kind, m in models.items()}
-{who: {kind: round(v, 2) for kind, v in found.items()} for who, found in
+{who: {kind: round(v, 2) for kind, v in moves.items()} for who, moves in
  {"a neighbour": neighbour, "the future": future}.items()}
 # %%
 for move in (neighbour, future):
-    assert move["float"] < 1e-3
-    assert move["per token"] < move["per tensor"] / 2
-    assert move["per tensor"] > 0.05
+    assert move["float"] < 1e-4 * logits_of(model, me).abs().max()  # sums in another order
+    found(move["per token"] < move["per tensor"] / 2, "per token moves less than half of what per tensor does")
+    found(move["per tensor"] > 0.05, f"per tensor moves a logit by {move['per tensor']:.2f} (the bundled model: 1.0)")
 # %% [markdown]
 # Per tensor the past depends on the future, and you on your neighbour, through the scale. Static layers and
-# per-token layers are free of that: a token's codes depend on that token alone.
+# per-token layers are free of that: a token's codes depend on that token alone (and on its last digits, which a
+# batch may sum in another order).
 #
 # ## 10. The whole model
 # Five ledger rows. `quantize_lm` calibrates block by block, on what the quantized blocks before give out.
@@ -432,7 +447,7 @@ from tqdm.auto import tqdm
 from quantlab import ledger
 from quantlab.lm import quantize_lm
 
-test = stories[:4096]
+test = stories[:budget(model, 4096)]
 recipes = {"tensor": ("w8a8_dynamic", {"per": "tensor"}), "token": ("w8a8_dynamic", {"per": "token"}),
            "minmax": ("w8a8_static", {"observer": MinMax}), "99.99%": ("w8a8_static", {"observer": clipping})}
 entries, reports = [ledger.measure(model, model, test, method="float")], {}
@@ -444,13 +459,16 @@ for row in entries:
     ledger.append(row)
 # %% tags=["nbval-ignore-output"]
 kl = {row.group: row.kl for row in entries}
-assert kl["token"] < kl["99.99%"] < kl["tensor"] < kl["minmax"] < 0.05
-assert all(abs(row.perplexity - entries[0].perplexity) < entries[0].perplexity_error for row in entries)
-assert kl["minmax"] - kl["99.99%"] > kl["minmax"] - kl["tensor"]
-assert entries[1].bytes < 0.65 * entries[0].bytes
+found(kl["token"] < kl["99.99%"] < min(kl["tensor"], kl["minmax"]) and max(kl.values()) < 0.05,
+      f"per token ({kl['token']:.4f}) is best, then static 99.99 % ({kl['99.99%']:.4f}), and every KL is below 0.05")
+found(all(abs(row.perplexity - entries[0].perplexity) < entries[0].perplexity_error for row in entries),
+      "all perplexities lie within the float model's error bar")
+found(kl["minmax"] - kl["99.99%"] > 2 * abs(kl["minmax"] - kl["tensor"]),
+      "the observer matters more than static or dynamic")
+found(entries[1].bytes < 0.65 * entries[0].bytes, f"{entries[1].bytes / entries[0].bytes:.2f} of the bytes, below 0.65")
 ledger.Table(entries)
 # %% [markdown]
-# At 8 bits all four keep the model's perplexity within its error bar; KL tells them apart. The two static
+# At 8 bits all four keep this model's perplexity within its error bar; KL tells them apart. The two static
 # rows differ by the observer alone, and that is more than lies between static min-max and dynamic per
 # tensor.
 #
@@ -465,38 +483,38 @@ def noisy(draw):
 def rows_of(count):
     return {n: r[:count] for n, r in seen.items()}
 
-fakes = {"real text": rows_of(512), "random tokens": reads["random"], "one token": rows_of(1),
+fakes = {"real text": rows_of(512), "random tokens": reads, "one token": rows_of(1),
          "normal noise": noisy(torch.randn), "uniform noise": noisy(torch.rand)}
-found = {kind: divergence(model, static_model(r, MinMax), test[:1024]).kl for kind, r in fakes.items()}
-assert found["one token"] > 2 * found["real text"]
-assert found["normal noise"] > 4 * found["real text"]
-assert found["uniform noise"] > 50 * found["real text"]
-assert found["random tokens"] < 2 * found["real text"]
-{kind: f"KL {value:.3f}" for kind, value in found.items()}
+short = test[:budget(model, 1024, least=512)]
+harm = {kind: divergence(model, static_model(r, MinMax), short).kl for kind, r in fakes.items()}
+times = {kind: value / harm["real text"] for kind, value in harm.items()}
+for kind, least in {"one token": 2, "normal noise": 4, "uniform noise": 50}.items():
+    found(times[kind] > least, f"{kind} gives {times[kind]:.1f} times the KL of real text, above {least}")
+found(times["random tokens"] < 2, f"random tokens give {times['random tokens']:.1f} times the KL, below 2")
+{kind: f"KL {value:.3f}" for kind, value in harm.items()}
 # %% [markdown]
 # Uniform noise ruins the model: it lies between 0 and 1, so whatever is negative is clipped. Normal noise
-# has the wrong size in most layers; one token is too little. Random tokens do well, because the *model*
+# has the wrong size in most layers; one token is too little. Random tokens do well here, because the *model*
 # turns them into activations of the right size. What counts is what the layers read.
 #
 # ## 11. Three myths
 # ### "`quantize_dynamic` is quantization-aware training"
-# Training needs parameters. We count those of a block's MLP in float, in our int8 and after torch's own
-# `quantize_dynamic`, and hand the int8 MLP to an optimizer. **Predict** what happens.
+# Training needs parameters. We count those of a network of one layer (a weight of our model) in float, in our int8
+# and after torch's own `quantize_dynamic`, and hand the int8 one to an optimizer. **Predict** what happens.
 # %%
 import warnings
 
-gate = list(layers)[4]  # the first layer of block 0's MLP
-mlp = model.get_submodule(gate.rpartition(".")[0])
-ours = copy.deepcopy(mlp)
-for child, linear in mlp.named_children():
-    if isinstance(linear, torch.nn.Linear):
-        setattr(ours, child, DynamicInt8Linear.from_linear(linear))
+gate = list(layers_of_role(model, "gate"))[0]
+linear = torch.nn.Linear(layers[gate].in_features, layers[gate].out_features, bias=False)
+with torch.no_grad():
+    linear.weight.copy_(layers[gate].weight)
+network, ours = torch.nn.Sequential(linear), torch.nn.Sequential(DynamicInt8Linear.from_linear(linear))
 quantize_dynamic = getattr(getattr(torch.ao, "quantization", None), "quantize_dynamic", None)
 with warnings.catch_warnings(action="ignore"):  # it is deprecated: notebook 17 is about what replaced it
-    theirs = quantize_dynamic(copy.deepcopy(mlp), {torch.nn.Linear}) if quantize_dynamic else ours
+    theirs = quantize_dynamic(copy.deepcopy(network), {torch.nn.Linear}) if quantize_dynamic else ours
 whole = {"model": model, "int8 model": int8_models["dynamic, tensor"]}
 {kind: sum(p.numel() for p in m.parameters())
- for kind, m in ({"MLP": mlp, "ours": ours, "torch's": theirs} | whole).items()}
+ for kind, m in ({"float": network, "ours": ours, "torch's": theirs} | whole).items()}
 # %% tags=["raises-exception"]
 torch.optim.SGD(ours.parameters(), lr=0.1)
 # %% [markdown]
@@ -514,13 +532,14 @@ from quantlab.linear import WeightOnlyLinear
 
 pair = live[gate][:2]
 shout = torch.stack([pair[0], 100 * pair[1]])
-subjects = {"float": mlp, "weight-only": WeightOnlyLinear.from_linear(layers[gate], bits=8), "ours": ours,
+subjects = {"float": network, "weight-only": WeightOnlyLinear.from_linear(linear, bits=8), "ours": ours,
             "torch's": theirs}
 with torch.no_grad(), warnings.catch_warnings(action="ignore"):
     moved = {kind: (m(shout)[0] - m(pair)[0]).abs().max().item() for kind, m in subjects.items()}
-assert max(moved["float"], moved["weight-only"]) < 1e-4 < 1e-2 < min(moved["ours"], moved["torch's"])
+    small = 1e-5 * network(pair)[0].abs().max().item()
+assert max(moved["float"], moved["weight-only"]) < small < 100 * small < min(moved["ours"], moved["torch's"])
 print((quantize_dynamic.__doc__ or "" if quantize_dynamic else "gone from this torch").strip().splitlines()[0])
-{kind: round(v, 1) for kind, v in moved.items()}
+{kind: round(v, 2) for kind, v in moved.items()}
 # %% [markdown]
 # It moves in torch's layer as in ours: both round activations, on one grid. The docstring is wrong.
 #
@@ -545,10 +564,9 @@ def total(way, M):
 print(f"{'MB':8}{'stored':>8}{'1 token':>9}{'512 tokens':>12}{'KL':>9}")
 for way, size in stored.items():
     print(f"{way:8}{size / 1e6:8.2f}{total(way, 1) / 1e6:9.2f}{total(way, 512) / 1e6:12.1f}{damage[way]:9.4f}")
-assert packed < 0.6 * int8
-assert total("W4", 1) < 0.6 * total("static", 1)
-assert total("W4", 512) < total("static", 512)
-assert damage["W4"] > 3 * kl["minmax"]
+found(packed < 0.6 * int8, f"W4 stores {packed / int8:.2f} of int8's bytes, below 0.6")
+assert all(total("W4", M) < total("static", M) for M in (1, 512))
+found(damage["W4"] > 3 * kl["minmax"], f"W4 costs {damage['W4'] / kl['minmax']:.1f} times static's KL, above 3")
 # %% [markdown]
 # With 4 bits weight-only is *smaller* and moves less; W8A8 is nearer to the float model, and its gain for
 # many tokens is integer *arithmetic*, not memory. Instead of stars give bits, bytes, tokens.
@@ -558,7 +576,7 @@ assert damage["W4"] > 3 * kl["minmax"]
 # Users of our static model write stories and Chinese. From `stories` and `chinese`, two streams of token
 # ids, return at most `count` ids to calibrate on. The check builds the static model with the clipping
 # observer (99.99 %) and measures KL on *fresh* text of both kinds. To reach: **at most 0.016 on each**,
-# with 512 tokens. Calibrated on one kind alone it misses the other.
+# with 512 tokens (on another model the check names its target). Calibrated on one kind alone it misses the other.
 # %% tags=["exercise"]
 def my_calibration(stories, chinese, count):
     raise NotImplementedError
@@ -577,20 +595,22 @@ check("8.5", my_calibration)
 # %% tags=["nbval-ignore-output"]
 from quantlab.outliers import plant_outliers
 
-planted = plant_outliers(model, channels=range(0, 240, 40), factor=100)
-ruined = {"float": divergence(model, planted, test[:1024]).kl}
+width = model.config.hidden_size
+planted = plant_outliers(model, channels=range(0, width * 15 // 16, width * 5 // 32), factor=100)  # six
+ruined = {"float": divergence(model, planted, short).kl}
 for per in ("tensor", "token"):
     new, _ = quantize_lm(planted, method="w8a8_dynamic", per=per, progress=False)
-    ruined[per] = divergence(model, new, test[:1024]).kl
+    ruined[per] = divergence(model, new, short).kl
 assert abs(ruined["float"]) < 1e-4
-assert min(ruined[per] / kl[per] for per in ("tensor", "token")) > 50
+least = min(ruined[per] / kl[per] for per in ("tensor", "token"))
+found(least > 50, f"planting makes KL at least {least:.0f} times as large, above 50")
 {kind: f"KL {abs(value):.4f}" for kind, value in ruined.items()}
 # %% tags=["nbval-ignore-output"]
 def zeros(m):
     x = capture_inputs(m, test[:256], [first])[first]
     return (torch.round(127 * x / x.abs().amax(1, keepdim=True)) == 0).float().mean().item()
 
-assert zeros(planted) > 4 * zeros(model)
+found(zeros(planted) > 4 * zeros(model), "the planted channels make four times as many zeros, or more")
 f"codes that are 0: {zeros(model):.0%}, with planted channels {zeros(planted):.0%}"
 # %% [markdown]
 # Now even per token fails: six large channels in *every* token set its scale, and drown the rest.

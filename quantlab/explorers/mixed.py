@@ -131,24 +131,35 @@ class _Picture:
         self.here.set_data([found.nbytes / 1000], [found.kl])
 
 
-def _place(name: str) -> tuple[int, str]:
-    """(block, name in the block) of a layer: "model.layers.3.mlp.up_proj" is up_proj of block 3."""
+def _places(names) -> dict[str, tuple[int, str]]:
+    """Block and name in the block: "model.layers.3.mlp.up_proj" is up_proj of block 3.
+
+    The name is as short as tells the layers apart: GPT-2 has an attn.c_proj and an mlp.c_proj in each block.
+    """
+    for parts in (1, 2, 3):
+        places = {name: _place(name, parts) for name in names}
+        if len(set(places.values())) == len(places):
+            break
+    return places
+
+
+def _place(name: str, parts: int) -> tuple[int, str]:
     block = re.search(r"\.(\d+)\.", name)
-    return (int(block[1]) if block else 0), name.rpartition(".")[2] if block else name
+    return (int(block[1]), ".".join(name[block.end() :].split(".")[-parts:])) if block else (0, name)
 
 
-def _rows_and_columns(names) -> tuple[list[str], list[int]]:
+def _rows_and_columns(places: dict) -> tuple[list[str], list[int]]:
     """The kinds of layers, as they come, and the numbers of the blocks."""
-    places = [_place(name) for name in names]
-    return list(dict.fromkeys(kind for _, kind in places)), sorted({block for block, _ in places})
+    return list(dict.fromkeys(kind for _, kind in places.values())), sorted({block for block, _ in places.values()})
 
 
 def _table(values: dict) -> np.ndarray:
     """A row for each kind of layer, a column for each block; nan where a block has none of the kind."""
-    kinds, blocks = _rows_and_columns(values)
+    places = _places(values)
+    kinds, blocks = _rows_and_columns(places)
     table = np.full((len(kinds), len(blocks)), np.nan)
     for name, value in values.items():
-        block, kind = _place(name)
+        block, kind = places[name]
         table[kinds.index(kind), blocks.index(block)] = value
     return table
 
@@ -161,7 +172,7 @@ def _draw_table(ax: Axes, costs: dict):
     colours = {"cmap": ListedColormap(shades), "norm": BoundaryNorm(edges, len(widths))}
     table = _table({name: widths[0] for name in costs})
     picture = ax.imshow(table, aspect="auto", interpolation="nearest", **colours)
-    kinds, _ = _rows_and_columns(costs)
+    kinds, _ = _rows_and_columns(_places(costs))
     ax.set(title="bits of each layer, by block", yticks=range(len(kinds)), xticks=[])
     ax.set_yticklabels(kinds, fontsize="small")
     keys = [Patch(color=shade, label=str(b)) for shade, b in zip(shades, widths, strict=True)]
@@ -172,14 +183,14 @@ def _draw_table(ax: Axes, costs: dict):
 
 def _draw_digits(ax: Axes, costs: dict) -> dict:
     """A digit for each layer, and the numbers of the blocks; nothing where there are too many to be read."""
-    kinds, blocks = _rows_and_columns(costs)
+    places = _places(costs)
+    kinds, blocks = _rows_and_columns(places)
     if len(blocks) > _DIGITS:
         return {}
     ax.set(xticks=range(len(blocks)))
     ax.set_xticklabels([str(block) for block in blocks])
     digits = {}
-    for name in costs:
-        block, kind = _place(name)
+    for name, (block, kind) in places.items():
         place = blocks.index(block), kinds.index(kind)
         digits[name] = ax.text(*place, "", ha="center", va="center", fontsize="small", color="black")
     return digits
