@@ -162,6 +162,15 @@ def test_nothing_is_left_in_a_plain_model():
         assert report.left_in_float == left_in_float(new, report.qtensors) == 0, method
 
 
+def test_gptq_on_few_tokens_says_so():
+    model = made("llama")  # 72 inputs at most
+    for count, said in ((96, "96 tokens are few for 72 inputs"), (160, "")):
+        _, report = lm.quantize_lm(model, text(count), method="gptq", bits=4, window=32, progress=False)
+        assert report.note.startswith(said)
+        assert bool(report.note) == bool(said)
+        assert report.note in str(report)
+
+
 @pytest.mark.parametrize("kind", ["mamba", "rwkv"])
 def test_what_is_no_transformer_is_refused(kind):
     config = hf.MambaConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2) if kind == "mamba" else hf.RwkvConfig(

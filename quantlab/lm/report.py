@@ -35,6 +35,7 @@ class QuantizeReport:
     seconds: float = 0.0  # of the whole walk; of the rounding alone where no data are needed
     nbytes: int = 0  # of the whole model: packed layers, everything else in 16 bits
     bits_per_parameter: float = 0.0  # 8 * nbytes / parameters
+    note: str = ""  # what to mind about these numbers
     left_in_float: float = 0.0  # fraction of the blocks' weights that are in no layer above: a mixture's experts, say
 
     def __str__(self) -> str:
@@ -48,6 +49,7 @@ class QuantizeReport:
             f"{self.method.name}: {self.nbytes:,} bytes, {self.bits_per_parameter:.2f} bits per parameter, "
             f"{self.seconds:.1f} s"
         )
+        lines += [self.note] if self.note else []
         if self.left_in_float:
             lines.append(left_in_float_note(self.left_in_float))
         return "\n".join(lines)

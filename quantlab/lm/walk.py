@@ -54,6 +54,7 @@ def quantize_lm(
     report = QuantizeReport(method, (len(tokens) // window * window or len(tokens)) if method.needs_data else 0)
     if checkpoint is not None:
         report.qtensors = checkpoint = open_checkpoint(checkpoint, model, tokens, _settings_of(method, window, reads))
+    report.note = _note(model, method, report.calibration_tokens)
     began = time.perf_counter()
     new = _start(model, tokens, window, method, in_place)
     with torch.no_grad():
@@ -99,6 +100,14 @@ def _check_walk(model, method: Method, checkpoint, in_place: bool) -> None:
     if isinstance(bits, Mapping) and bits.keys() != layers.keys():
         odd = sorted(bits.keys() ^ layers.keys())
         raise ValueError(f"bits must name every linear layer and no other; missing or unknown: {odd[0]}, ...")
+
+
+def _note(model, method: Method, tokens: int) -> str:
+    """GPTQ fits the noise of too few tokens; the output errors on these tokens do not show it."""
+    widest = max(weight_of(layer).shape[1] for layer in float_layers(model).values())
+    if method.name != "gptq" or tokens >= 2 * widest:
+        return ""
+    return f"{tokens} tokens are few for {widest} inputs: GPTQ fits their noise, and output errors on them flatter it"
 
 
 def _settings_of(method: Method, window: int, reads: bool) -> dict:
