@@ -1,8 +1,8 @@
 """GPTQ: the library against the reference implementation's algorithm (IST-DASLab/gptq), in one run, on one thread.
 
-The reference's algorithm is written out below in its own order of operations: float32, three factorizations, blocks of
-128 columns, each column updating the rest of its block at once. Ratios of CPU seconds, the least of several rounds taken
-in turns. Bars: rounding at least 3 times as fast, the Hessian included at least 2 times, at an equal layer error.
+The reference's algorithm is written out below in its own order of operations: float32, three factorizations, blocks
+of 128 columns, each column updating the rest of its block at once. Ratios of CPU seconds, the least of several rounds
+in turns. Bars: rounding at least 3 times as fast, the Hessian included 2 times, at an equal layer error.
 """
 
 import sys

@@ -1,7 +1,8 @@
 """Small language models of other kinds than the bundled one, made and trained here for less than a minute, on which
 the notebooks must run to their last cell as well:  python tests/foreign_model.py FOLDER [opt | gpt2 | neox]
 
-Nothing of them is the bundled model's: widths that are no multiples of 128, a vocabulary of 1,000, three blocks, biases, LayerNorm, an untied head, other names, a shorter context.
+Nothing of them is the bundled model's: widths that are no multiples of 128, a vocabulary of 1,000, three blocks,
+biases, LayerNorm, an untied head, other names, a shorter context.
 """
 
 import sys
