@@ -576,7 +576,8 @@ found(damage["W4"] > 3 * kl["minmax"], f"W4 costs {damage['W4'] / kl['minmax']:.
 # Users of our static model write stories and Chinese. From `stories` and `chinese`, two streams of token
 # ids, return at most `count` ids to calibrate on. The check builds the static model with the clipping
 # observer (99.99 %) and measures KL on *fresh* text of both kinds. To reach: **at most 0.016 on each**,
-# with 512 tokens (on another model the check names its target). Calibrated on one kind alone it misses the other.
+# with 512 tokens (on another model the check names its target). Calibrated on one kind alone the bundled model
+# misses the other.
 # %% tags=["exercise"]
 def my_calibration(stories, chinese, count):
     raise NotImplementedError

@@ -21,8 +21,8 @@
 # ## 1. What was left
 # Notebook 11 ended with layers that lose very different parts of their output at the same bits. How different
 # is it for the *model*? `quantize_lm` also takes bits by layer. Two layers of the first block, the query and
-# the output of its attention, go to 2 bits, one at a time, while everything else has 8. **Predict:** by which
-# factor do the two KLs differ?
+# the output of its attention, go to 2 bits, one at a time, while everything else has 8. (A model larger than the
+# bundled one reads fewer tokens than the text says: `budget`.) **Predict:** by which factor do the two KLs differ?
 # %%
 from quantlab.checks import check, found, hint, solution
 from quantlab.lm import (blocks_of, budget, divergence, layers_of_role, linear_layers, load_lm, load_text, quantize_lm,
@@ -38,9 +38,10 @@ def kl_with(bits, tokens):
     new, _ = quantize_lm(model, bits=bits, progress=False)  # rounding looks at no data
     return divergence(model, new, tokens).kl
 
-text = calibration[:budget(model, 1024, least=128)]  # on a large model fewer
+text = calibration[:budget(model, 1024, least=128)]
 alone = {name: kl_with(dict.fromkeys(names, 8) | {name: 2}, text) for name in (query, output)}
-found(alone[output] > 20 * alone[query], f"the output costs {alone[output] / alone[query]:.1f} times the query")
+found(alone[output] > 20 * alone[query],
+      f"the output costs over 20 times as much as the query: {alone[output] / alone[query]:.1f} times")
 {name: round(kl, 4) for name, kl in alone.items()}
 # %% [markdown]
 # In the bundled model: the same number of weights, the same bytes, and a harm that differs more than twenty
@@ -130,12 +131,14 @@ print("most:", *order[:2], "least:", *order[-2:])
 print("most for each weight:", [brief[name] for name in per_weight[:4]])
 print("by block:", {block: round(kl, 3) for block, kl in blocks.items()}, "fall for each bit:", falls)
 # %% tags=["nbval-ignore-output"]
-found(all(3.5 < fall < 8 for fall in falls), f"one bit more divides the KL by {falls}, that is by 3.5 to 8")
-found((order[0], order[-1]) == (output, query), "the most and the least sensitive layer sit in the first block")
+found(all(3.5 < fall < 8 for fall in falls), f"one bit more divides the KL by 3.5 to 8: by {falls}")
+ends = [brief[name].split(".")[0] for name in (order[0], order[-1])]
+found(ends == ["0", "0"], f"the most and the least sensitive layer sit in the first block; here in {ends}")
 values = set(layers_of_role(model, "value"))
-found(sum(name in values for name in per_weight[:4]) >= 3, "for each weight, value projections lead")
-found(max(blocks, key=blocks.get) == "0", "the first block matters most")
-found(blocks[max(blocks, key=int)] < blocks["1"], "the last block matters less than the second")
+leading = sum(name in values for name in per_weight[:4])
+found(leading >= 3, f"for each weight, value projections lead: {leading} of the first four")
+most = max(blocks, key=blocks.get)
+found(most == "0", f"the first block matters most; here block {most}")
 # %% [markdown]
 # In the bundled model the most and the least sensitive layer sit in the same block. For each weight, and so
 # for each byte, value projections lead: they are small there, since several query heads share one value head.
@@ -162,8 +165,9 @@ f"from {ratios.min():.2f} to {ratios.max():.2f} times, correlation of the logari
 # %% tags=["nbval-ignore-output"]
 sums = {bits: sum(row[bits] for row in table.costs.values()) for bits in (5, 4, 3, 2)}
 whole = {bits: kl_with(bits, text) for bits in sums}
-found(all(abs(whole[bits] / sums[bits] - 1) < 0.15 for bits in (5, 4, 3)), "down to 3 bits the costs add up to 15 %")
-found(whole[2] > 1.15 * sums[2], f"at 2 bits the KL is {whole[2] / sums[2]:.2f} times the sum")
+off = max(abs(whole[bits] / sums[bits] - 1) for bits in (5, 4, 3))
+found(off < 0.15, f"down to 3 bits the KL is the sum, but for {off:.0%}; less than 15 % was found")
+found(whole[2] > 1.15 * sums[2], f"at 2 bits it is more than the sum: {whole[2] / sums[2]:.2f} times")
 for bits in sums:
     print(f"{bits} bits: predicted {sums[bits]:.4f}, measured {whole[bits]:.4f}, {whole[bits] / sums[bits]:.2f} times")
 # %% [markdown]
@@ -172,9 +176,9 @@ for bits in sums:
 # read what earlier ones have spoiled, and the sum promises too little.
 #
 # ## 5. Choose
-# Four bit widths and 28 layers: 4²⁸ ways. The **greedy** (贪心) rule: all start at the smallest size. In each
-# round take the step, a layer to any larger number of bits, that lowers the KL most *for each byte*, of
-# those that still fit. Stop when none fits.
+# Four bit widths and, in the bundled model, 28 layers: 4²⁸ ways. The **greedy** (贪心) rule: all start at the
+# smallest size. In each round take the step, a layer to any larger number of bits, that lowers the KL most *for
+# each byte*, of those that still fit. Stop when none fits.
 #
 # ### Exercise 12.2: greedy (about 15 minutes)
 # `costs` and `sizes` are `{layer: {bits: value}}` as in section 2. Return `{layer: bits}`.
@@ -230,10 +234,10 @@ assert knapsack(costs, sizes, 30).bits == {"small": 2, "large": 4}
 from quantlab.mixed import frontier
 
 front = frontier(table.costs, table.sizes)
-some = front[::max(1, len(front) // 300)]  # of many budgets, some
+some = front[::max(1, len(front) // (300 if len(names) < 60 else 60))]  # of many budgets, some
 losses = [greedy(table.costs, table.sizes, best.nbytes).kl / best.kl for best in some]
 assert 1 - 1e-9 < min(losses)
-found(max(losses) < 1.2, f"greedy is at most {max(losses):.2f} times the best")
+found(max(losses) < 1.2, f"greedy stays below 1.2 times the best: {max(losses):.2f} times at most")
 f"{len(some)} budgets: greedy is worse in {sum(loss > 1 + 1e-9 for loss in losses)}, {max(losses):.3f} times at most"
 # %% [markdown]
 # Greedy is worse for some of the budgets, and then by little: among so many layers there is nearly always a
@@ -253,8 +257,9 @@ explorer
 # %% tags=["nbval-ignore-output"]
 leaves = {name: next(best.nbytes for best in front if best.bits[name] > 2) for name in names}
 queue, spread = sorted(names, key=leaves.get), sorted(set(exact.bits.values()))
-found(sum(name in values for name in queue[:5]) >= 3, "the first extra bits go to value projections")
-found(len(spread) >= 3, f"the exact choice mixes {spread}")
+leading = sum(name in values for name in queue[:5])
+found(leading >= 3, f"the first extra bits go to value projections: {leading} of the first five")
+found(len(spread) >= 3, f"the exact choice mixes three widths or more; here {spread}")
 first, last = ([brief[name] for name in part] for part in (queue[:5], queue[-3:]))
 print("first to get more than 2 bits:", first, "last:", last)
 f"at the bytes of uniform 3 bits: {spread} bits, predicted KL {exact.kl / sums[3]:.2f} times the uniform one"
@@ -284,7 +289,7 @@ from quantlab.lm import chosen_model
 from quantlab.sweep import grid, sweep
 
 mixed = {bits: knapsack(table.costs, table.sizes, limit[bits]) for bits in (3, 4)}
-seen = {"rtn": calibration[:512], "gptq": calibration[:budget(model, 16384, least=4096)]}
+seen = {"rtn": calibration[:512], "gptq": calibration[:budget(model, 16384, least=2048)]}
 tokens = token_stream(tokenizer, load_text("eval"))[:budget(model, 4096)]
 folder = tempfile.TemporaryDirectory()
 def measure_all():
@@ -317,10 +322,11 @@ kl = {(row.method, row.bits): row.kl for row in rows}
 gain = {(way, bits): kl[f"mixed {way}", bits] / kl[way, bits] for way in ("rtn", "gptq") for bits in (3, 4)}
 assert max(row.bytes for row in rows if row.bits == 3) == next(row.bytes for row in rows if row.bits == 3)
 for bits in (3, 4):
-    found(gain["rtn", bits] < 0.92, f"mixing takes off a twelfth with rounding; here it leaves {gain['rtn', bits]:.2f}")
-    found(1 - gain["gptq", bits] < 0.9 * (1 - gain["rtn", bits]), "with GPTQ mixing gives less")
+    of_rtn, of_gptq = gain["rtn", bits], gain["gptq", bits]
+    found(of_rtn < 0.92, f"with rounding mixing takes off a twelfth or more, and leaves {of_rtn:.2f}")
+    found(of_gptq > of_rtn + 0.02, f"with GPTQ mixing gives less: {of_gptq:.2f} is left, with rounding {of_rtn:.2f}")
     off = kl["mixed rtn", bits] / mixed[bits].kl
-    found(abs(off - 1) < 0.15, f"the KL is {off:.2f} times the predicted one, met to 15 %")
+    found(abs(off - 1) < 0.15, f"the prediction is met to 15 %: the KL is {off:.2f} times it")
 for (way, bits), ratio in gain.items():
     print(f"{way}, bytes of {bits} bits: {kl[way, bits]:.4f} -> {kl[f'mixed {way}', bits]:.4f}, {ratio:.2f} times",
           f"(predicted {mixed[bits].kl:.4f})" if way == "rtn" else "")
@@ -333,7 +339,7 @@ rtn, gptq = (
     quantize_lm(model, seen["gptq"][:2048], method=way, bits=3, output_errors=True, progress=False)[1].layers
     for way in ("rtn", "gptq"))
 left = [after.output_error / before.output_error for before, after in zip(rtn, gptq, strict=True)]
-found(max(left) > 3 * min(left), "GPTQ helps some layers three times as much as others")
+found(max(left) > 3 * min(left), f"GPTQ helps some layers far more than others: {max(left) / min(left):.1f} times")
 f"GPTQ leaves between {min(left):.2f} and {max(left):.2f} of a layer's output error"
 # %% [markdown]
 # GPTQ helps some layers far more than others, so the costs of rounding are not *its* costs: some bits went
@@ -354,9 +360,10 @@ curves = {way: zip(*[(true[b], measured[way, b]) for b in sorted(true) if (way, 
           for way in ("rtn", "mixed rtn", "gptq", "mixed gptq")}
 ax = plt.subplots(figsize=(6.5, 3))[1]
 plot_curves(curves, xlabel="bits for each weight, scales included", ylabel="KL, nats", log="y", ax=ax)
-found(all(kl["gptq", b] < kl["mixed rtn", b] for b in (3, 4)), "GPTQ with uniform bits beats the best mix of rounding")
+beside = max(kl["gptq", b] / kl["mixed rtn", b] for b in (3, 4))
+found(beside < 0.9, f"GPTQ with uniform bits beats the best mix of rounding: {beside:.2f} times its KL at most")
 # %% [markdown]
-# GPTQ with uniform bits beats the best mix of rounding, and GPTQ's two lines lie close together. So take
+# Here GPTQ with uniform bits beats the best mix of rounding, and GPTQ's two lines lie close together. So take
 # the better rounding first; then mix, for the rest and to fit a budget between two whole numbers.
 #
 # ## 8. The controls that must fail
@@ -379,10 +386,11 @@ for size in sorted({row[2] for row in table.sizes.values()}):
 assert sum(table.sizes[name][b] for name, b in by_chance.items()) == mixed[3].nbytes
 ways = {"mixed": kl["mixed rtn", 3], "uniform": kl["rtn", 3],
         "by chance": kl_with(by_chance, tokens), "by output error": kl_with(by_error, tokens)}
-found(ways["mixed"] < ways["uniform"] < min(ways["by chance"], ways["by output error"]), "both controls fail")
+worse = min(ways["by chance"], ways["by output error"]) / ways["uniform"]
+found(ways["mixed"] < ways["uniform"] and worse > 1, f"both controls fail: {worse:.2f} times uniform's KL, or more")
 {way: round(value, 3) for way, value in ways.items()}
 # %% [markdown]
-# Both fail: they are worse than not mixing at all. That layers *differ* does not help by itself; one must
+# Both fail: here they are worse than not mixing at all. That layers *differ* does not help by itself; one must
 # know which is which. And a layer's own output error does not know it: some outputs are spoiled and matter
 # little.
 #
@@ -398,7 +406,8 @@ w8 = quantize_weights(model, lambda w: quantize_tensor(w, bits=8, granularity=Pe
 weights = {"W4": next(row.bytes for row in rows if row.bits == 4), "W8A8": model_bytes(model, w8)}
 config = model.config
 heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-kept = 2 * config.num_hidden_layers * heads * config.hidden_size // config.num_attention_heads  # numbers a token
+size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+kept = 2 * config.num_hidden_layers * heads * size  # numbers a token
 cache = {"W4": 2 * kept, "W8A8": kept}
 for batch in (1, 8, 64):
     total = {way: weights[way] + batch * 512 * cache[way] for way in weights}
@@ -435,7 +444,9 @@ check("12.4", my_fused)
 # ## 10. What breaks next
 # Mixing shifts bits around and makes none. Half-way between 2 and 3 bits, the best there is:
 # %% tags=["nbval-ignore-output"]
-found(lowest > max(2 * kl["rtn", 3], half.kl), "half a bit less costs twice the KL, and more than predicted")
+times = lowest / kl["rtn", 3]
+found(times > 1.7 and lowest > 1.05 * half.kl, f"half a bit less costs about twice the KL of 3 bits, here "
+      f"{times:.2f} times, and more than predicted, here {lowest / half.kl:.2f} times")
 f"2.5 bits: KL {lowest:.2f}, predicted {half.kl:.2f}; {list(half.bits.values()).count(2)} of the layers have 2"
 # %% [markdown]
 # With so few grid points no choice of points or of bits is enough. The weights have to *learn* where to

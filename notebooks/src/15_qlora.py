@@ -44,7 +44,7 @@ before = {name: perplexity(model, text, window=128) for name, text in {"stories"
 counts = torch.bincount(log, minlength=model.config.vocab_size) + 1.0
 table = (counts / counts.sum()).log()[held].mean().neg().exp().item()
 found(before["log"].value > max(5 * before["stories"].value, 0.8 * table),
-      "counting knows as much of the log")
+      f"the log's perplexity is {before['log'].value:.0f}, hardly below the {table:.0f} of a table of counts")
 {name: f"{p.value:.0f} ± {p.stderr:.0f}" for name, p in before.items()} | {"table of counts": f"{table:.0f}"}
 # %% [markdown]
 # All that the bundled model knows helps it no more than counting would. So train it: notebook 13 trained all
@@ -288,9 +288,8 @@ for name in ("rank 0", "rank 8", "float base, rank 8", "all weights", "shuffled 
     print(f"{name:24} {trained:>9,} trained   perplexity {style['perplexity']:5.1f} ± {style['stderr']:4.1f}")
 assert abs(nll["rank 8"] - nll["float base, rank 8"]) < error["rank 8"] / 2
 assert nll["all weights"] < nll["rank 8"]
-found(abs(nll["rank 8"] - after.nll) < 0.2, "its rank 8 is what we have just trained")
-found(runs["shuffled tokens, rank 8"]["style"]["perplexity"] > 1.1 * max(start.value, table),
-      "shuffled tokens leave the model worse than untouched")
+assert runs["shuffled tokens, rank 8"]["style"]["perplexity"] > 1.1 * runs["rank 0"]["style"]["perplexity"]
+found(abs(nll["rank 8"] - after.nll) < 0.2, "the run's rank 8, of the bundled model, is what we have just trained")
 # %% [markdown]
 # (Rank 0: the NF4 model as it was.) That NF4 holds the adapters back cannot be told from these days: the
 # float base is better by far less than the error bar. All weights, at their own rate, learn more. Shuffled

@@ -90,6 +90,8 @@ def left_in_float(model, layers) -> float:
     prefix, blocks = blocks_of(model)
     whole, left = 0, 0
     for name, module in blocks.named_modules():
+        if ".lora_" in name:  # adapters stand beside the weights
+            continue
         full, own = f"{prefix}.{name}", [p.numel() for p in module.parameters(recurse=False) if p.ndim > 1]
         packed = module.in_features * module.out_features if hasattr(module, "nbytes") else 0
         whole += sum(own) + packed
