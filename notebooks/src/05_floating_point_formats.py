@@ -29,8 +29,8 @@
 import torch
 
 from quantlab.checks import check, found, hint, solution
-from quantlab.lm import (budget, capture_inputs, layers_of_role, linear_layers, load_lm, load_text, token_stream,
-                         weight_of)
+from quantlab.lm import (budget, capture_inputs, layers_of_role, linear_layers, load_lm, load_text, longest_context,
+                         token_stream, weight_of)
 
 model, tokenizer = load_lm()
 text = token_stream(tokenizer, load_text("calibration"))
@@ -221,7 +221,7 @@ plt.show()
 ways = {"FP16 cast": lambda x: x.half().float(), "INT8 cast": lambda x: x.round().clamp(-128, 127),
         "INT8 with a scale": int8}
 noise = {name: [sqnr_db(x, f(x)) for x in (inputs, 1000 * inputs)] for name, f in ways.items()}
-assert abs(noise["FP16 cast"][0] - noise["FP16 cast"][1]) < 1
+found(abs(noise["FP16 cast"][0] - noise["FP16 cast"][1]) < 1, "FP16 does not notice")
 {name: f"{once:.0f} dB, × 1000: {again:.0f} dB" for name, (once, again) in noise.items()}
 # %% [markdown]
 # Only the INT8 cast, so quantizing takes a scale from the data. In a float each number's exponent is its
@@ -402,7 +402,7 @@ def backward(model, ids, dtype=torch.float32, k=0):
 def flat(gradients):
     return torch.cat([g.flatten() for g in gradients])
 
-length = min(512, model.config.max_position_embeddings, budget(model, 512, least=128))
+length = min(512, longest_context(model), budget(model, 512, least=128))
 ids = text[:2 * length].view(2, length)
 flowing, of_weights = backward(model, ids)  # the first to flow are those of the logits
 curves = {}

@@ -27,7 +27,7 @@
 import torch
 
 from quantlab.checks import check, found, hint, solution
-from quantlab.lm import budget, load_lm, load_text, quantize_lm, token_stream
+from quantlab.lm import begin_token, budget, load_lm, load_text, longest_context, quantize_lm, token_stream
 
 model, tokenizer = load_lm()
 calibration = token_stream(tokenizer, load_text("calibration"))
@@ -96,11 +96,11 @@ from quantlab.lm import perplexity
 
 stream = token_stream(tokenizer, load_text("eval"))
 tokens = stream[:budget(model, 4096)]  # of a large model fewer
-window, bos = min(512, model.config.max_position_embeddings), tokenizer.bos_token_id
+window, bos = min(512, longest_context(model)), begin_token(tokenizer)
 with torch.no_grad():
     logits = model(tokens[None, :window]).logits[0]
 by_hand = -torch.log_softmax(logits[:-1], dim=-1)[torch.arange(window - 1), tokens[1:window]]
-if bos != tokenizer.eos_token_id:  # a begin token that ends no text is context: no model is asked to predict it
+if bos not in (None, tokenizer.eos_token_id):  # a begin token that ends no text is context only
     by_hand = by_hand[tokens[1:window] != bos]
 measured = perplexity(model, tokens[:window])
 assert abs(by_hand.mean().exp() / measured.value - 1) < 1e-4
@@ -125,8 +125,9 @@ def nll_of(model, tokens, window=128, first=()):
 
 nll = nll_of(model, tokens)  # (windows, predictions)
 # %%
-plain = tokens[tokens != bos]
-forced = nll_of(model, tokens, first=[bos])
+plain = tokens if bos is None else tokens[tokens != bos]
+first = [tokenizer.bos_token_id if bos is None else bos]
+forced = nll_of(model, tokens, first=first)
 settings = {
     "window 32": perplexity(model, tokens, window=32)[:2],
     "window 128": perplexity(model, tokens, window=128)[:2],
@@ -205,7 +206,7 @@ def standard_error(rows):
     return (rows.mean(1).std() / len(rows) ** 0.5).item()
 
 measured = perplexity(model, tokens, window=128)
-if bos == tokenizer.eos_token_id:  # where it is not, ours counts the begin tokens and the library does not
+if bos in (None, tokenizer.eos_token_id):  # where it is another, ours counts the begin tokens and the library does not
     assert abs(measured.value * standard_error(nll) / measured.stderr - 1) < 1e-3
 count = len(nll)
 halves = [torch.randperm(count, generator=torch.Generator().manual_seed(i))[:count // 2] for i in range(200)]
@@ -289,8 +290,8 @@ check("6.3", my_kl)
 from quantlab import kl_divergence
 from quantlab.lm import divergence
 
-text = tokens[1:window] if bos == tokens[0] else tokens[:window]
-text = torch.cat([tokens[:1], text[text != bos]])  # a begin token only in front, where nothing predicts it
+rest = tokens[1:window]
+text = torch.cat([tokens[:1], rest if bos is None else rest[rest != bos]])  # a begin token only in front
 with torch.no_grad():
     p_logits, q_logits = (m(text[None]).logits[0, :-1] for m in (model, quantized[4]))
 log_p, log_q = (logits.double().log_softmax(-1) for logits in (p_logits, q_logits))

@@ -366,7 +366,7 @@ found(least > 1.5, f"the weight error rises, the least {least:.1f} times")
 # %% tags=["nbval-ignore-output"]
 factors, of_loud, damped, settings = (1, 3, 10, 30, 100, 300), {}, {}, {"bits": 4, "group_size": 128}
 for factor in factors:
-    seen, test = (Hessian(w.shape[1]).add(grown(part, factor)) for part in many[q_proj][:half].split(half // 2))
+    seen, test = (Hessian(w.shape[1]).add(grown(part, factor)) for part in many[q_proj].split(half // 2)[:2])
     tried = {"GPTQ, damping 0.01": gptq_quantize(w, seen, **settings, act_order=True),
              "AWQ": awq_search(w, grown(many[q_proj][:half // 2], factor), **settings)[0],
              "GPTQ, damping 0.0001": gptq_quantize(w, seen, **settings, act_order=True, damping=1e-4)}

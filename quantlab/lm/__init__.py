@@ -1,5 +1,6 @@
 """A language model: load it, measure it, look at its layers' inputs, quantize it, save it."""
 
+from quantlab.arguments import longest_context
 from quantlab.lm.layers import activation_scales, blocks_of, capture_inputs, layers_of_role, linear_layers
 from quantlab.lm.loading import chosen_model, load_lm
 from quantlab.lm.measuring import Divergence, Perplexity, budget, divergence, generate, perplexity
@@ -29,6 +30,7 @@ __all__ = [
     "load_lm",
     "load_quantized",
     "load_text",
+    "longest_context",
     "model_bytes",
     "perplexity",
     "quantize_lm",
