@@ -27,7 +27,8 @@ def blocks_of(model) -> tuple[str, nn.ModuleList]:
     Raises: ValueError if there is none, or its blocks have no attention (Mamba, RWKV): this library knows transformers.
     """
     config, text = text_config(check_model(model, values=False)), model
-    if not any(hasattr(config, name) for name in ("num_attention_heads", "n_head", "num_heads")):
+    heads = any(hasattr(config, name) for name in ("num_attention_heads", "n_head", "num_heads"))
+    if hasattr(config, "model_type") and not heads:
         raise ValueError(f"{type(model).__name__} is no transformer: its configuration has no attention heads")
     if config is not model.config and hasattr(model, "get_decoder"):
         text = model.get_decoder()  # a model that also reads pictures has a list of blocks for them, too
