@@ -39,6 +39,8 @@ PARTS = {
 BASES = {"Method", "WeightMethod", "IntegerMethod", "Int8Linear", "Rounding"}
 BEHIND = {"check_weight", "check_levels", "midpoints", "kernel_status", "plain", "kl_per_position", "read_names"}
 BEHIND |= {
+    "chosen_model",
+    "longest_context",
     "read_parts",
     "dynamic_levels",
     "nf4_levels",
@@ -186,6 +188,9 @@ def good_calls(folder: Path) -> dict:
         "activation_scales": (lm.activation_scales, {"model": model(), **reads}),
         "blocks_of": (lm.blocks_of, {"model": model()}),
         "linear_layers": (lm.linear_layers, {"model": model()}),
+        "layers_of_role": (lm.layers_of_role, {"model": model(), "role": "query"}),
+        "budget": (lm.budget, {"model": model(), "tokens": 40, "least": 20}),
+        "begin_token": (lm.begin_token, {"tokenizer": lm.load_lm()[1]}),
         "weight_of": (lm.weight_of, {"layer": lin}),
         "capture_inputs": (lm.capture_inputs, {"model": model(), **reads, "layers": [layer]}),
         "perplexity": (lm.perplexity, {"model": model(), **reads, "stride": 8}),

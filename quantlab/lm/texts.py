@@ -71,7 +71,7 @@ def begin_token(tokenizer) -> int | None:
 
     SmolLM2's tokenizer has a begin token that begins turns of a chat, and no document.
     """
-    bos = tokenizer.bos_token_id
+    bos = check_kind(tokenizer, "tokenizer", PreTrainedTokenizerBase, "load_lm gives").bos_token_id
     if bos is None or bos == tokenizer.eos_token_id or tokenizer("a")["input_ids"][:1] == [bos]:
         return bos
     return None
