@@ -2,7 +2,7 @@
 
 lab [options]      opens the workbook in JupyterLab, which gets the options (--no-browser --port=9999)
 test [options]     runs ruff, the notebooks and the tests; given options (-k affine), pytest with them alone
-test --cpu         the notebooks and the tests as on other processors, one after the other (hours)
+test --cpu         the notebooks and the tests as on other processors, one after the other: long
 notebooks [names]  builds notebooks/*.ipynb from notebooks/src/*.py (--help tells more)
 bench              runs every script in benchmarks/
 
@@ -52,7 +52,8 @@ def obstacle(version: tuple, lacking: list, free_gb: float) -> str | None:
 
 def setup() -> None:
     """Make .venv, or bring it up to date, or do nothing when it is."""
-    python, files = "{}.{}".format(*sys.version_info), [ROOT / "pyproject.toml", ROOT / "constraints.txt"]
+    python = "{}.{}".format(*sys.version_info)
+    files = [ROOT / name for name in ("pyproject.toml", "constraints.txt", "recipes/smollm2.txt")]
     what = b"".join([bytes(ROOT), EXTRAS.encode(), bytes(SMOLLM2), *map(Path.read_bytes, files)])
     wanted = [python, hashlib.sha256(what).hexdigest()]
     made = STAMP.read_text().split() if STAMP.exists() and PYTHON.exists() else [None]

@@ -173,19 +173,19 @@ def _quantize_columns(W: Tensor, R: Tensor, grid: _Grid) -> Tensor:
         block = W[a:b].clone()
         if a:
             block.addmm_(U.T.to(W.dtype), across[:a, a:b].T @ removed[:a])
-        steps, values = _quantize_block(block, give, grid, first=a)
+        steps, values = _round_columns(block, give, grid, first=a)
         group = torch.arange(a, b, device=W.device) // grid.group_size
         codes[a:b] = steps.add_(torch.stack(grid.zero_points[group[0] :])[group - group[0]])
         removed[a:b] = W[a:b] - values
     return codes
 
 
-def _quantize_block(block: Tensor, give: Tensor, grid: _Grid, first: int) -> tuple[Tensor, Tensor]:
+def _round_columns(block: Tensor, give: Tensor, grid: _Grid, first: int) -> tuple[Tensor, Tensor]:
     """Codes less zero_point, and values, of one block of columns (rows here); each sees the errors of those before it.
 
-    This loop is what GPTQ's time goes to: six operations a column, each into memory that is there, and of the errors
-    only the last few go to each column by itself, those before them to STEP columns at once. On a CPU numpy does them,
-    on the same memory: a call of numpy's takes a fifth of the time that a call of torch's takes.
+    Six operations a column, each into memory that is there; of the errors only the last few go to each column by
+    itself, those before them to STEP columns at once. On a CPU numpy does them, on the same memory: for a thousand rows
+    it is the calls that cost, and numpy's cost less than torch's (benchmarks/gptq_speed.py times the whole).
     """
     codes, values, errors = (torch.empty_like(block) for _ in range(3))
     lib, own = (np, Tensor.numpy) if block.device.type == "cpu" else (torch, lambda x: x)

@@ -9,7 +9,6 @@ from torch import Tensor
 from quantlab.arguments import check_flag, check_int, check_kind, check_number, check_real, check_tensor
 
 BLOCK = 256  # columns of XᵀX that are summed up at a time
-LARGE = 4096  # features from which on the factorization is done in float32
 
 
 class Hessian:
@@ -99,7 +98,7 @@ class Hessian:
 class Factor:
     """H (columns in `order`, damped) = R Rᵀ with R upper triangular. Then U = R⁻¹ is the paper's Cholesky of H⁻¹."""
 
-    R: Tensor  # (in, in), float64 (float32 for more than 4,096 features)
+    R: Tensor  # (in, in), float64
     order: Tensor | None  # column order, most important first; None: as they are
     damping: float  # the fraction of mean(diag H) that was added in the end
 
@@ -110,9 +109,6 @@ def factorize(H: Tensor, *, act_order: bool = False, damping: float = 0.01) -> F
     Damping adds damping * mean(diag H) to the diagonal. If H is still not positive definite, ten times
     as much is tried (from 0.01 up, with a warning), up to 1000. A column that never fires (H_ii = 0)
     gets H_ii = 1: it is rounded to nearest and passes no error on.
-
-    Up to 4,096 features in float64. Beyond, in float32: half the time of the largest layers, a few per cent other codes
-    (where the float64 loop decides narrowly), the same layer error to four digits.
     """
     if check_real(H, "H").ndim != 2 or H.shape[0] != H.shape[1]:
         raise ValueError(f"H must be a square matrix, got shape {tuple(H.shape)}")
@@ -129,7 +125,7 @@ def _factorize(H: Tensor, act_order: bool, damping: float) -> Factor:
     used, undamped = damping, H.diagonal().clone()
     while used <= 1000:
         H.diagonal().copy_(undamped + used * diagonal.mean())
-        lower, failed = torch.linalg.cholesky_ex(H.float() if len(H) > LARGE else H)
+        lower, failed = torch.linalg.cholesky_ex(H)
         if not failed and torch.isfinite(lower.diagonal()).all():
             del H
             return Factor(lower.flip(0, 1), order, used)

@@ -60,11 +60,10 @@ def smooth(model, activation_scales: dict[str, Tensor], *, alpha: float = 0.5):
     check_kind(activation_scales, "activation_scales", Mapping, "quantlab.lm.activation_scales gives")
     new = copy.deepcopy(check_model(model)).eval()
     names = {module: name for name, module in new.named_modules()}
-    outside = ("lm_head", "project_out")  # what a final norm feeds is no layer of a block
     for norm, layers in norm_readers(new):
         name = names[layers[0]]
-        if name not in activation_scales and name.endswith(outside):
-            continue
+        if not any(part.isdecimal() for part in name.split(".")):
+            continue  # no number of a block in its name: what the final norm feeds stays a float
         if name not in activation_scales:
             raise ValueError(f"no activation scales for {name!r}; quantlab.lm.activation_scales gives them all")
         _move(norm, layers, 1 / smoothing_scales(activation_scales[name], layers, alpha))

@@ -1,7 +1,7 @@
 """Sweeps: many ways of quantizing one model, measured side by side, each result kept on disk.
 
 python -m quantlab.sweep --out ledger.csv --methods rtn gptq "gptq act-order" nf4 --bits 8 4 3 2
-python -m quantlab.sweep --out ledger-smollm2.csv --model smollm2     # all that a real model is compared by: an hour
+python -m quantlab.sweep --out ledger-smollm2.csv --model smollm2     # all that a real model is compared by
 """
 
 import argparse

@@ -93,3 +93,18 @@ def test_no_wrong_answer_is_left_over():
 def test_unknown_exercises_are_named(name):
     with pytest.raises(ValueError, match="no exercise"):
         checks.check(name, None)
+
+
+def test_a_finding_asserts_on_the_bundled_model_and_tells_on_others(monkeypatch, capsys):
+    for name in (None, "", "bundled"):
+        monkeypatch.delenv("QUANTLAB_MODEL", raising=False)
+        if name is not None:
+            monkeypatch.setenv("QUANTLAB_MODEL", name)
+        checks.found(True, "so")
+        with pytest.raises(AssertionError, match="found on this model: 3 is below 2"):
+            checks.found(False, "3 is below 2")
+    checks.found(False, "3 s", of="machine")
+    monkeypatch.setenv("QUANTLAB_MODEL", "smollm2")
+    checks.found(False, "3 is below 2")
+    checks.found(True, "so")
+    assert capsys.readouterr().out == "Not so on this machine: 3 s\nNot so on this model: 3 is below 2\n"

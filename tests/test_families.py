@@ -363,3 +363,14 @@ def test_the_folder_that_one_stands_in_is_not_replaced(tmp_path, monkeypatch):
     lm.save_quantized("link", new, report.qtensors)
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "real/quantized.safetensors").is_file()
+
+
+def test_a_budget_is_whole_on_small_models_and_a_share_on_large_ones():
+    assert lm.budget(made("llama"), 4096) == 4096
+    with torch.device("meta"):
+        large = hf.AutoModelForCausalLM.from_config(hf.LlamaConfig(**GROUPED | {"vocab_size": 500_000}))
+    share = int(4096 * 8e6 / sum(p.numel() for p in large.parameters()))
+    large = large.to_empty(device="cpu")
+    assert lm.budget(large, 4096, least=10) == share < 4096
+    assert lm.budget(large, 4096, least=3000) == 3000
+    assert lm.budget(large, 100, least=3000) == 100

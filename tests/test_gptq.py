@@ -278,3 +278,13 @@ def test_obq_refuses_what_is_no_row():
         obq_steps(weight[0, :5], hessian, bits=3)
     with pytest.raises(ValueError, match="finite"):
         obq_steps(weight[0] * float("nan"), hessian, bits=3)
+
+
+def test_a_hessian_of_several_blocks_is_the_product_whenever_it_is_asked_for():
+    """Only one triangle is summed up, in blocks of 256 columns: read between two batches, and after them."""
+    x, hessian = torch.randn(40, 600, generator=torch.Generator().manual_seed(0)), Hessian(600)
+    for count in (10, 40):
+        hessian.add(x[hessian.tokens : count])
+        wanted = 2 / count * x[:count].double().T @ x[:count].double()
+        torch.testing.assert_close(hessian.matrix, wanted, rtol=1e-5, atol=1e-5)
+        assert torch.equal(hessian.matrix, hessian.matrix.T)

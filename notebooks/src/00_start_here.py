@@ -67,13 +67,13 @@ print(generate(model, tokenizer, "Once upon a time", tokens=80))
 # Which model is it? The workbook also runs on others (section 10). Where the text says that 4,096 tokens
 # are read, a larger model reads fewer of them, `budget(model, 4096)`, and still takes longer:
 # %%
-from quantlab.lm import budget, chosen_model
+from quantlab.lm import budget, chosen_model, longest_context
 
 config, parameters = model.config, sum(p.numel() for p in model.parameters())
 work = parameters * budget(model, 4096) / (3_672_320 * 4096)  # over the bundled model's
 longer = f"about {work:.0f} times as long as" if work > 1.5 else "no longer than"
 print(f"{chosen_model()}: {parameters:,} parameters, {config.num_hidden_layers} blocks of width {config.hidden_size}")
-print(f"{config.vocab_size:,} tokens in the vocabulary, {config.max_position_embeddings:,} in the context")
+print(f"{config.vocab_size:,} tokens in the vocabulary, {longest_context(model):,} in the context")
 print(f"The computer's part of a notebook takes {longer} its first line says.")
 # %% [markdown]
 # The model gives every possible next piece of text a probability. `generate` took the likeliest, again and
@@ -335,7 +335,7 @@ print(*stories, sep="\n\n")
 # %% tags=["nbval-ignore-output"]
 from quantlab.lm import perplexity
 
-window = min(512, config.max_position_embeddings)
+window = min(512, longest_context(model))
 with torch.no_grad():
     said = silent(tokens[None, :window]).logits[0].argmax(-1)
 repeats, bad = (said == tokens[:window]).float().mean(), perplexity(silent, tokens).value

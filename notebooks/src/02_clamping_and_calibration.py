@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from quantlab.checks import check, found, hint, solution
 from quantlab.lm import budget, capture_inputs, layers_of_role, linear_layers, load_lm, load_text, token_stream
-from quantlab.lm import weight_of
+from quantlab.lm import longest_context, weight_of
 from quantlab.plots import ERROR, plot_against_bits, plot_bars, plot_curves, plot_histogram
 
 model, tokenizer = load_lm()
@@ -300,7 +300,7 @@ for bits in (8, 4, 3):
 # %% tags=["nbval-ignore-output"]
 from quantlab import kl_divergence, top1_agreement
 
-window = min(512, model.config.max_position_embeddings)
+window = min(512, longest_context(model))
 with torch.no_grad():
     logits, other = (model(tokens[name][None, :window]).logits[0] for name in ("calibration", "eval"))
 squared, kl = {}, {}

@@ -244,9 +244,9 @@ f"entropy {bits} bits; in blocks of 64, {used[64].min():.1%} to {used[64].max():
 # And would equal use be best? The 16 quantiles of the layer's own block values make a table that uses every
 # code alike. **Predict:** more dB than NF4, or fewer?
 # %% tags=["nbval-ignore-output"]
-equal = values.quantile((torch.arange(16) + 0.5) / 16)
+equal = values[:2**24].quantile((torch.arange(16) + 0.5) / 16)
 full = entropy(shares(quantize_codebook(weight, equal)))
-assert full > 3.99
+found(full > 3.99, f"the table uses its codes alike: {full:.2f} bits")
 found(decibels(equal) < db[64] - 1, "using every code alike costs more than a decibel")
 f"levels {equal[0]:.2f} … {equal[-1]:.2f}: {full:.2f} bits, {decibels(equal):.2f} dB;  NF4: {db[64]:.2f} dB"
 # %% [markdown]
@@ -302,7 +302,7 @@ def int4(x, size, symmetric):  # in blocks over the flattened x, as the tables h
 def lead(x, size, rival):  # how many dB NF4 is above INT4 of the same true bits
     table = quantize_codebook(x, nf4, block_size=size)
     grid = int4(x, size, True) if rival == "symmetric" else int4(x, size * 9 // 8, False)
-    assert abs(table.bits_per_element - grid.bits_per_element) < 0.001
+    assert abs(table.bits_per_element - grid.bits_per_element) < 40 / x.numel()  # the last block may be short
     return sqnr_db(x, table.dequantize()) - sqnr_db(x, grid.dequantize())
 # %% tags=["nbval-ignore-output"]
 from quantlab.exercises.material import student_t
@@ -409,7 +409,7 @@ found(low > high - rows["nf4"].perplexity_error, "the perplexities differ by les
 # Read the KL column. On the bundled model NF4 beats the symmetric grid by far more than the error bar;
 # against the asymmetric one at the same bits there is no winner at this block size; the layers' own tables
 # beat both. Double quantization costs nothing that could be seen. The perplexities differ by less than their
-# error bars, and would put the grid that is worst by KL first: notebook 06 says why.
+# error bars, and do not order the ways as KL does: notebook 06 says why.
 #
 # **The control that must fail.** The right codes and the right absmax, dealt to the wrong blocks. **Predict**
 # its bytes and its KL.

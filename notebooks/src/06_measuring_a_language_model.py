@@ -95,7 +95,7 @@ check("6.1", my_perplexity)
 from quantlab.lm import perplexity
 
 stream = token_stream(tokenizer, load_text("eval"))
-tokens = stream[:budget(model, 4096)]  # of a large model fewer
+tokens = stream[:budget(model, 4096) // 128 * 128]  # whole windows of 128; of a large model fewer
 window, bos = min(512, longest_context(model)), begin_token(tokenizer)
 with torch.no_grad():
     logits = model(tokens[None, :window]).logits[0]
@@ -126,7 +126,7 @@ def nll_of(model, tokens, window=128, first=()):
 nll = nll_of(model, tokens)  # (windows, predictions)
 # %%
 plain = tokens if bos is None else tokens[tokens != bos]
-first = [tokenizer.bos_token_id if bos is None else bos]
+first = [tokenizer.eos_token_id if bos is None else bos]  # what ends a text stands before the next
 forced = nll_of(model, tokens, first=first)
 settings = {
     "window 32": perplexity(model, tokens, window=32)[:2],
@@ -317,7 +317,7 @@ changes = [nll_of(quantized[4], part) - before for part, before in zip(parts, st
 for part, change in zip(stretches, changes, strict=True):
     print(f"nll {part.mean():.3f} ± {standard_error(part):.3f}",
           f"  4 bits: {change.mean():+.3f} ± {standard_error(change):.3f}")
-apart, together = (torch.stack(x).mean((1, 2)).std().item() for x in (stretches, changes))
+apart, together = (torch.stack([x.mean() for x in each]).std().item() for each in (stretches, changes))
 found(together < apart / 4, f"the damage differs {apart / together:.0f} times less than the texts, over four")
 found(all(change.mean() > 2 * standard_error(change) for change in changes), "4 bits do harm in each stretch")
 # %% [markdown]

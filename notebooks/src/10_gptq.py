@@ -459,7 +459,7 @@ f"output error, times rounding's: right inputs {of_plain(hessian):.2f}, shuffled
 # bits stands beside it. **Predict:** by what factor does KL fall at 4 bits? At 2 bits, is the model saved?
 # %% tags=["nbval-ignore-output"]
 from quantlab import ledger
-from quantlab.lm import quantize_lm
+from quantlab.lm import longest_context, quantize_lm
 
 text = token_stream(tokenizer, load_text("eval"))[:budget(model, 4096)]  # all, or fewer on a large model
 read = calibration[:budget(model, 16384, least=4096)]
@@ -479,7 +479,7 @@ ledger.Table(list(rows.values()))
 # %% tags=["nbval-ignore-output"]
 from quantlab.metrics import kl_per_position
 
-length = min(512, model.config.max_position_embeddings)
+length = min(512, longest_context(model))
 text = text[:len(text) // length * length]
 
 @torch.no_grad()

@@ -425,7 +425,7 @@ found(max(awq_loud) < 0.7 * min(damped_loud), f"with loud inputs AWQ is far ahea
 # how large the gaps will be.
 # %% tags=["nbval-ignore-output"]
 from quantlab import ledger
-from quantlab.lm import quantize_lm
+from quantlab.lm import longest_context, quantize_lm
 
 def measure(m, method, bits, read=8192, title=None, **options):
     new, report = quantize_lm(m, calibration[:budget(model, read)], method=method, bits=bits, **options)
@@ -445,7 +445,7 @@ ledger.Table([row for *_, row in made.values()])
 # %% tags=["nbval-ignore-output"]
 from quantlab.metrics import kl_per_position
 
-length = min(512, model.config.max_position_embeddings)
+length = min(512, longest_context(model))
 read = tokens[:budget(model, 8192) // length * length].split(length)
 
 @torch.no_grad()

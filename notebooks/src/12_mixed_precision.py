@@ -25,8 +25,8 @@
 # bundled one reads fewer tokens than the text says: `budget`.) **Predict:** by which factor do the two KLs differ?
 # %%
 from quantlab.checks import check, found, hint, solution
-from quantlab.lm import (blocks_of, budget, divergence, layers_of_role, linear_layers, load_lm, load_text, quantize_lm,
-                         token_stream, weight_of)
+from quantlab.lm import (blocks_of, budget, divergence, layers_of_role, linear_layers, load_lm, load_text,
+                         longest_context, quantize_lm, token_stream, weight_of)
 
 model, tokenizer = load_lm()
 calibration = token_stream(tokenizer, load_text("calibration"))[:16384]
@@ -92,7 +92,7 @@ import torch
 from quantlab.exercises.mixed import cost_solution
 
 def logits():
-    window = min(512, model.config.max_position_embeddings)
+    window = min(512, longest_context(model))
     with torch.no_grad():
         return torch.cat([model(ids[None], use_cache=False).logits[:, :-1] for ids in text.split(window)
                           if len(ids) == window or len(text) < window])

@@ -82,6 +82,7 @@ def _number(value: float | None) -> str:
 
 
 def left_in_float_note(fraction: float) -> str:
+    """The sentence that report and ledger show."""
     return f"left in float: {fraction:.0%} of the blocks' weights (in no linear layer, as a mixture's experts)"
 
 

@@ -44,7 +44,7 @@ def save_quantized(folder, model, qtensors: Mapping | None = None, tokenizer=Non
     if (there and WEIGHTS not in there) or folder.is_file():
         raise ValueError(f"{folder} exists and holds no quantized model; nothing was written")
     with new_folder(folder) as new:
-        _settings_of(model).save_pretrained(new)
+        _config_of(model).save_pretrained(new)
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(new)
         if tokenizer is not None:
@@ -85,7 +85,7 @@ def load_quantized(folder, *, packed: bool = False):
     return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if has_tokenizer else None
 
 
-def _settings_of(model):
+def _config_of(model):
     """The configuration, with the dtype that the model really has."""
     config = copy.deepcopy(model.config)
     config.dtype = model.dtype

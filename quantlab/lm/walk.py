@@ -61,7 +61,7 @@ def quantize_lm(
         for block in _bar(_walked(new, tokens if reads else None, window), len(blocks_of(new)[1]), method, progress):
             _quantize_block(*block, report, checkpoint)
     report.seconds = time.perf_counter() - began if method.needs_data else sum(row.seconds for row in report.layers)
-    return new, _counted(report, new)
+    return new, _counted(report, new, sum(p.numel() for p in model.parameters()))
 
 
 def quantize_weights(model, quantizer: Callable[[Tensor], Quantized]) -> tuple[nn.Module, dict[str, Quantized]]:
@@ -99,12 +99,11 @@ def _check_walk(model, method: Method, checkpoint, in_place: bool) -> None:
         raise ValueError(f"bits must name every linear layer and no other; missing or unknown: {odd[0]}, ...")
 
 
-def _counted(report: QuantizeReport, new: nn.Module) -> QuantizeReport:
-    """The report with the bytes of the whole model. (An integer layer's weight is no parameter, but one of q's.)"""
-    layers = {row.name for row in report.layers}
-    inside = sum(m.in_features * m.out_features for m in new.modules() if hasattr(m, "nbytes"))
-    report.left_in_float, report.nbytes = left_in_float(new, layers), model_bytes(new, report.qtensors)
-    report.bits_per_parameter = 8 * report.nbytes / (inside + sum(p.numel() for p in new.parameters()))
+def _counted(report: QuantizeReport, new: nn.Module, parameters: int) -> QuantizeReport:
+    """The report with the bytes of the whole model."""
+    report.left_in_float = left_in_float(new, {row.name for row in report.layers})
+    report.nbytes = model_bytes(new, report.qtensors)
+    report.bits_per_parameter = 8 * report.nbytes / parameters
     return report
 
 

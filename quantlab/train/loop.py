@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from quantlab.arguments import check_int, check_number, kind, text_config
+from quantlab.arguments import check_int, check_number, kind, longest_context, text_config
 from quantlab.lm.checkpoint import hash_tensors
 from quantlab.lm.measuring import checked_windows, divergence, perplexity
 from quantlab.modules import device_of, evaluating
@@ -117,7 +117,7 @@ def sample_text_tokens(
     if start is None:
         raise ValueError("the model has no begin token: say which token each row starts with (start=...)")
     start = check_int(start, "start", 0, text_config(model).vocab_size - 1)
-    length = check_int(length, "length", 1, getattr(text_config(model), "max_position_embeddings", None))
+    length = check_int(length, "length", 1, longest_context(model))
     temperature = check_number(temperature, "temperature", above=0)
     count, batch = check_int(count, "count", 1), check_int(batch, "batch", 1)
     random, rows = torch.Generator().manual_seed(check_int(seed, "seed", 0, 2**40)), []
