@@ -92,9 +92,7 @@ _TWICE = (
     "One matrix is embedding and head at once here, stored once, and you count it twice. model.parameters() gives it "
     "once, model.state_dict() twice."
 )
-_OWN_HEAD = "This model has a head of its own, another matrix than the embedding: part of the whole, not of the share."
-    "This model has a head of its own, another matrix than the embedding: it belongs to the whole, not the part."
-)
+_OWN_HEAD = "This model has a head of its own, another matrix than the embedding. It is not part of the embedding."
 
 EXERCISES = {
     "0.1": Exercise(
