@@ -172,7 +172,7 @@ def _percentile_rule(result, percentile, x, sizes):
     )
     expect(
         held <= 50_000,
-        f"After {x.numel():,} values your observer holds {held:,} numbers; 50,000 are allowed. Keep counts, not values.",
+        f"After {x.numel():,} values your observer holds {held:,} numbers, over 50,000. Keep counts, not values.",
     )
 
 
@@ -410,7 +410,7 @@ EXERCISES = {
             ),
             "Divide by the number of windows, not of tokens.": ("/ len(windows)", "/ len(test)"),
             "A share was asked for: divide by the number of windows.": (" / len(windows)", ""),
-            "A copy may stand anywhere: ask the whole calibration text, not the same place of it.": lambda a, b, length: (
+            "A copy may stand anywhere: ask the whole other text, not the same place of it.": lambda a, b, length: (
                 sum(map(torch.equal, a.unfold(0, length, 1), b.unfold(0, length, 1)))
                 / (min(len(a), len(b)) - length + 1)
             ),
