@@ -70,7 +70,8 @@ def _clip_cases(random):
         yield uniform(random, 0.01, 50.0) * heavy, bits
     even = uniform(random, 0.01, 50.0) * (2 * torch.rand(1000, generator=random) - 1)
     yield even, 3
-    yield -even.abs(), 6
+    yield even.abs(), 6
+    yield -even.abs(), 5
 
 
 def _clip_rule(clip, x, bits):
