@@ -1,6 +1,7 @@
 # %% [markdown]
 # # 03 Granularity, packing, honest bits
-# *60 minutes without the exercises of section 10; the computer needs about one. You need notebooks 01 and 02.*
+# *60 minutes, and 65 more for the exercises of section 10. The computer needs about one. You need notebooks
+# 01 and 02.*
 #
 # 粒度、打包、真实位数. One scale for a million weights is cheap and bad. Here are more of them; we count what they
 # cost, and weigh the result as a file. At the end you can
@@ -70,9 +71,13 @@ f"error divided by {factor[size.argmin()]:.1f} in the quietest row, by {factor.m
 # ## 2. By hand: eight weights
 # Two rows: 0, 0.1, 0.2, 0.3 and 0, 0.1, 2, 3. Two bits, so codes 0 to 3, and no weight is negative, so the
 # zero point is 0. One scale for all must reach 3.0 in three steps: it is 1.0. We also try a scale for each
-# row, and one for each *two neighbours* in a row.
-#
-# **Predict**, for each of the three: which weights become 0 that were not?
+# row, and one for each *two neighbours* in a row. Which weights become 0 that were not?
+# %%
+from quantlab import predictions
+from quantlab.predictions import predict
+
+guess = predict("One scale for all eight: how many of the six weights that are not 0 become 0?",
+                ["none", "one", "three", "four"])
 # %%
 w = torch.tensor([[0.0, 0.1, 0.2, 0.3],
                   [0.0, 0.1, 2.0, 3.0]])
@@ -85,6 +90,8 @@ for granularity, scale in ((PerTensor(), 1.0), (PerAxis(0), per_row), (PerGroup(
     q = quantize_tensor(w, bits=2, granularity=granularity, symmetric=False, signed=False)
     assert torch.allclose(q.dequantize(), by_hand)
     print(granularity, f"{q.bits_per_element:.2f} bits per weight", by_hand, sep="\n")
+lost = int(((w / 1.0).round() == 0).sum() - (w == 0).sum())
+guess.reveal(["none", "one", "two", "three", "four"][lost])
 # %% [markdown]
 # Per tensor, the first row is gone, and 0.1 of the second. Per row, that 0.1 is still lost to its
 # neighbours 2 and 3. Per group of two, nothing is lost. (0.2, 0.3 has the scale 0.1: its range is widened
@@ -92,8 +99,9 @@ for granularity, scale in ((PerTensor(), 1.0), (PerAxis(0), per_row), (PerGroup(
 # the last may hold filling.)
 #
 # ### Exercise 3.1: groups (about 10 minutes)
-# Round a matrix with a grid for each run of `group_size` neighbours in each row: asymmetric, codes 0 to 2ᵇ
-# − 1. **The last run of a row may be shorter.** Return the rounded weights. You may use notebook 01's
+# Round a matrix `weight` with a grid for each run of `group_size` neighbours in each row: asymmetric, codes 0
+# to 2ᵇ − 1, the range of each run widened to hold 0. **The last run of a row may be shorter.** Return the
+# rounded weights, as reals, in the shape of `weight`, which must not change. You may use notebook 01's
 # `choose_qparams` and `fake_quantize`.
 # %% tags=["exercise"]
 def my_groups(weight, bits, group_size):
@@ -104,8 +112,8 @@ check("3.1", my_groups)
 # ## 3. What more scales buy
 # Another layer, the last of the first MLP, with longer rows; one of ours is very loud. Two errors: of the
 # **weights**, ‖W − Ŵ‖²/‖W‖², and of the layer's **output**, ‖X(W − Ŵ)ᵀ‖²/‖XWᵀ‖², where X is what the layer
-# reads when the model reads stories. At 4 bits, a scale is shared by the tensor (not clipped, then
-# clipped), a row, 128, 32 or 8 neighbours.
+# reads when the model reads stories. We use 4 bits. A scale is shared by the whole tensor (once with the
+# grid out to the extremes, once clipped), by a row, or by 128, 32 or 8 neighbours in a row.
 #
 # **Predict:** which step lowers the error most? From where on does it cost more than a bit per weight?
 # %% tags=["nbval-ignore-output"]
@@ -180,10 +188,11 @@ same = points["float16"][4, "32"][1] / error4
 found(same < 1.05, f"float16 scales have {same:.3f} times the error of float32 ones (the bundled model: 1.000)")
 {word: sorted(front(its)) for word, its in points.items()}
 # %% [markdown]
-# (Per tensor: nothing is cheaper.) In this layer, **with float32 scales** groups of 32 are a bad buy: 5
-# bits a row take fewer bits, and have less error, than 4 bits in groups of 32. **With float16 scales** they
-# are on the front: hardly more error, little more than half the price. So formats with small groups store
-# *small scales*, and a claim about groups must name the scale's width.
+# One scale a tensor is on the front because nothing is cheaper. In this layer, **with float32 scales**,
+# groups of 32 are a bad buy: 5 bits a row take fewer bits, and have less error, than 4 bits in groups of 32.
+# **With float16 scales** groups of 32 are on the front: their error is hardly larger, and their scales cost
+# half as much. So formats with small groups store *small scales*, and a claim about groups must name the
+# scale's width.
 #
 # ## 4. Which way do the groups lie?
 # `nn.Linear` stores [out, in], **GPT-2's `Conv1D`** [in, out]. There, code that says "per output channel,
@@ -203,8 +212,9 @@ more = [off[1][i] / off[0][i] for i in range(2)]
 found(more[0] < 1.5, f"the error of the weights grows {more[0]:.1f} times (the bundled model: 1.0)")
 found(more[1] > 3, f"the error of the output grows {more[1]:.1f} times (the bundled model: 9)")
 # %% [markdown]
-# Those of the weights do not, here: a scale for each input is a fine grid too. What breaks is the
-# *arithmetic*. A scale for each output can wait until the sum is done; one for each input stands inside:
+# The error of the weights does not give it away here: a scale for each input is a fine grid too. What breaks
+# is the *arithmetic*. A scale for each output can wait until the sum is done, as in the formula below. A
+# scale for each input would have to stand inside the sum, and the integer product cannot do that:
 #
 # $$y_j = \sum_i x_i\, s_j\, q_{ji} = s_j \sum_i x_i\, q_{ji}$$
 #
@@ -213,8 +223,8 @@ found(more[1] > 3, f"the error of the output grows {more[1]:.1f} times (the bund
 # [out, in].)
 #
 # ### Exercise 3.2: the right axis (about 3 minutes)
-# `weight` is a Conv1D's, [in, out]. Round it with one scale for each **output**, and return it as [in,
-# out].
+# `weight` is a Conv1D's, [in, out]. Round it with one asymmetric grid for each **output**
+# (`quantize_tensor(…, symmetric=False)`), and return the rounded weights, as reals, [in, out].
 # %% tags=["exercise"]
 def my_per_output(weight, bits):
     raise NotImplementedError
@@ -236,8 +246,9 @@ f"2 is {2:04b}, 7 is {7:04b}; together {byte:08b} = {byte}"
 # debugger say uint8, with half as many elements.
 #
 # ### Exercise 3.3: two codes in a byte (about 5 minutes)
-# `codes` is uint8, values 0 to 15, any number of them: if odd, the last has a byte to itself, filled with
-# 0. Return the bytes, uint8.
+# `codes` is a row of uint8, values 0 to 15, one or more. Two neighbours share a byte, the first in its low
+# four bits; if their number is odd, the last has a byte to itself, filled with 0. Return the bytes as uint8,
+# and leave `codes` as they are.
 # %% tags=["exercise"]
 def my_pack4(codes):
     raise NotImplementedError
@@ -271,10 +282,10 @@ def my_bits(rows, cols, bits, group_size, scale_bits, zero_bits):
 # %%
 check("3.4", my_bits)
 # %% [markdown]
-# ### Myth: "from FP32 to INT8 a model is 8 times smaller"
-# Every format stores codes and something beside them. How many bits, shared by how many weights, is all we
-# need to know. **Predict** the factors: float32 to 8 bits a row, float16 to 8 bits a row, float32 to 4 bits
-# in groups of 128. And which of the formats below takes exactly 4 bits?
+# ### Myth: "a 4-bit format takes 4 bits"
+# Every format stores codes and something beside them. How many bits that takes, and how many weights share
+# it, is all we need to know. **Predict** the factors: float32 to 8 bits a row, float16 to 8 bits a row,
+# float32 to 4 bits in groups of 128. And which of the formats below takes exactly 4 bits?
 # %%
 formats = {  # bits of a code, [(bits, shared by how many weights)]
     "8 bits, rows of 768, float32 scale + zero point": (8, [(32 + 8, 768)]),
@@ -295,7 +306,8 @@ assert 3.9 < 32 / eight < 4
 assert ours <= four["128"].bits_per_element  # equal, if 128 divides the row
 assert all(4.1 < bits <= 4.5 for bits in others)
 # %% [markdown]
-# 32/8 is 4, and a little less with the scales. No "4-bit" format has 4 bits. So compare at equal **true**
+# 32/8 is 4, and a little less with the scales. None of these "4-bit" formats takes 4 bits. (One scale for a
+# whole tensor comes close: section 3 printed 4.000. Its price is the error.) So compare at equal **true**
 # bits, or the smallest groups win by paying more. (NVFP4 has one float32 more for each tensor. Notebooks 04
 # and 05 explain NF4 and FP4.)
 #
@@ -340,7 +352,7 @@ def count_bytes(bits, group_size):
     for layer in layers.values():
         rows, columns = weight_of(layer).shape
         groups = rows * math.ceil(columns / group_size)
-        parts["codes"] += math.ceil(rows * columns * bits / 8)
+        parts["linear weights"] += math.ceil(rows * columns * bits / 8)
         parts["scales"] += 4 * groups
         parts["zero points"] += math.ceil(groups * bits / 8)
     return parts
@@ -352,7 +364,7 @@ for name, p in model.named_parameters():
 parts, weights = count_bytes(4, 128) + rest, sum(p.numel() for p in model.parameters())
 predicted = parts.total()
 assert predicted > weights / 2
-print(*(f"{part:12}{size:>10,} bytes" for part, size in parts.items()), sep="\n")
+print(*(f"{part:14}{size:>10,} bytes" for part, size in parts.items()), sep="\n")
 f"{predicted:,} bytes for {weights:,} weights: {8 * predicted / weights:.2f} bits each"
 # %%
 import tempfile
@@ -382,8 +394,8 @@ f"{len(on_disk):,} bytes, {header:,} of them header: {2 * weights / len(on_disk)
 # loaded from these bytes alone, every weight is equal. Where do they sit?
 # %%
 linear = sum(weight_of(layer).numel() for layer in layers.values())
-models = {"16 bits": Counter(codes=2 * linear), **{f"{bits} bits": count_bytes(bits, 128) for bits in (8, 4, 3)}}
-places = ("codes", "scales", "zero points", "embedding", "norms")
+models = {"16 bits": Counter({"linear weights": 2 * linear}), **{f"{bits} bits": count_bytes(bits, 128) for bits in (8, 4, 3)}}
+places = ("linear weights", "scales", "zero points", "embedding", "norms")
 bars = {word: {place: (its + rest)[place] / 1e6 for place in places} for word, its in models.items()}
 plt.figure(figsize=(7, 2.6), layout="constrained")
 plot_bars(bars, ylabel="megabytes")
@@ -396,8 +408,10 @@ f"the embedding is {shares[0]:.0%} of the 16-bit model and {shares[1]:.0%} of th
 # "Open" in section 10.)
 #
 # ### Myth: "I rounded the weights, so the model is smaller"
-# `new` holds rounded weights, as floats: it is *fake-quantized* (伪量化). **Predict**: saved without its
-# codes, is it smaller than the 16-bit model, as large, or larger?
+# `new` holds rounded weights, as floats: it is *fake-quantized* (伪量化). How large is it, saved without its
+# codes?
+# %%
+guess = predict("The fake-quantized model's file, beside that in 16 bits, is ...", ["smaller", "as large", "larger"])
 # %%
 in_memory = [sum(p.numel() * p.element_size() for p in m.parameters()) for m in (model, new)]
 assert in_memory[0] == in_memory[1]
@@ -405,7 +419,8 @@ fake = save_quantized(folder / "fake", new, {}, tokenizer)
 temporary.cleanup()
 larger = fake / 2 / weights
 found(larger > 1.5, f"the file is {larger:.2f} times as large as in 16 bits (the bundled model: 1.86)")
-f"in memory {in_memory[1] / in_memory[0]:.2f} of the float model, as a file {larger:.2f} of 16 bits"
+print(f"in memory {in_memory[1] / in_memory[0]:.2f} of the float model, as a file {larger:.2f} of 16 bits")
+guess.reveal("larger" if larger > 1.05 else "as large")
 # %% [markdown]
 # Larger: scale × code does not fit into 16 bits without loss, so 32 are kept. (Cut to 16 bits it would be
 # as large as before.) Nothing was packed. Fake-quantized models are for measuring *error*, and say nothing
@@ -447,8 +462,8 @@ f"with 16-bit scales, 4 bits in groups of 32 would be {1 - halved / five.bytes:.
 # %% [markdown]
 # The picture of section 3 for the whole model. **With float32 scales**, 5 bits a row take no more bytes
 # than 4 bits in groups of 32, and leave about half of the KL here; with 16-bit scales the small groups
-# would be cheaper, and you choose between bytes and KL. One scale a tensor, as in notebook 01, is worst of
-# all the 4-bit rows by far, unless it is clipped. (Perplexity blurs some of this: look at its error bars.)
+# would be cheaper, and you choose between bytes and KL. One scale a tensor is worst of all the 4-bit rows by
+# far, unless it is clipped. (Perplexity blurs some of this: look at its error bars.)
 #
 # **The control that must fail.** Somebody writes the scales of each layer row by row and reads them group by
 # group: the same codes, the same scales, *the same bytes*. **Predict:** where in the table does it land?
@@ -464,12 +479,14 @@ assert bad.bytes == row["rtn", 4, "128"].bytes
 found(bad.kl > 5 * row["rtn", 4, "tensor"].kl, f"KL ({bad.kl:.2f}) is more than 5 times that of a scale a tensor")
 f"KL {bad.kl:.2f} instead of {row['rtn', 4, '128'].kl:.3f}"
 # %% [markdown]
-# Far below the worst. So size and bits per weight are not enough: load what you saved, and measure.
+# It is far worse than the worst of them. So size and bits per weight are not enough: load what you saved, and
+# measure.
 #
 # ## 10. Exercises
 # ### Exercise 3.5: three bits (about 15 minutes)
-# The way back from the stream of section 5: return the first `count` codes of 3 bits in the bytes of
-# `packed`. A loop will do; the library's way without one is in `quantlab/packing.py`.
+# The way back from the stream of section 5. `packed` is a row of uint8, low bits first; return the first
+# `count` codes of 3 bits in it, whole numbers from 0 to 7. (`packed` may hold more bits than that.) A loop
+# will do; the library's way without one is in `quantlab/packing.py`.
 # %% tags=["exercise"]
 def my_unpack3(packed, count):
     raise NotImplementedError
@@ -478,13 +495,14 @@ check("3.5", my_unpack3)
 # %% [markdown]
 # ### Exercise 3.6: fit the budget (about 20 minutes)
 # For the practice layer below: an **output error of at most 0.0055 at no more than 5.2 true bits** per
-# weight (float32 scales, as `quantize_tensor` counts them; min-max grids). Return the settings.
+# weight (float32 scales, as `quantize_tensor` counts them; min-max grids). Return the settings, a dict:
+# `bits` from 2 to 8, `group_size` (a number, or None for a whole row), `symmetric` (True or False).
 # %% tags=["exercise"]
 from quantlab.exercises.material import layer_in_runs
 
 def my_settings():
     practice_weight, practice_x = layer_in_runs()
-    raise NotImplementedError  # return {"bits": ..., "group_size": ... or None for a row, "symmetric": ...}
+    raise NotImplementedError  # return {"bits": ..., "group_size": ..., "symmetric": ...}
 # %%
 check("3.6", my_settings)
 # %% [markdown]
@@ -519,7 +537,12 @@ f"the six outer codes: {outer:.0%} of the weights; the six in the middle: {inner
 #   and cost (scale + zero point) / group size.
 # - Groups of 32 or a fifth bit? With float32 scales the bit; with 16-bit scales both are on the front.
 # - Codes are packed as one stream of bits. Rounded floats are no smaller.
-# - "4-bit" is 4.1 to 4.5 bits per weight, more for a model: embeddings stay. Count, then weigh.
+# - The "4-bit" formats in use take 4.1 to 4.5 bits per weight; a model takes more, since embeddings stay. Count,
+#   then weigh.
 # - Errors of weights cannot show a wrong axis: try a layer that is not square.
 #
+# The last cell says how often you were right.
+#
 # [04 NF4 and other codebooks](04_nf4_and_codebooks.ipynb) lets go of equal steps.
+# %%
+predictions.score()
