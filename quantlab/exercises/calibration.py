@@ -74,6 +74,12 @@ def _clip_cases(random):
     yield -even.abs(), 5
 
 
+def _clip_edges():
+    yield torch.linspace(-3, 3, 1001) ** 5, 4
+    yield torch.linspace(-1, 1, 1001), 8
+    yield torch.linspace(0, 0.1, 500), 2
+
+
 def _clip_rule(clip, x, bits):
     """At most 1.02 times the least error of a fine and wide search."""
     number, farthest = as_number(clip), x.abs().max().item()
@@ -257,7 +263,7 @@ def output_range_solution(x, weight, bits):
 
 def _layers(random):
     """Loud columns, on both sides of 0 or on one, to which the weight hardly listens, or as much as to the others."""
-    for bits, listens, side in ((4, 0.005, 0), (3, 1.0, 0), (4, 0.02, 1), (4, 0.01, -1)):
+    for bits, listens, side in ((4, 0.005, 0), (2, 1.0, 0), (6, 0.02, 1), (3, 0.01, -1)):
         loud = torch.zeros(48).index_fill(0, torch.randperm(48, generator=random)[:3], 1.0)
         x = torch.randn(160, 48, generator=random)
         x = torch.where(loud == 1, (x.abs() * side if side else x) * uniform(random, 6.0, 12.0), x)
@@ -360,6 +366,7 @@ EXERCISES = {
         ),
         solution=clip_solution,
         cases=_clip_cases,
+        edges=_clip_edges,
         rule=_clip_rule,
         rounds=1,
     ),
