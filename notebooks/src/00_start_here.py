@@ -72,7 +72,8 @@ from quantlab.lm import budget, chosen_model, longest_context
 config, parameters = model.config, sum(p.numel() for p in model.parameters())
 work = parameters * budget(model, 4096) / (3_672_320 * 4096)  # over the bundled model's
 longer = f"about {work:.0f} times as long as" if work > 1.5 else "no longer than"
-print(f"{chosen_model()}: {parameters:,} parameters, {config.num_hidden_layers} blocks of width {config.hidden_size}")
+print(f"{chosen_model()}: {parameters:,} parameters, {config.num_hidden_layers} blocks of width "
+      f"{config.hidden_size}")
 print(f"{config.vocab_size:,} tokens in the vocabulary, {longest_context(model):,} in the context")
 print(f"The computer's part of a notebook takes {longer} its first line says.")
 # %% [markdown]
@@ -97,7 +98,8 @@ print(one, two, sep="\n\n")
 # %%
 sentence = "The butterfly quantized a boat."
 ids = tokenizer(sentence, add_special_tokens=False)["input_ids"]
-found("".join(tokenizer.decode([i]) for i in ids) == sentence, "the pieces, put together, are the sentence")
+found("".join(tokenizer.decode([i]) for i in ids) == sentence,
+      "the pieces, put together, are the sentence")
 print(*[f"{i:5} {tokenizer.decode([i])!r}" for i in ids], sep="\n")
 # %% [markdown]
 # A word that is common in the texts that the tokenizer was made from is one token, here with the space
@@ -127,8 +129,13 @@ guess = predict("Which part holds most of the numbers?",
 import re
 from collections import Counter
 
-WORDS = {"norm|ln_": "norms", "lm_head|embed_out": "head", "embed|wte|wpe": "embedding", "att": "attention",
-         "mlp|fc": "MLP"}  # what names hold, in most models
+WORDS = {
+    "norm|ln_": "norms",
+    "lm_head|embed_out": "head",
+    "embed|wte|wpe": "embedding",
+    "att": "attention",
+    "mlp|fc": "MLP",
+}  # what names hold, in most models
 def part_of(name):
     return next((part for words, part in WORDS.items() if re.search(words, name)), "other")
 
@@ -239,7 +246,9 @@ solution("0.1")
 # divided by the temperature T, e is raised to that power, and the results are divided by their sum. Below we
 # do it by hand, with three tokens whose scores are 2, 1 and 0.
 # %%
-guess = predict("Which token gains when T goes down?", ["the likeliest", "the least likely", "none"])
+guess = predict(
+    "Which token gains when T goes down?", ["the likeliest", "the least likely", "none"]
+)
 # %%
 import torch
 
@@ -247,7 +256,10 @@ logits = torch.tensor([2.0, 1.0, 0.0])
 chances = {T: torch.softmax(logits / T, dim=0) for T in (0.5, 1.0, 2.0)}
 for T, chance in chances.items():
     assert torch.allclose(chance[0] / chance[1], torch.tensor(1 / T).exp())
-print(*(f"T = {T}: {[round(p, 2) for p in chance.tolist()]}" for T, chance in chances.items()), sep="\n")
+print(
+    *(f"T = {T}: {[round(p, 2) for p in chance.tolist()]}" for T, chance in chances.items()),
+    sep="\n",
+)
 assert chances[0.5][0] > chances[1.0][0]
 guess.reveal("the likeliest")
 # %% [markdown]
@@ -298,7 +310,10 @@ from quantlab import PerAxis, quantize_tensor
 from quantlab.lm import layers_of_role, linear_layers, model_bytes, weight_of
 
 layers, name = linear_layers(model), next(iter(layers_of_role(model, "gate")))  # of the first MLP
-int8 = {n: quantize_tensor(weight_of(layer), bits=8, granularity=PerAxis(0)) for n, layer in layers.items()}
+int8 = {
+    n: quantize_tensor(weight_of(layer), bits=8, granularity=PerAxis(0))
+    for n, layer in layers.items()
+}
 gain = 4 * layers[name].weight.numel() / int8[name].nbytes
 whole = 4 * total / model_bytes(model, int8)
 assert max(gain, whole) < 4
@@ -321,7 +336,8 @@ print(cast, guess.reveal(str(cast[0])))
 weight = layers[name].weight.detach()
 zeros = (weight.to(torch.int8) == 0).float().mean().item()
 found(zeros > 0.99, f"{zeros:.1%} of the weights become 0 (the bundled model: 100.0%)")
-print(f"half of the weights lie within ±{weight.abs().median():.2f}; after the cast {zeros:.1%} are 0")
+print(f"half of the weights lie within ±{weight.abs().median():.2f}; after the cast {zeros:.1%} "
+      "are 0")
 # %% [markdown]
 # A cast cuts off what stands behind the point, and nearly all weights are smaller than 1. **Predict** the story
 # without this one layer, and then with all linear layers cast.
@@ -355,8 +371,10 @@ with torch.no_grad():
 repeats, bad = (said == tokens[:window]).float().mean(), perplexity(silent, tokens).value
 found(bad > config.vocab_size, f"the cast model ({bad:.1e}) does worse than knowing nothing")
 found(config.vocab_size > row.perplexity, "the float model does better than that")
-found(repeats > 0.5, f"the cast model repeats {repeats:.0%} of what it reads (the bundled model: 100%)")
-print(f"perplexity: float {row.perplexity:.1f}, knowing nothing {config.vocab_size:,}, cast {bad:.1e}")
+found(repeats > 0.5,
+      f"the cast model repeats {repeats:.0%} of what it reads (the bundled model: 100%)")
+print(f"perplexity: float {row.perplexity:.1f}, knowing nothing {config.vocab_size:,}, cast "
+      f"{bad:.1e}")
 print(f"the cast model says the token that it has just read: {repeats:.0%}")
 # %% [markdown]
 # Worse than knowing nothing, here: it is sure, and wrong. Eight bits are enough, as notebook 01 shows; what the
@@ -388,7 +406,7 @@ def shift(x, *, by=1):
 def twice(x, **how):  # whatever shift can be told, twice can be told too
     return shift(shift(x, **how), **how)
 
-late = [lambda: i for i in range(3)]
+late = [lambda: i for i in range(3)]  # noqa: B023  that is the point
 kept = [lambda i=i: i for i in range(3)]
 assert [f() for f in late] == [2, 2, 2]
 assert [f() for f in kept] == [0, 1, 2]

@@ -109,7 +109,9 @@ quantize(torch.tensor([5.0, -5.0]), qp).tolist()
 from quantlab import predictions
 from quantlab.predictions import predict
 
-guess = predict("Which z does the formula give for 10 to 11, with codes 0 to 255?", ["-2550", "0", "255"])
+guess = predict(
+    "Which z does the formula give for 10 to 11, with codes 0 to 255?", ["-2550", "0", "255"]
+)
 # %%
 low, high = 10.0, 11.0
 s = (high - low) / 255
@@ -156,7 +158,10 @@ check("1.2", my_parameters)
 x = torch.rand(1_000_000, generator=torch.Generator().manual_seed(0)) * 2 - 1
 qp = choose_qparams(x.min(), x.max(), qmin=0, qmax=15)
 error = fake_quantize(x, qp) - x
-largest, variance = (error.abs().max() / qp.scale).item(), (error.square().mean() / (qp.scale**2 / 12)).item()
+largest, variance = (
+    (error.abs().max() / qp.scale).item(),
+    (error.square().mean() / (qp.scale**2 / 12)).item(),
+)
 assert largest < 0.501
 assert abs(variance - 1) < 0.02
 f"largest {largest:.3f} steps, variance {variance:.3f} × s²/12"
@@ -181,13 +186,17 @@ assert abs(gains[-3:].mean() - 6.02) < 0.1
 # ### Myth: "quantizing is W/s, rounded down"
 # Some texts write ⌊W/s⌋. What does that cost?
 # %%
-guess = predict("What is the squared error with floor, over that with round?", ["the same", "twice", "four times"])
+guess = predict(
+    "What is the squared error with floor, over that with round?",
+    ["the same", "twice", "four times"],
+)
 # %%
 qp = choose_qparams(x.min(), x.max(), qmin=0, qmax=255)
 floored = qp.scale * (torch.floor(x / qp.scale).clamp(-qp.zero_point, 255 - qp.zero_point))
 worse = (floored - x).square().mean() / (fake_quantize(x, qp) - x).square().mean()
 assert abs(worse - 4) < 0.1
-print(f"{worse:.2f} times the squared error; mean error {(floored - x).mean() / qp.scale:.2f} steps")
+print(f"{worse:.2f} times the squared error; mean error {(floored - x).mean() / qp.scale:.2f} "
+      "steps")
 guess.reveal("four times")
 # %% [markdown]
 # Four times, and every value is too small by half a step on average: a *bias*, which a matrix product adds
@@ -211,9 +220,11 @@ def cost(x):
 relu = torch.randn(100_000, generator=torch.Generator().manual_seed(0)).relu()
 of_layers = sorted(cost(weight_of(layer)) for layer in linear_layers(model).values())
 assert cost(relu) > 3
-found(of_layers[-1] < 2.5, f"symmetry costs no layer more than {of_layers[-1]:.2f} times (bundled: 1.94)")
+found(of_layers[-1] < 2.5,
+      f"symmetry costs no layer more than {of_layers[-1]:.2f} times (bundled: 1.94)")
 print(f"this layer: {cost(weight):.2f} times the squared error; after a ReLU {cost(relu):.2f}")
-f"all layers: from {of_layers[0]:.2f} to {of_layers[-1]:.2f}, half of them below {of_layers[len(of_layers) // 2]:.2f}"
+(f"all layers: from {of_layers[0]:.2f} to {of_layers[-1]:.2f}, half of them below "
+ f"{of_layers[len(of_layers) // 2]:.2f}")
 # %% [markdown]
 # Little for most layers, up to twice the squared error where one end of a layer lies much further out than
 # the other; about four times for ReLU outputs, where half of the codes wait for negative values that never
@@ -248,7 +259,8 @@ def error_at(part, bits=3):
 errors = {part: error_at(part) for part in (0.2, 0.4, 0.6, 0.8, 1.0)}
 best = min(errors, key=errors.get)
 found(best < 1, f"the best of these is {best:.0%} of the range (the bundled model: 40%)")
-found(errors[0.2] > 1.5 * errors[best], f"20% has {errors[0.2] / errors[best]:.1f} times the error of the best")
+found(errors[0.2] > 1.5 * errors[best],
+      f"20% has {errors[0.2] / errors[best]:.1f} times the error of the best")
 {f"{part:.0%} of the range": f"{error:.2e}" for part, error in errors.items()}
 # %% [markdown]
 # ## 7. Rosetta: one map, three spellings
@@ -295,13 +307,17 @@ from quantlab import PerTensor, quantize_tensor
 def per_tensor(model, bits):
     new = copy.deepcopy(model)
     for layer in linear_layers(new).values():
-        layer.weight.data = quantize_tensor(layer.weight, bits=bits, granularity=PerTensor()).dequantize()
+        layer.weight.data = quantize_tensor(
+            layer.weight, bits=bits, granularity=PerTensor()
+        ).dequantize()
     return new
 # %%
 from quantlab import ledger
 from quantlab.lm import budget, generate, load_text, token_stream
 
-tokens = token_stream(tokenizer, load_text("eval"))[: budget(model, 4096)]  # fewer on a larger model
+tokens = token_stream(tokenizer, load_text("eval"))[
+    : budget(model, 4096)
+]  # fewer on a larger model
 rows = [ledger.measure(model, model, tokens, method="float")]
 for bits in (8, 4, 3):
     new = per_tensor(model, bits)
@@ -333,7 +349,8 @@ for layer in linear_layers(broken).values():
     layer.weight.data = forgetful(layer.weight.data)
 # %% tags=["nbval-ignore-output"]
 bad = ledger.measure(model, broken, tokens, method="forgetful", bits=8)
-found(bad.kl > 100 * rows[1].kl, f"without zero points KL is {bad.kl:.4f} (the bundled model: 8.27)")
+found(bad.kl > 100 * rows[1].kl,
+      f"without zero points KL is {bad.kl:.4f} (the bundled model: 8.27)")
 f"KL {bad.kl:.2f}; it writes: {generate(broken, tokenizer, 'Once upon a time', tokens=15)!r}"
 # %% [markdown]
 # ## 9. Exercises
@@ -371,7 +388,8 @@ def share_of_zeros(x):
 
 before = share_of_zeros(x)
 x[0] = 20.0
-f"values that became 0: {before:.0%} before, {share_of_zeros(x):.0%} after one of them was set to 20"
+(f"values that became 0: {before:.0%} before, {share_of_zeros(x):.0%} after one of them was set to "
+ "20")
 # %% [markdown]
 # ### Recap
 # - A code is `clamp(round(x/s) + z, qmin, qmax)`; a real number is `s·(q − z)`. Never mix two spellings.

@@ -31,9 +31,9 @@ import torch
 from tqdm.auto import tqdm
 
 from quantlab.checks import check, found, hint, solution
-from quantlab.lm import budget, capture_inputs, layers_of_role, linear_layers, load_lm, load_text, token_stream
-from quantlab.lm import longest_context, weight_of
-from quantlab.plots import ERROR, plot_against_bits, plot_bars, plot_curves, plot_histogram
+from quantlab.lm import budget, capture_inputs, layers_of_role, linear_layers, load_lm
+from quantlab.lm import load_text, longest_context, token_stream, weight_of
+from quantlab.plots import ERROR, plot_against_bits, plot_curves, plot_histogram
 
 model, tokenizer = load_lm()
 layers = linear_layers(model)
@@ -46,7 +46,9 @@ seen, fresh = (capture_inputs(model, tokens[name][:n], [down, q])
 # %% tags=["nbval-ignore-output"]
 fig, axes = plt.subplots(1, 2, figsize=(7, 2.4), layout="constrained")
 for name, ax in zip((down, q), axes, strict=True):
-    plot_histogram(seen[name], ax=ax).set_title(f"input of {name.split('.')[-1]}", fontsize="medium")
+    plot_histogram(seen[name], ax=ax).set_title(
+        f"input of {name.split('.')[-1]}", fontsize="medium"
+    )
 plt.show()
 # %% [markdown]
 # **Predict.** 16 codes from the smallest to the largest value of the left one: what share of its values
@@ -57,10 +59,14 @@ from quantlab import choose_qparams, fake_quantize, mse
 grids = {name: choose_qparams(x.min(), x.max(), qmin=0, qmax=15) for name, x in seen.items()}
 dead = {name: fake_quantize(seen[name], qp) == 0 for name, qp in grids.items()}
 zeros = {name: gone.float().mean().item() for name, gone in dead.items()}
-energy = seen[down][dead[down]].square().sum() / seen[down].square().sum()  # of the values that became 0
-found(zeros[down] > 0.9, f"{zeros[down]:.0%} of what down_proj reads become 0 (the bundled model: 99%)")
+energy = (
+    seen[down][dead[down]].square().sum() / seen[down].square().sum()
+)  # of the values that became 0
+found(zeros[down] > 0.9,
+      f"{zeros[down]:.0%} of what down_proj reads become 0 (the bundled model: 99%)")
 found(zeros[q] < 0.5, f"{zeros[q]:.0%} of what q_proj reads become 0 (the bundled model: 37%)")
-found(0.2 < energy < 0.8, f"they held {energy:.0%} of the sum of squares (the bundled model: about half)")
+found(0.2 < energy < 0.8,
+      f"they held {energy:.0%} of the sum of squares (the bundled model: about half)")
 {name: f"{share:.1%}" for name, share in zeros.items()}, f"{energy:.0%} of the squares are lost"
 # %% [markdown]
 # Here nearly all values that the MLP worked out have become 0, and with them a good part of the sum of
@@ -83,7 +89,9 @@ for qp in (wide, narrow):
 from quantlab import predictions
 from quantlab.predictions import predict
 
-guess = predict("Which grid has the smaller mean squared error on the eight numbers?", ["wide", "narrow"])
+guess = predict(
+    "Which grid has the smaller mean squared error on the eight numbers?", ["wide", "narrow"]
+)
 # %%
 many = torch.cat([x[:-1].repeat(1000), x[-1:]])
 pairs = [[mse(t, fake_quantize(t, qp)) for qp in (wide, narrow)] for t in (x, many)]
@@ -126,17 +134,28 @@ def error_at(x, clip, bits):
     return sum(split_error(x, qp)) / x.square().mean().item()
 
 samples = {"weights": weight_of(layers[down]), "input": seen[down][::40]}
-curves = {key: {f"{bits} bits": (clips, [error_at(x, clip, bits) for clip in clips]) for bits in (8, 6, 4, 3, 2)}
-          for key, x in samples.items()}
+curves = {
+    key: {
+        f"{bits} bits": (clips, [error_at(x, clip, bits) for clip in clips])
+        for bits in (8, 6, 4, 3, 2)
+    }
+    for key, x in samples.items()
+}
 # %% tags=["nbval-ignore-output"]
 fig, axes = plt.subplots(1, 2, figsize=(7, 3), layout="constrained", sharey=True)
 for (key, lines), ax in zip(curves.items(), axes, strict=True):
-    plot_curves(lines, xlabel="clip (fraction of the range)", ylabel="relative squared error", log="xy", ax=ax)
+    words = {"xlabel": "clip (fraction of the range)", "ylabel": "relative squared error"}
+    plot_curves(lines, **words, log="xy", ax=ax)
     ax.set_title(f"{key} of {down.split('.')[-1]}", fontsize="medium")
 plt.show()
-best = {key: {name: x[y.index(min(y))] for name, (x, y) in lines.items()} for key, lines in curves.items()}
-found(all(b["2 bits"] < b["8 bits"] / 1.5 for b in best.values()), "the best clip at 2 bits is far inside that at 8")
-found(best["input"]["4 bits"] < 0.4, f"the best clip of the input at 4 bits is {best['input']['4 bits']:.2f} "
+best = {
+    key: {name: x[y.index(min(y))] for name, (x, y) in lines.items()}
+    for key, lines in curves.items()
+}
+found(all(b["2 bits"] < b["8 bits"] / 1.5 for b in best.values()),
+      "the best clip at 2 bits is far inside that at 8")
+found(best["input"]["4 bits"] < 0.4,
+      f"the best clip of the input at 4 bits is {best['input']['4 bits']:.2f} "
       "(the bundled model: 0.21)")
 {key: ", ".join(f"{clip:.2f} at {name}" for name, clip in b.items()) for key, b in best.items()}
 # %% [markdown]
@@ -158,14 +177,19 @@ check("2.2", my_clip)
 # ## 4. Myth: "clamp to ±(2ⁿ − 1)"
 # Some texts clamp n-bit codes to −2ⁿ + 1 … 2ⁿ − 1. What does this do to 8-bit codes, kept as int8?
 # %%
-guess = predict("A scale maps 1.0 to code 127. What does 1.5 come back as?", ["-0.52", "1.0", "1.5"])
+guess = predict(
+    "A scale maps 1.0 to code 127. What does 1.5 come back as?", ["-0.52", "1.0", "1.5"]
+)
 # %%
 x = torch.tensor([-3.0, -0.5, 0.5, 1.0, 1.5, 3.0])
 codes = torch.round(x / (1.0 / 127))  # a scale that maps 1.0 to 127
 for limit in (2**8 - 1, 2**7 - 1):
     kept = codes.clamp(-limit, limit).to(torch.int16).to(torch.int8)
     back = [round(v, 2) for v in (kept / 127.0).tolist()]
-    print(f"±{limit}: codes {kept.tolist()}, back {back}", guess.reveal(str(back[4])) if limit > 127 else "")
+    print(
+        f"±{limit}: codes {kept.tolist()}, back {back}",
+        guess.reveal(str(back[4])) if limit > 127 else "",
+    )
 # %% [markdown]
 # int8 ends at 127. So 1.5 keeps its code 190, int8 has no 190, and it *wraps around* to −66; 3.0 is cut to
 # 255, and 255 wraps to −1. Large values change their sign. The right limits are $\pm(2^{n-1} - 1)$, here
@@ -227,15 +251,23 @@ check("2.3", MyPercentile)
 from quantlab.observers import MSE, Entropy, MinMax, MovingAverage, Percentile
 
 def observers(bits):
-    return {"min-max": MinMax(), "moving average": MovingAverage(momentum=0.1),
-            "percentile": Percentile(percentile=99.9), "MSE": MSE(bits=bits), "entropy": Entropy(bits=bits)}
+    return {
+        "min-max": MinMax(),
+        "moving average": MovingAverage(momentum=0.1),
+        "percentile": Percentile(percentile=99.9),
+        "MSE": MSE(bits=bits),
+        "entropy": Entropy(bits=bits),
+    }
 
 def watch(observer, x, batch=64):
     for part in x.split(batch):
         observer.update(part)
     return observer.min_max()
 # %%
-stream = torch.randn(64, 500, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.5, 2, 64)[:, None]
+stream = (
+    torch.randn(64, 500, generator=torch.Generator().manual_seed(0))
+    * torch.linspace(0.5, 2, 64)[:, None]
+)
 changed = [name for name in observers(4)
            if watch(observers(4)[name], stream) != watch(observers(4)[name], stream, batch=3)]
 assert changed == ["moving average"]
@@ -258,8 +290,13 @@ def errors(x, weight, bounds, bits):
 # %% tags=["nbval-ignore-output"]
 X, Y = seen[down][: n // 2], seen[q][: n // 2]
 loud_first = Y[Y.abs().amax(1).argsort(descending=True)]
-cases = {"down_proj\n8 bits": (X, down, 8), "down_proj\n4 bits": (X, down, 4), "q_proj\n8 bits": (Y, q, 8),
-         "q_proj\n4 bits": (Y, q, 4), "loud first\n8 bits": (loud_first, q, 8)}
+cases = {
+    "down_proj\n8 bits": (X, down, 8),
+    "down_proj\n4 bits": (X, down, 4),
+    "q_proj\n8 bits": (Y, q, 8),
+    "q_proj\n4 bits": (Y, q, 4),
+    "loud first\n8 bits": (loud_first, q, 8),
+}
 of_input, of_output = ({key: {} for key in observers(8)} for _ in range(2))
 for case, (x, name, bits) in tqdm(cases.items(), leave=False):
     for key, observer in observers(bits).items():
@@ -275,13 +312,14 @@ for ax, (word, its) in zip(axes, {"input": of_input, "output": of_output}.items(
 axes[0].legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
 axes[1].get_legend().remove()
 plt.show()
-# %% tags=["nbval-ignore-output"]
+
 ranked = {case: sorted(of_output, key=lambda key: of_output[key][case]) for case in cases}
 worst = {ranking[-1] for ranking in ranked.values()}
 four = {"entropy", "min-max", "percentile", "moving average"}
 found(four <= worst, f"each of the four is the worst somewhere (here {', '.join(sorted(worst))})")
 share = max(of_output["MSE"][case] / of_output[ranked[case][0]][case] for case in cases)
-found(share < 1.3, f"MSE has at most {share:.2f} times the error of the best (the bundled model: 1.01)")
+found(share < 1.3,
+      f"MSE has at most {share:.2f} times the error of the best (the bundled model: 1.01)")
 {case.replace("\n", ", "): f"best {r[0]}, worst {r[-1]}" for case, r in ranked.items()}
 # %% [markdown]
 # **What you saw** (on the bundled model). No rule is safe. At 8 bits steps are cheap, and whoever clips too
@@ -309,9 +347,12 @@ for bits in (8, 4, 3):
     a, b = (clips[i] for i in both.argmin(0))
     qp = choose_qparams(a * x.min(), a * x.max(), qmin=0, qmax=2**bits - 1)
     zero = (fake_quantize(x, qp) == 0).float().mean().item()
-    print(f"{bits} bits: best clip for the input {a:.2f}, where {zero:.0%} become 0; for the output {b:.2f}")
-    found(0.5 < b / a < 2, f"at {bits} bits the output's best clip is {b / a:.2f} times the input's")
-    found((zero > 0.5) == (bits < 8), f"at {bits} bits {zero:.0%} become 0 (the bundled model: 36, 80 and 95%)")
+    print(f"{bits} bits: best clip for the input {a:.2f}, where {zero:.0%} become 0; for the "
+          f"output {b:.2f}")
+    found(0.5 < b / a < 2,
+          f"at {bits} bits the output's best clip is {b / a:.2f} times the input's")
+    found((zero > 0.5) == (bits < 8),
+          f"at {bits} bits {zero:.0%} become 0 (the bundled model: 36, 80 and 95%)")
 # %% [markdown]
 # **What you saw** on the bundled model, above on the tokens of section 3. 1: it rises again: at 4 bits most
 # values are 0 even at the best clip. 2: that of MSE, which wanders left with the valley (and may lie below
@@ -328,14 +369,21 @@ from quantlab import kl_divergence, top1_agreement
 
 window = min(512, longest_context(model))
 with torch.no_grad():
-    logits, other = (model(tokens[name][None, :window]).logits[0] for name in ("calibration", "eval"))
+    logits, other = (
+        model(tokens[name][None, :window]).logits[0] for name in ("calibration", "eval")
+    )
 squared, kl = {}, {}
 for key, observer in observers(4).items():
-    rounded = fake_quantize(other, choose_qparams(*watch(observer, logits, batch=32), qmin=0, qmax=15))
+    rounded = fake_quantize(
+        other, choose_qparams(*watch(observer, logits, batch=32), qmin=0, qmax=15)
+    )
     squared[key], kl[key] = mse(other, rounded), kl_divergence(other, rounded)
-    print(f"{key:15} squared error {squared[key]:.3f}   KL {kl[key]:.2f}   "
-          f"same top token {top1_agreement(other, rounded):.0%}   largest logit {rounded.max():.1f}")
-found(min(squared, key=squared.get) == "MSE", f"MSE has the least squared error: {squared['MSE']:.2f}")
+    print(
+        f"{key:15} squared error {squared[key]:.3f}   KL {kl[key]:.2f}   "
+        f"same top token {top1_agreement(other, rounded):.0%}   largest logit {rounded.max():.1f}"
+    )
+found(min(squared, key=squared.get) == "MSE",
+      f"MSE has the least squared error: {squared['MSE']:.2f}")
 found(max(kl, key=kl.get) == "MSE", f"MSE has the largest KL: {kl['MSE']:.2f}")
 # %% [markdown]
 # The largest logits are few, so MSE clips them here; but they are the answer. **Measure what the tensor is
@@ -355,7 +403,9 @@ makers = {"min-max": MinMax, "percentile": Percentile, "MSE": MSE}
 
 def mean_and_spread(make, size):
     draws = [seen[down][start : start + size] for start in range(100, n + 1 - size, n // 8)]
-    each = torch.tensor([errors(fresh[down][:1024], W, make().update(x).min_max(), 8)[1] for x in draws])
+    each = torch.tensor(
+        [errors(fresh[down][:1024], W, make().update(x).min_max(), 8)[1] for x in draws]
+    )
     return each.mean().item(), each.std().item()
 
 enough = {key: {size: mean_and_spread(make, size) for size in sizes}
@@ -371,9 +421,11 @@ def plot_against_tokens(curves, ylabel):
 plot_against_tokens(enough, "output error")
 few, before, most = sizes[0], sizes[-2], sizes[-1]
 error = {key: {size: mean for size, (mean, _) in points.items()} for key, points in enough.items()}
-found(1.2 * error["MSE"][most] < error["MSE"][few], f"with more text MSE's error falls by a factor of "
+found(1.2 * error["MSE"][most] < error["MSE"][few],
+      f"with more text MSE's error falls by a factor of "
       f"{error['MSE'][few] / error['MSE'][most]:.1f} (the bundled model: 2.4)")
-found(error["MSE"][most] < 1.1 * error["MSE"][before], f"the last step to {most} tokens changes MSE little")
+found(error["MSE"][most] < 1.1 * error["MSE"][before],
+      f"the last step to {most} tokens changes MSE little")
 grown = error["min-max"][most] / min(error["min-max"].values())
 found(grown > 1.2, f"min-max ends at {grown:.2f} times its least error (the bundled model: 1.8)")
 apart = error["percentile"][most] / error["MSE"][most]
@@ -392,7 +444,10 @@ found(apart > 4, f"the percentile ends at {apart:.1f} times MSE's error (the bun
 end = n * 7 // 8
 
 def honest_over_leaked(start, size):
-    texts = fresh[down][start:][:size], fresh[down][(start + end // 2) % end :][: n // 16]  # read, and fresh
+    texts = (
+        fresh[down][start:][:size],
+        fresh[down][(start + end // 2) % end :][: n // 16],
+    )  # read, and fresh
     leaked, honest = (MSE(bits=8).update(x[down][start:][:size]).min_max() for x in (fresh, seen))
     return [errors(x, W, honest, 8)[1] / errors(x, W, leaked, 8)[1] for x in texts]
 
@@ -406,10 +461,16 @@ for size in tqdm(sizes[:-1], desc="leaking", leave=False):
 # %% tags=["nbval-ignore-output"]
 plot_against_tokens(gain, "honest error / leaked error")
 leaked, caught = gain.values()
-found(leaked[few][0] > 1.5, f"{few} leaked tokens flatter {leaked[few][0]:.2f} times (the bundled model: 2.8)")
-found(leaked[before][0] < 1.2, f"{before} flatter {leaked[before][0]:.2f} times (the bundled model: 1.02)")
-found(all(abs(m - 1) < max(0.1, 3 * e) for m, e in caught.values()), "on fresh text nothing of the leak is left")
-{name: {size: f"{mean:.2f} ± {error:.2f}" for size, (mean, error) in g.items()} for name, g in gain.items()}
+found(leaked[few][0] > 1.5,
+      f"{few} leaked tokens flatter {leaked[few][0]:.2f} times (the bundled model: 2.8)")
+found(leaked[before][0] < 1.2,
+      f"{before} flatter {leaked[before][0]:.2f} times (the bundled model: 1.02)")
+found(all(abs(m - 1) < max(0.1, 3 * e) for m, e in caught.values()),
+      "on fresh text nothing of the leak is left")
+{
+    name: {size: f"{mean:.2f} ± {error:.2f}" for size, (mean, error) in g.items()}
+    for name, g in gain.items()
+}
 # %% [markdown]
 # With a few tokens the leak flatters by a factor; with a thousand next to nothing is left here: two numbers,
 # low and high, cannot memorise a text. Methods that fit more can (notebook
@@ -446,7 +507,10 @@ for stories in (calibration_stories, leaky):
     known = set(windows(stories))
     shares = sorted((share(story, known) for story in test_stories), reverse=True)
     equal = len(set(stories) & set(test_stories))
-    print(f"equal stories: {equal}; largest shares of known windows:", [f"{s:.0%}" for s in shares[:4]])
+    print(
+        f"equal stories: {equal}; largest shares of known windows:",
+        [f"{s:.0%}" for s in shares[:4]],
+    )
 # %% [markdown]
 # First row: our own texts; the four test stories with the most known windows share a turn of phrase at
 # most. Second row: one story is found as equal, both stand out by their windows.
@@ -471,14 +535,16 @@ sources = {"calibration text": (model, tokens["calibration"][:1024]),
 step, each = -(-len(layers) // 40), len(layers) // model.config.num_hidden_layers
 some = [name for i, name in enumerate(layers) if i // each % step == 0]
 inputs = {key: capture_inputs(m, ids, some) for key, (m, ids) in sources.items()}
-# %%
+# %% tags=["nbval-ignore-output"]
 def with_rounded_inputs(ranges):
     new = copy.deepcopy(model)
     for name, bounds in ranges.items():
         qp = choose_qparams(*bounds, qmin=0, qmax=255)
-        new.get_submodule(name).register_forward_pre_hook(lambda _, args, qp=qp: fake_quantize(args[0], qp))
+        new.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, qp=qp: fake_quantize(args[0], qp)
+        )
     return new
-# %% tags=["nbval-ignore-output"]
+
 from quantlab.lm import divergence
 
 jobs = [("calibration text", key) for key in observers(8)]
@@ -495,15 +561,18 @@ width = {source: torch.stack([high - low for low, high in ranges[source, "min-ma
 ratio = {source: width[source] / width["calibration text"] for source in list(sources)[1:]}
 for key, bundled in (("min-max", 0.9), ("MSE", 1.5)):
     times = kl["random tokens", key] / kl["calibration text", key]
-    found(0.5 < times < 3, f"{key}: {times:.1f} times the KL with random tokens (the bundled model: {bundled})")
-    found(kl["random numbers", key] > 10 * kl["random tokens", key], f"{key}: KL with random numbers is 10 times that")
-order = sorted(observers(8), key=lambda key: kl["calibration text", key])
-lead = order[:2]
-found(set(lead) == {"moving average", "MSE"}, f"moving average and MSE lead (here {', '.join(lead)})")
-found(order[-1] == "entropy", f"entropy is last (here {order[-1]})")
-found(ratio["random numbers"].min() < 0.33, "random numbers leave some range below a third of the text's")
-found(ratio["random tokens"].min() > 0.5, "random tokens leave no range below half of what text needs")
-{source: f"ranges {r.min():.2f} to {r.max():.2f} times those of the text" for source, r in ratio.items()}
+    found(0.5 < times < 3,
+          f"{key}: {times:.1f} times the KL with random tokens (the bundled model: {bundled})")
+    found(kl["random numbers", key] > 10 * kl["random tokens", key],
+          f"{key}: KL with random numbers is 10 times that")
+first, second, *_, last = sorted(observers(8), key=lambda key: kl["calibration text", key])
+found({first, second} == {"moving average", "MSE"}, f"{first} and {second} lead")
+found(last == "entropy", f"{last} is last")
+found(ratio["random numbers"].min() < 0.33,
+      "random numbers leave some range below a third of the text's")
+found(ratio["random tokens"].min() > 0.5,
+      "random tokens leave no range below half of what text needs")
+{source: f"{r.min():.2f} to {r.max():.2f} times the text's ranges" for source, r in ratio.items()}
 # %% [markdown]
 # On text, moving average and MSE lead on this model, and entropy is last by far, as on `down_proj`. Random
 # numbers ruin the model with either rule: in the worst layer their range is a quarter of what text needs.
@@ -520,22 +589,32 @@ from quantlab import PerTensor, ledger, quantize_tensor
 from quantlab.lm import quantize_weights
 
 def round_weights(make, bits):
-    return quantize_weights(model, lambda w: quantize_tensor(
-        w.clamp(*make(bits).update(w).min_max()), bits=bits, granularity=PerTensor(), symmetric=False))[0]
+    return quantize_weights(
+        model,
+        lambda w: quantize_tensor(
+            w.clamp(*make(bits).update(w).min_max()),
+            bits=bits,
+            granularity=PerTensor(),
+            symmetric=False,
+        ),
+    )[0]
 
 makers = {"min-max": lambda bits: MinMax(), "clipped": lambda bits: MSE(bits=bits)}
 # %% tags=["nbval-ignore-output"]
 rows = {}
 for bits in tqdm((4, 3), leave=False):
     for method, make in makers.items():
-        rows[method, bits] = ledger.measure(model, round_weights(make, bits), test, method=method, bits=bits,
-                                            group="tensor")
+        rows[method, bits] = ledger.measure(
+            model, round_weights(make, bits), test, method=method, bits=bits, group="tensor"
+        )
         ledger.append(rows[method, bits])
 for bits, bundled in ((4, 2.8), (3, 4.9)):
     less = rows["min-max", bits].kl / rows["clipped", bits].kl
-    found(less > 2, f"at {bits} bits the clip divides KL by {less:.1f} (the bundled model: {bundled})")
+    found(less > 2,
+          f"at {bits} bits the clip divides KL by {less:.1f} (the bundled model: {bundled})")
 like = rows["clipped", 3].kl / rows["min-max", 4].kl
-found(0.5 < like < 2, f"3 bits clipped have {like:.1f} times the KL of 4 bits unclipped (the bundled model: 1.2)")
+found(0.5 < like < 2,
+      f"3 bits clipped have {like:.1f} times the KL of 4 bits unclipped (the bundled model: 1.2)")
 ledger.Table(list(rows.values()))
 # %% [markdown]
 # Same codes, same number of bits, nothing else stored: only the range is chosen better. At 3 bits, clipped,
@@ -576,7 +655,8 @@ plt.semilogy(size / qp.scale, row_error, ".", color=ERROR)
 plt.gca().set(xlabel="typical weight of the row, in steps", ylabel="relative error of the row")
 plt.show()
 quiet = (row_error[size.argsort()[:5]].mean() / row_error.median()).item()
-found(quiet > 2, f"the five quietest rows lose {quiet:.1f} times the median (the bundled model: 4.7)")
+found(quiet > 2,
+      f"the five quietest rows lose {quiet:.1f} times the median (the bundled model: 4.7)")
 f"the five quietest rows lose {quiet:.1f} times the median"
 # %% [markdown]
 # Most rows of this model are alike. But a row of small weights uses only the few codes around 0, and loses

@@ -61,9 +61,12 @@ plt.xlabel("typical weight of the row")
 plt.ylabel("common error / own")
 plt.show()
 quietest, typical = factor[size.argmin()].item(), factor.median().item()
-found(quietest > 4, f"the quietest row's error falls by a factor of {quietest:.1f} (the bundled model: 13.8)")
-found(0.8 < typical < 1.25, f"a typical row's error falls by a factor of {typical:.2f} (the bundled model: 0.99)")
-f"error divided by {factor[size.argmin()]:.1f} in the quietest row, by {factor.median():.2f} in the median one"
+found(quietest > 4,
+      f"the quietest row's error falls by a factor of {quietest:.1f} (the bundled model: 13.8)")
+found(0.8 < typical < 1.25,
+      f"a typical row's error falls by a factor of {typical:.2f} (the bundled model: 0.99)")
+(f"error divided by {factor[size.argmin()]:.1f} in the quietest row, by {factor.median():.2f} in "
+ "the median one")
 # %% [markdown]
 # The common grid suits the typical row here, and no row that is much quieter: it gets a step made for others.
 # Which weights share a scale is called **granularity** (粒度).
@@ -84,7 +87,7 @@ w = torch.tensor([[0.0, 0.1, 0.2, 0.3],
 per_row = torch.tensor([[0.1], [1.0]])
 per_two = torch.tensor([[0.1 / 3, 0.1 / 3, 0.1, 0.1],
                         [0.1 / 3, 0.1 / 3, 1.0, 1.0]])
-# %%
+
 for granularity, scale in ((PerTensor(), 1.0), (PerAxis(0), per_row), (PerGroup(2), per_two)):
     by_hand = scale * torch.round(w / scale).clamp(0, 3)
     q = quantize_tensor(w, bits=2, granularity=granularity, symmetric=False, signed=False)
@@ -121,29 +124,47 @@ from quantlab.lm import capture_inputs, load_text, token_stream
 
 name = next(iter(layers_of_role(model, "down")))
 weight = weight_of(layers[name])
-stories = token_stream(tokenizer, load_text("calibration"))[: budget(model, 2048)]  # fewer on a larger model
+stories = token_stream(tokenizer, load_text("calibration"))[
+    : budget(model, 2048)
+]  # fewer on a larger model
 x = capture_inputs(model, stories, [name])[name]
-f"{name} {tuple(weight.shape)}: largest weight {weight.abs().max() / weight.std():.0f} standard deviations"
+(f"{name} {tuple(weight.shape)}: largest weight {weight.abs().max() / weight.std():.0f} standard "
+ "deviations")
 # %% tags=["nbval-ignore-output"]
 def relative(a, exact):
     return ((a - exact).square().sum() / exact.square().sum()).item()
 
 def errors(q):
     return relative(q.dequantize(), weight), relative(x @ q.dequantize().T, x @ weight.T)
-# %% tags=["nbval-ignore-output"]
-kinds = {"tensor": PerTensor(), "row": PerAxis(0), "128": PerGroup(128), "32": PerGroup(32), "8": PerGroup(8)}
-four = {kind: quantize_tensor(weight, bits=4, granularity=g, symmetric=False) for kind, g in kinds.items()}
+
+kinds = {
+    "tensor": PerTensor(),
+    "row": PerAxis(0),
+    "128": PerGroup(128),
+    "32": PerGroup(32),
+    "8": PerGroup(8),
+}
+four = {
+    kind: quantize_tensor(weight, bits=4, granularity=g, symmetric=False)
+    for kind, g in kinds.items()
+}
 # %% tags=["nbval-ignore-output"]
 both = {kind: errors(q) for kind, q in {"clipped": clipped(weight), **four}.items()}
 for kind, (of_weight, of_output) in both.items():
     bits = "" if kind == "clipped" else f", {four[kind].bits_per_element:.3f} bits per weight"
     print(f"{kind:>7}: error of weights {of_weight:.4f}, of output {of_output:.4f}{bits}")
 of_weight = [both[kind][0] for kind in kinds]
-found(of_weight == sorted(of_weight, reverse=True), "each finer grain has less error of the weights")
+found(of_weight == sorted(of_weight, reverse=True),
+      "each finer grain has less error of the weights")
 for kind, bundled in (("clipped", 6.1), ("row", 5.0)):
     less = both["tensor"][0] / both[kind][0]
-    found(less > 4, f"{kind}: the error falls by a factor of {less:.1f} (the bundled model: {bundled})")
-assert all(q.bits_per_element >= 4 + 36 / kinds[kind].group_size for kind, q in four.items() if kind.isdigit())
+    found(less > 4,
+          f"{kind}: the error falls by a factor of {less:.1f} (the bundled model: {bundled})")
+assert all(
+    q.bits_per_element >= 4 + 36 / kinds[kind].group_size
+    for kind, q in four.items()
+    if kind.isdigit()
+)
 # %% [markdown]
 # Here a scale a row is nearly free, and frees the others from the loud row's step. *So does a good clip*,
 # about as well. From here on no grid is clipped. Groups of 32 cost a bit and more, groups of 8 more than the
@@ -171,7 +192,9 @@ points = {"float32": measure(torch.float32), "float16": measure(torch.float16)}
 fig, axes = plt.subplots(1, 2, figsize=(7.5, 3.4), sharex=True, sharey=True, layout="constrained")
 for ax, (word, its) in zip(axes, points.items(), strict=True):
     curves = {kind: zip(*(its[bits, kind] for bits in range(2, 7)), strict=True) for kind in kinds}
-    plot_curves(curves, xlabel=f"true bits per weight, {word} scales", ylabel="output error", log="y", ax=ax)
+    plot_curves(
+        curves, xlabel=f"true bits per weight, {word} scales", ylabel="output error", log="y", ax=ax
+    )
 plt.show()
 # %% tags=["nbval-ignore-output"]
 def front(its):
@@ -182,10 +205,13 @@ fine, half = front(points["float32"]), front(points["float16"])
 found("32" in half - fine, "groups of 32 are on the front with float16 scales only")
 found("8" not in half | fine, "groups of 8 are not on the front")
 (bits5, error5), (bits4, error4) = points["float32"][5, "row"], points["float32"][4, "32"]
-found(bits5 < bits4, f"5 bits a row ({bits5:.2f} true bits) take less than 4 in groups of 32 ({bits4:.2f})")
-found(error5 < 0.8 * error4, f"5 bits a row have less error ({error5:.4f}) than 4 in groups of 32 ({error4:.4f})")
+found(bits5 < bits4,
+      f"5 bits a row ({bits5:.2f} true bits) take less than 4 in groups of 32 ({bits4:.2f})")
+found(error5 < 0.8 * error4,
+      f"5 bits a row have less error ({error5:.4f}) than 4 in groups of 32 ({error4:.4f})")
 same = points["float16"][4, "32"][1] / error4
-found(same < 1.05, f"float16 scales have {same:.3f} times the error of float32 ones (the bundled model: 1.000)")
+found(same < 1.05,
+      f"float16 scales have {same:.3f} times the error of float32 ones (the bundled model: 1.000)")
 {word: sorted(front(its)) for word, its in points.items()}
 # %% [markdown]
 # One scale a tensor is on the front because nothing is cheaper. In this layer, **with float32 scales**,
@@ -201,7 +227,10 @@ found(same < 1.05, f"float16 scales have {same:.3f} times the error of float32 o
 # %% tags=["nbval-ignore-output"]
 square = next(iter(layers_of_role(model, "attention output")))
 side = min(weight_of(layers[square]).shape)
-read, w = capture_inputs(model, stories, [square])[square][:, :side], weight_of(layers[square])[:side, :side]
+read, w = (
+    capture_inputs(model, stories, [square])[square][:, :side],
+    weight_of(layers[square])[:side, :side],
+)
 off = {}
 for axis in (0, 1):
     q = quantize_tensor(w, bits=4, granularity=PerAxis(axis))  # symmetric: no zero points
@@ -238,7 +267,12 @@ check("3.2", my_per_output)
 from quantlab import pack
 
 q, byte = four["128"], pack(torch.tensor([2, 7]), bits=4).item()
-print(q.codes.nbytes / weight.numel(), "byte a weight as a tensor,", q.packed().nbytes / weight.numel(), "packed")
+print(
+    q.codes.nbytes / weight.numel(),
+    "byte a weight as a tensor,",
+    q.packed().nbytes / weight.numel(),
+    "packed",
+)
 f"2 is {2:04b}, 7 is {7:04b}; together {byte:08b} = {byte}"
 # %% [markdown]
 # One byte: torch calculates with nothing narrower, so half of each byte is air. Packed, **two codes lie in
@@ -261,7 +295,9 @@ check("3.3", my_pack4)
 packed = pack(torch.tensor([5, 2, 6, 1, 0, 3, 7, 4]), bits=3)
 stream = [byte >> place & 1 for byte in packed.tolist() for place in range(8)]
 plt.figure(figsize=(7, 1.2), layout="constrained")
-boxes = plt.bar(range(24), 1, width=1, color=([QUANTIZED] * 3 + [FLOAT] * 3) * 4, alpha=0.6, edgecolor="white")
+boxes = plt.bar(
+    range(24), 1, width=1, color=([QUANTIZED] * 3 + [FLOAT] * 3) * 4, alpha=0.6, edgecolor="white"
+)
 plt.bar_label(boxes, stream, label_type="center")
 plt.vlines([7.5, 15.5], 0, 1, color=ERROR, linewidth=3)
 plt.yticks([])
@@ -298,7 +334,9 @@ formats = {  # bits of a code, [(bits, shared by how many weights)]
     "MXFP4, blocks of 32, 8-bit scale": (4, [(8, 32)]),
     "NVFP4, blocks of 16, 8-bit scale": (4, [(8, 16)]),
 }
-true_bits = {name: code + sum(bits / among for bits, among in beside) for name, (code, beside) in formats.items()}
+# %%
+true_bits = {name: code + sum(bits / among for bits, among in beside)
+             for name, (code, beside) in formats.items()}
 for name, bits in true_bits.items():
     print(f"{bits:.4f} bits = float32 / {32 / bits:.2f} = float16 / {16 / bits:.2f}   {name}")
 eight, ours, *others = true_bits.values()
@@ -331,10 +369,14 @@ explorer
 # %% tags=["nbval-ignore-output"]
 of_row = {kind: (weight - four[kind].dequantize()).square().mean(1) for kind in ("tensor", "row")}
 uneven = {kind: round((e.max() / e.min()).item(), 1) for kind, e in of_row.items()}
-for kind, fits, bundled in (("tensor", uneven["tensor"] < 1.5, 1.2), ("row", uneven["row"] > 4, 8.2)):
-    found(fits, f"a scale a {kind}: the worst row has {uneven[kind]} times the error of the best (bundled: {bundled})")
+claims = ("tensor", uneven["tensor"] < 1.5, 1.2), ("row", uneven["row"] > 4, 8.2)
+for kind, fits, bundled in claims:
+    found(fits,
+          f"a scale a {kind}: the worst row has {uneven[kind]} times the error of the best "
+          f"(bundled: {bundled})")
 less = points["float32"][4, "128"][1] / points["float32"][5, "128"][1]
-found(3.5 < less < 5, f"one more bit divides the error of the output by {less:.1f} (the bundled model: 4.2)")
+found(3.5 < less < 5,
+      f"one more bit divides the error of the output by {less:.1f} (the bundled model: 4.2)")
 f"error of the worst row over the best: {uneven}"
 # %% [markdown]
 # ## 8. The whole model, weighed
@@ -360,7 +402,9 @@ def count_bytes(bits, group_size):
 rest = Counter()
 for name, p in model.named_parameters():
     if name.removesuffix(".weight") not in layers:
-        rest["embedding" if p.ndim == 2 else "norms"] += 2 * p.numel()  # biases count with the norms
+        rest["embedding" if p.ndim == 2 else "norms"] += (
+            2 * p.numel()
+        )  # biases count with the norms
 parts, weights = count_bytes(4, 128) + rest, sum(p.numel() for p in model.parameters())
 predicted = parts.total()
 assert predicted > weights / 2
@@ -385,18 +429,25 @@ on_disk = (folder / "four" / "quantized.safetensors").read_bytes()
 header = 8 + int.from_bytes(on_disk[:8], "little")  # the first 8 bytes say how long the header is
 stored = len(on_disk) - header
 assert stored >= predicted
-found(stored == predicted, f"the file's {stored:,} bytes beside the header are the {predicted:,} that we counted")
+found(stored == predicted,
+      f"the file's {stored:,} bytes beside the header are the {predicted:,} that we counted")
 loaded, _ = load_quantized(folder / "four")
 assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), new.parameters(), strict=True))
-f"{len(on_disk):,} bytes, {header:,} of them header: {2 * weights / len(on_disk):.2f} times smaller than in 16 bits"
+(f"{len(on_disk):,} bytes, {header:,} of them header: {2 * weights / len(on_disk):.2f} times "
+ "smaller than in 16 bits")
 # %% [markdown]
 # As counted, to the byte (unless 16 bits cannot hold what is not quantized: then it is saved in 32); and
 # loaded from these bytes alone, every weight is equal. Where do they sit?
 # %%
 linear = sum(weight_of(layer).numel() for layer in layers.values())
-models = {"16 bits": Counter({"linear weights": 2 * linear}), **{f"{bits} bits": count_bytes(bits, 128) for bits in (8, 4, 3)}}
+models = {
+    "16 bits": Counter({"linear weights": 2 * linear}),
+    **{f"{bits} bits": count_bytes(bits, 128) for bits in (8, 4, 3)},
+}
 places = ("linear weights", "scales", "zero points", "embedding", "norms")
-bars = {word: {place: (its + rest)[place] / 1e6 for place in places} for word, its in models.items()}
+bars = {
+    word: {place: (its + rest)[place] / 1e6 for place in places} for word, its in models.items()
+}
 plt.figure(figsize=(7, 2.6), layout="constrained")
 plot_bars(bars, ylabel="megabytes")
 plt.show()
@@ -411,15 +462,20 @@ f"the embedding is {shares[0]:.0%} of the 16-bit model and {shares[1]:.0%} of th
 # `new` holds rounded weights, as floats: it is *fake-quantized* (伪量化). How large is it, saved without its
 # codes?
 # %%
-guess = predict("The fake-quantized model's file, beside that in 16 bits, is ...", ["smaller", "as large", "larger"])
+guess = predict(
+    "The fake-quantized model's file, beside that in 16 bits, is ...",
+    ["smaller", "as large", "larger"],
+)
 # %%
 in_memory = [sum(p.numel() * p.element_size() for p in m.parameters()) for m in (model, new)]
 assert in_memory[0] == in_memory[1]
 fake = save_quantized(folder / "fake", new, {}, tokenizer)
 temporary.cleanup()
 larger = fake / 2 / weights
-found(larger > 1.5, f"the file is {larger:.2f} times as large as in 16 bits (the bundled model: 1.86)")
-print(f"in memory {in_memory[1] / in_memory[0]:.2f} of the float model, as a file {larger:.2f} of 16 bits")
+found(larger > 1.5,
+      f"the file is {larger:.2f} times as large as in 16 bits (the bundled model: 1.86)")
+print(f"in memory {in_memory[1] / in_memory[0]:.2f} of the float model, as a file {larger:.2f} of "
+      "16 bits")
 guess.reveal("larger" if larger > 1.05 else "as large")
 # %% [markdown]
 # Larger: scale × code does not fit into 16 bits without loss, so 32 are kept. (Cut to 16 bits it would be
@@ -439,26 +495,37 @@ tokens = token_stream(tokenizer, load_text("eval"))[: budget(model, 4096)]
 table = [ledger.measure(model, model, tokens, method="float")]
 
 def enter(rounded, qtensors, bits, group, method="rtn"):
-    table.append(ledger.measure(model, rounded, tokens, method=method, bits=bits, group=group, qtensors=qtensors))
+    table.append(
+        ledger.measure(
+            model, rounded, tokens, method=method, bits=bits, group=group, qtensors=qtensors
+        )
+    )
     ledger.append(table[-1])
-# %% tags=["nbval-ignore-output"]
-for bits, kind in tqdm([(4, "32"), (4, "128"), (4, "row"), (4, "tensor"), (3, "128"), (5, "row")], leave=False):
+
+jobs = (4, "32"), (4, "128"), (4, "row"), (4, "tensor"), (3, "128"), (5, "row")
+for bits, kind in tqdm(jobs, leave=False):
     enter(*nearest(bits, kinds[kind]), bits, kind)
 enter(*quantize_weights(model, clipped), 4, "tensor", "rtn clipped")
 ledger.Table(table)
 # %% tags=["nbval-ignore-output"]
 row = {(r.method, r.bits, r.group): r for r in table}
-order = [("rtn", 4, "32"), ("rtn", 4, "128"), ("rtn", 4, "row"), ("rtn", 4, "tensor"), ("rtn", 3, "128")]
-found(sorted(order, key=lambda key: row[key].kl) == order, "KL grows from groups of 32 to 128, row, tensor and 3 bits")
+kinds_in_order = (4, "32"), (4, "128"), (4, "row"), (4, "tensor"), (3, "128")
+order = [row["rtn", *key].kl for key in kinds_in_order]
+found(order == sorted(order), "KL grows from groups of 32 to 128, row, tensor and 3 bits")
 clip = row["rtn clipped", 4, "tensor"].kl / row["rtn", 4, "tensor"].kl
 found(clip < 0.5, f"the clip leaves {clip:.2f} of a tensor's KL (the bundled model: 0.35)")
 five, small = row["rtn", 5, "row"], row["rtn", 4, "32"]
 fifth = five.kl / small.kl
-found(fifth < 0.6, f"5 bits a row leave {fifth:.2f} of the KL of 4 bits in groups of 32 (the bundled model: 0.44)")
-found(five.bytes < small.bytes, f"5 bits a row ({five.bytes:,} bytes) take no more than those ({small.bytes:,})")
+found(fifth < 0.6,
+      f"5 bits a row leave {fifth:.2f} of the KL of 4 bits in groups of 32 (the bundled model: "
+      "0.44)")
+found(five.bytes < small.bytes,
+      f"5 bits a row ({five.bytes:,} bytes) take no more than those ({small.bytes:,})")
 halved = small.bytes - 2 * linear // 32  # two bytes less for each scale
-found(halved < 0.97 * five.bytes, "with 16-bit scales groups of 32 would take fewer bytes than 5 bits a row")
-f"with 16-bit scales, 4 bits in groups of 32 would be {1 - halved / five.bytes:.0%} smaller than 5 bits a row"
+found(halved < 0.97 * five.bytes,
+      "with 16-bit scales groups of 32 would take fewer bytes than 5 bits a row")
+(f"with 16-bit scales, 4 bits in groups of 32 would be {1 - halved / five.bytes:.0%} smaller than "
+ "5 bits a row")
 # %% [markdown]
 # The picture of section 3 for the whole model. **With float32 scales**, 5 bits a row take no more bytes
 # than 4 bits in groups of 32, and leave about half of the KL here; with 16-bit scales the small groups
@@ -474,9 +541,12 @@ def mixed_up(w):
     return replace(q, qparams=replace(q.qparams, scale=scale, zero_point=zero_point))
 
 wrong, its_qtensors = quantize_weights(model, mixed_up)
-bad = ledger.measure(model, wrong, tokens, method="mixed up", bits=4, group="128", qtensors=its_qtensors)
+bad = ledger.measure(
+    model, wrong, tokens, method="mixed up", bits=4, group="128", qtensors=its_qtensors
+)
 assert bad.bytes == row["rtn", 4, "128"].bytes
-found(bad.kl > 5 * row["rtn", 4, "tensor"].kl, f"KL ({bad.kl:.2f}) is more than 5 times that of a scale a tensor")
+found(bad.kl > 5 * row["rtn", 4, "tensor"].kl,
+      f"KL ({bad.kl:.2f}) is more than 5 times that of a scale a tensor")
 f"KL {bad.kl:.2f} instead of {row['rtn', 4, '128'].kl:.3f}"
 # %% [markdown]
 # It is far worse than the worst of them. So size and bits per weight are not enough: load what you saved, and
@@ -527,7 +597,8 @@ plt.axhline(1 / 16, color=FLOAT, linestyle="--")
 plt.xlabel("code; dashed: if all were used alike")
 plt.show()
 outer, inner = used[[0, 1, 2, 13, 14, 15]].sum().item(), used[5:11].sum().item()
-found(2 * outer < inner, f"the outer codes ({outer:.0%}) have less than half of those in the middle ({inner:.0%})")
+found(2 * outer < inner,
+      f"the outer codes ({outer:.0%}) have less than half of those in the middle ({inner:.0%})")
 f"the six outer codes: {outer:.0%} of the weights; the six in the middle: {inner:.0%}"
 # %% [markdown]
 # Most weights crowd into the middle, where they share few grid points. Why should the steps be equal?

@@ -25,7 +25,7 @@
 # ## 1. What broke
 # Notebook 03 ended with equal steps and unequally used codes. Here is the symmetric grid, 4 bits, groups of
 # 64.
-# %%
+# %% tags=["nbval-ignore-output"]
 import torch
 
 from quantlab import PerGroup, quantize_tensor
@@ -36,11 +36,12 @@ model, tokenizer = load_lm()
 layers = linear_layers(model)
 name = next(iter(layers_of_role(model, "gate")))
 weight = weight_of(layers[name]).contiguous()
-# %% tags=["nbval-ignore-output"]
+
 uniform = quantize_tensor(weight, bits=4, granularity=PerGroup(64), symmetric=True, signed=False)
 used = uniform.codes.flatten().int().bincount() / weight.numel()
 middle, outer = used[6:10].sum(), used[[0, 1, 14, 15]].sum()
-found(middle > 4 * outer, f"the 4 middle codes hold {middle / outer:.1f} times what the 4 outermost do")
+found(middle > 4 * outer,
+      f"the 4 middle codes hold {middle / outer:.1f} times what the 4 outermost do")
 f"{name}: the 4 middle codes hold {middle:.0%} of the weights, the 4 outermost {outer:.0%}"
 # %% [markdown]
 # Where most weights are the grid is no finer than elsewhere. So let us put the levels (量化级) where the
@@ -146,10 +147,11 @@ published = torch.tensor(  # by bitsandbytes
 nf4 = nf4_levels()
 assert (nf4 - published).abs().max() < 2e-7
 print(*[f"{v:.3f}" for v in nf4], sep="  ")
-# %%
+
 gaps, both = nf4.diff(), nf4[torch.isin(-nf4, nf4)].tolist()
 assert both == [-1.0, 0.0, 1.0]
-print(f"narrowest gap {gaps.min():.3f} (0 to {nf4[8]:.3f}), widest {gaps.max():.3f} (-1 to {nf4[1]:.3f})")
+print(f"narrowest gap {gaps.min():.3f} (0 to {nf4[8]:.3f}), widest {gaps.max():.3f} (-1 to "
+      f"{nf4[1]:.3f})")
 f"{gaps.max() / gaps.min():.1f} times; the negative is there for {both}"
 # %% [markdown]
 # So NF4 is neither "evenly spaced" nor "a 4-bit float": a code is a line number, and its bits say nothing
@@ -183,7 +185,10 @@ def decibels(levels, block_size=64):
 db = {size: decibels(nf4, size) for size in (16, 64, 256, weight.numel())}
 found(list(db.values()) == sorted(db.values(), reverse=True), "larger blocks have fewer dB")
 found(db[256] > db[weight.numel()] + 1, "the whole matrix has fewest by far")
-{("the matrix" if size == weight.numel() else size): f"{value:.2f} dB" for size, value in db.items()}
+{
+    ("the matrix" if size == weight.numel() else size): f"{value:.2f} dB"
+    for size, value in db.items()
+}
 # %% [markdown]
 # The largest of all weights is far out: divided by it the others crowd near 0, and the outer levels wait
 # for few. Small blocks are better and cost more: that is the next count.
@@ -206,9 +211,12 @@ check("4.3", my_bits)
 double = quantize_codebook(weight, nf4, double_quant=True)
 bits, cost = double.bits_per_element, db[64] - sqnr_db(weight, double.dequantize())
 blocks = -(-weight.numel() // 64)
-assert round(weight.numel() * (bits - 4)) == 8 * blocks + 32 * -(-blocks // 256) + 32  # absmax, scales, one mean
+assert (
+    round(weight.numel() * (bits - 4)) == 8 * blocks + 32 * -(-blocks // 256) + 32
+)  # absmax, scales, one mean
 found(abs(cost) < 0.05, f"double quantization costs {cost:.2f} dB")
-f"4.5 → {bits:.3f} bits: {1 - bits / 4.5:.0%} less for {cost:.4f} dB; absmax vary {absmax.std() / absmax.mean():.0%}"
+(f"4.5 → {bits:.3f} bits: {1 - bits / 4.5:.0%} less for {cost:.4f} dB; absmax vary "
+ f"{absmax.std() / absmax.mean():.0%}")
 # %% [markdown]
 # Next to nothing. The absmax resemble each other, so what is left after their mean is small, and 8 bits are
 # plenty.
@@ -234,7 +242,9 @@ def shares(q):
     return q.codes.flatten().int().bincount(minlength=16) / q.codes.numel()
 
 def entropy(shares):
-    return torch.special.entr(shares).sum().item() / math.log(2)  # entr(p) is −p ln p, and 0 for p = 0
+    return torch.special.entr(shares).sum().item() / math.log(
+        2
+    )  # entr(p) is −p ln p, and 0 for p = 0
 
 normal = torch.randn(4096 * 72, generator=torch.Generator().manual_seed(0))
 used = {size: shares(quantize_codebook(normal, nf4, block_size=size)) for size in (16, 64, 1024)}
@@ -243,11 +253,14 @@ bits = {size: round(entropy(p), 2) for size, p in used.items()}
 assert max(bits.values()) < 4
 assert list(bits.values()) == sorted(bits.values(), reverse=True)  # larger blocks, less entropy
 plt.figure(figsize=(7, 2.4))
-plot_bars({f"blocks of {size}": dict(enumerate(100 * p)) for size, p in used.items()}, ylabel="used by, %")
+plot_bars(
+    {f"blocks of {size}": dict(enumerate(100 * p)) for size, p in used.items()}, ylabel="used by, %"
+)
 plt.axhline(100 / 16, color="0.4", linestyle="--")
 plt.xlabel("code (dashed: all used alike)")
 plt.show()
-f"entropy {bits} bits; in blocks of 64, {used[64].min():.1%} to {used[64].max():.1%} of the values use a code"
+(f"entropy {bits} bits; in blocks of 64, {used[64].min():.1%} to {used[64].max():.1%} of the "
+ "values use a code")
 # %% [markdown]
 # Nearly alike in blocks of 16, no more in larger ones. The table cuts a normal distribution of
 # *fixed* width. After the division by absmax the width depends on the block: the more values it has, the
@@ -263,7 +276,8 @@ full = entropy(shares(quantize_codebook(weight, equal)))
 found(full > 3.99, f"the table uses its codes alike: {full:.2f} bits")
 less = db[64] - decibels(equal)
 found(less > 1, f"using every code alike costs {less:.1f} dB, more than one")
-print(f"levels {equal[0]:.2f} … {equal[-1]:.2f}: {full:.2f} bits, {less:.2f} dB below NF4's {db[64]:.2f}")
+print(f"levels {equal[0]:.2f} … {equal[-1]:.2f}: {full:.2f} bits, {less:.2f} dB below NF4's "
+      f"{db[64]:.2f}")
 guess.reveal("fewer" if less > 0 else "more")
 # %% [markdown]
 # Full entropy, and a much larger error. Entropy does not ask how far off a value is. With equal use no
@@ -285,8 +299,12 @@ def own_table(x):
 some = [weight_of(layer) for layer in list(layers.values())[:7]]
 tables = torch.stack([own_table(w) for w in some] + [own_table(normal)])
 plt.figure(figsize=(7, 2.2))
-plt.eventplot([*tables.numpy(), nf4.numpy()], linelengths=0.7, colors=[FLOAT] * len(some) + [ERROR, QUANTIZED])
-plt.yticks([len(some) // 2, len(some), len(some) + 1], [f"k-means, {len(some)} layers", "normal", "NF4"])
+plt.eventplot(
+    [*tables.numpy(), nf4.numpy()], linelengths=0.7, colors=[FLOAT] * len(some) + [ERROR, QUANTIZED]
+)
+plt.yticks(
+    [len(some) // 2, len(some), len(some) + 1], [f"k-means, {len(some)} layers", "normal", "NF4"]
+)
 plt.show()
 # %% tags=["nbval-ignore-output"]
 own = own_table(weight)
@@ -315,12 +333,16 @@ from types import SimpleNamespace
 def int4(x, size, symmetric):  # in blocks over the flattened x, as the tables have them
     q = quantize_tensor(x.flatten(), bits=4, granularity=PerGroup(size), symmetric=symmetric)
     back = q.dequantize().view(x.shape)
-    return SimpleNamespace(bits_per_element=q.bits_per_element, nbytes=q.nbytes, dequantize=lambda: back)
+    return SimpleNamespace(
+        bits_per_element=q.bits_per_element, nbytes=q.nbytes, dequantize=lambda: back
+    )
 
 def lead(x, size, rival):  # how many dB NF4 is above INT4 of the same true bits
     table = quantize_codebook(x, nf4, block_size=size)
     grid = int4(x, size, True) if rival == "symmetric" else int4(x, size * 9 // 8, False)
-    assert abs(table.bits_per_element - grid.bits_per_element) < 40 / x.numel()  # the last block may be short
+    assert (
+        abs(table.bits_per_element - grid.bits_per_element) < 40 / x.numel()
+    )  # the last block may be short
     return sqnr_db(x, table.dequantize()) - sqnr_db(x, grid.dequantize())
 # %% tags=["nbval-ignore-output"]
 from quantlab.exercises.material import student_t
@@ -345,7 +367,10 @@ assert abs(at["normal"][64]) < 0.3  # a tie
 assert at["t, ν = 5"][64] > 0.3  # heavy tails: no tie any more
 least = min(min(curve) for curve in leads["symmetric"].values())
 found(least > 0, f"NF4 is ahead of absmax / 7.5 everywhere, by {least:.2f} dB at least")
-{key: "  ".join(f"{size}: {curve[size]:+.2f} dB" for size in (16, 32, 64, 1024)) for key, curve in at.items()}
+{
+    key: "  ".join(f"{size}: {curve[size]:+.2f} dB" for size in (16, 32, 64, 1024))
+    for key, curve in at.items()
+}
 # %% [markdown]
 # Against absmax / 7.5 NF4 wins throughout. Against the asymmetric grid, at the same bits, it *loses* in small
 # blocks, ties at 64, and wins in large ones; heavy tails move the crossing to smaller blocks. The layer does
@@ -360,10 +385,13 @@ def signed_extreme(x, size):
     return sqnr_db(blocks, (blocks / scale).round().clamp(-8, 7) * scale)
 
 def lead_of_nf4(x, size):
-    return sqnr_db(x, quantize_codebook(x, nf4, block_size=size).dequantize()) - signed_extreme(x, size)
+    return sqnr_db(x, quantize_codebook(x, nf4, block_size=size).dequantize()) - signed_extreme(
+        x, size
+    )
 
 signed = {key: {size: lead_of_nf4(x, size) for size in (16, 32, 64)} for key, x in data.items()}
-found(signed["the layer"][32] < 0, "with the signed extreme INT4 beats NF4 in blocks of 32 of the layer")
+found(signed["the layer"][32] < 0,
+      "with the signed extreme INT4 beats NF4 in blocks of 32 of the layer")
 assert max(signed["normal"][16], signed["normal"][32]) < 0
 {key: {size: f"{value:+.2f} dB" for size, value in row.items()} for key, row in signed.items()}
 # %% [markdown]
@@ -406,7 +434,9 @@ explore_codebook(weight, capture_inputs(model, tokens, [name])[name])
 from quantlab.explorers.codebook import compare_tables
 
 tailed, small = student_t(3, 4096 * 9, seed=0), compare_tables(weight, 16)
-near, far, odd = [compare_tables(x, size) for x, size in ((normal, 1024), (tailed, 1024), (tailed, 16))]
+near, far, odd = [
+    compare_tables(x, size) for x, size in ((normal, 1024), (tailed, 1024), (tailed, 16))
+]
 behind = [near["NF4"] - near["FP4"], far["NF4"] - far["FP4"]]
 idle = shares(quantize_codebook(weight, nf4, block_size=4096))[[0, 1, 14, 15]].max()
 found(max(small, key=small.get) == "INT4 asymmetric", "in blocks of 16 the asymmetric grid leads")
@@ -433,10 +463,15 @@ from tqdm.auto import tqdm
 from quantlab import ledger
 from quantlab.lm import quantize_weights
 
-tokens, rows = token_stream(tokenizer, load_text("eval"))[:budget(model, 4096)], {}  # of a large model fewer
+tokens, rows = (
+    token_stream(tokenizer, load_text("eval"))[: budget(model, 4096)],
+    {},
+)  # of a large model fewer
 for (method, group), maker in tqdm(makers.items(), leave=False):
     new, packed = quantize_weights(model, maker)
-    rows[method] = ledger.measure(model, new, tokens, method=method, bits=4, group=group, qtensors=packed)
+    rows[method] = ledger.measure(
+        model, new, tokens, method=method, bits=4, group=group, qtensors=packed
+    )
     ledger.append(rows[method])
 ledger.Table(list(rows.values()))
 # %% tags=["nbval-ignore-output"]
@@ -446,7 +481,8 @@ found(kl["nf4"] < kl["int4 sym"] - margin, "NF4 beats the symmetric grid")
 for key in ("nf4 double", "int4 asym"):
     found(abs(kl["nf4"] - kl[key]) < margin, f"{key} is like NF4")
 low, *_, high = sorted(row.perplexity for row in rows.values())
-found(low > high - rows["nf4"].perplexity_error, "the perplexities differ by less than an error bar")
+found(low > high - rows["nf4"].perplexity_error,
+      "the perplexities differ by less than an error bar")
 # %% [markdown]
 # Read the KL column. On the bundled model NF4 beats the symmetric grid by far more than the error bar;
 # against the asymmetric one at the same bits there is no winner at this block size; the layers' own tables
@@ -466,7 +502,8 @@ def shuffled(weight):
 broken, packed = quantize_weights(model, shuffled)
 bad = ledger.measure(model, broken, tokens, method="shuffled", bits=4, group="64", qtensors=packed)
 assert bad.bytes == rows["nf4"].bytes
-found(bad.kl > 5 * kl["nf4"], f"scales dealt to the wrong blocks cost {bad.kl / kl['nf4']:.1f} times the KL")
+found(bad.kl > 5 * kl["nf4"],
+      f"scales dealt to the wrong blocks cost {bad.kl / kl['nf4']:.1f} times the KL")
 f"KL {bad.kl:.2f} instead of {kl['nf4']:.3f}, with the same bytes, codes and scales"
 # %% [markdown]
 # ## 10. Myth: "NF4 is a quantization method"
@@ -481,7 +518,9 @@ blocks, tries = weight.flatten()[:weight.numel() // 64 * 64].view(-1, 64), []
 for factor in torch.linspace(0.75, 1.1, 11):
     scale = factor * blocks.abs().amax(1, keepdim=True)
     tries.append(nf4[nearest_level(blocks / scale, nf4).int()] * scale)
-errors = torch.stack([(back - blocks).square().sum(1) for back in tries])  # of each try, for each block
+errors = torch.stack(
+    [(back - blocks).square().sum(1) for back in tries]
+)  # of each try, for each block
 more = 10 * math.log10(blocks.square().sum() / errors.amin(0).sum()) - db[64]
 found(more > gain, "searched scales are worth more than a table of one's own")
 f"scales searched: {more:.2f} dB more than NF4 by absmax;  own table: {gain:.2f} dB more"

@@ -30,8 +30,17 @@
 import torch
 
 from quantlab.checks import check, found, hint, solution
-from quantlab.lm import (budget, capture_inputs, layers_of_role, linear_layers, load_lm, load_text, longest_context,
-                         token_stream, weight_of)
+from quantlab.lm import (
+    budget,
+    capture_inputs,
+    layers_of_role,
+    linear_layers,
+    load_lm,
+    load_text,
+    longest_context,
+    token_stream,
+    weight_of,
+)
 
 model, tokenizer = load_lm()
 text = token_stream(tokenizer, load_text("calibration"))
@@ -47,7 +56,8 @@ def int8(x):
 
 for name, x in (("weight", weight), ("inputs", inputs)):
     spread, dead = x.abs().max() / x.abs().median(), ((int8(x) == 0) & (x != 0)).float().mean()
-    print(f"{name}: largest {spread:.0f} × median, {sqnr_db(x, int8(x)):.1f} dB, {dead:.0%} became 0")
+    print(f"{name}: largest {spread:.0f} × median, {sqnr_db(x, int8(x)):.1f} dB, {dead:.0%} became "
+          "0")
 ahead = sqnr_db(weight, int8(weight)) - sqnr_db(inputs, int8(inputs))
 found(ahead > 12, f"the weight is {ahead:.0f} dB ahead of the inputs, over twelve")
 # %% [markdown]
@@ -110,15 +120,18 @@ from quantlab import BF16, FP4_E2M1, FP6_E2M3, FP6_E3M2, FP8_E5M2, FP16
 
 print("         bits     largest   smallest normal   subnormal   numbers from 1 to below 2")
 for f in (FP16, BF16, FP8_E4M3, FP8_E5M2, FP6_E2M3, FP6_E3M2, FP4_E2M1):
-    print(f"{f.name:9}{f.bits:4}{f.largest:12.5g}{f.smallest_normal:18.3g}{f.smallest_subnormal:12.3g}"
-          f"{2**f.mantissa_bits:14}")
-# %%
+    sizes = f"{f.largest:12.5g}{f.smallest_normal:18.3g}{f.smallest_subnormal:12.3g}"
+    print(f"{f.name:9}{f.bits:4}{sizes}{2**f.mantissa_bits:14}")
+
 import matplotlib.pyplot as plt
 
 from quantlab.floats import values
 
 formats = {"FP8 E4M3": FP8_E4M3, "FP6 E3M2": FP6_E3M2, "FP6 E2M3": FP6_E2M3, "FP4 E2M1": FP4_E2M1}
-lines = {**{name: values(f) / f.largest for name, f in formats.items()}, "INT4": torch.arange(-8, 8) / 8}
+lines = {
+    **{name: values(f) / f.largest for name, f in formats.items()},
+    "INT4": torch.arange(-8, 8) / 8,
+}
 fig, ax = plt.subplots(figsize=(7, 2.6), layout="constrained")
 ax.eventplot(list(lines.values()), linelengths=0.7, linewidths=0.8)
 ax.set(yticks=range(5), yticklabels=lines, xlabel="number / largest number of the format")
@@ -178,8 +191,15 @@ for fmt in (FP8_E4M3, FP8_E5M2):
 bits = torch.randint(-(2**31), 2**31, (10**6,), generator=torch.Generator().manual_seed(0))
 every = bits.to(torch.int32).view(torch.float32)
 every = every[every.isfinite() & (every.abs() <= 448)]
-casts = {FP16: torch.float16, BF16: torch.bfloat16, FP8_E4M3: torch.float8_e4m3fn, FP8_E5M2: torch.float8_e5m2}
-assert all(torch.equal(round_to(every, fmt), every.to(dtype).float()) for fmt, dtype in casts.items())
+casts = {
+    FP16: torch.float16,
+    BF16: torch.bfloat16,
+    FP8_E4M3: torch.float8_e4m3fn,
+    FP8_E5M2: torch.float8_e5m2,
+}
+assert all(
+    torch.equal(round_to(every, fmt), every.to(dtype).float()) for fmt, dtype in casts.items()
+)
 # %% [markdown]
 # ## 5. Relative against absolute error
 # How does the *relative* error |x̂ − x|/|x| depend on |x|, for a float and for an integer grid? And how does
@@ -188,7 +208,9 @@ assert all(torch.equal(round_to(every, fmt), every.to(dtype).float()) for fmt, d
 from quantlab import predictions
 from quantlab.predictions import predict
 
-guess = predict("With one mantissa bit less, a float's relative error ...", ["halves", "stays", "doubles"])
+guess = predict(
+    "With one mantissa bit less, a float's relative error ...", ["halves", "stays", "doubles"]
+)
 # %%
 from quantlab.plots import CLIPPED, plot_curves
 
@@ -217,7 +239,8 @@ def scaled(x, fmt):
     scale = x.abs().max() / fmt.largest
     return round_to(x / scale, fmt) * scale
 
-rounders = {"INT8": int8, "FP8 E4M3": lambda x: scaled(x, FP8_E4M3), "FP8 E5M2": lambda x: scaled(x, FP8_E5M2)}
+e4m3, e5m2 = (lambda x, f=f: scaled(x, f) for f in (FP8_E4M3, FP8_E5M2))
+rounders = {"INT8": int8, "FP8 E4M3": e4m3, "FP8 E5M2": e5m2}
 normal, size = torch.randn(2, 100_000, generator=torch.Generator().manual_seed(0))
 data = [normal * torch.exp2(s * size) for s in (0, 0.25, 0.5, 0.75, 1, 1.5, 2, 2.5, 3)]
 spread = [(x.abs().max() / x.abs().median()).item() for x in data]
@@ -227,7 +250,9 @@ assert ahead[0] > 6  # INT8 leads on narrow data
 assert ahead[-1] < -6  # and is far behind on wide data
 curves = {name: (spread, decibels) for name, decibels in db.items()}
 plt.figure(figsize=(7, 2.8), layout="constrained")
-plot_curves(curves, log="x", xlabel="spread: largest / median magnitude", ylabel="signal to noise, dB")
+plot_curves(
+    curves, log="x", xlabel="spread: largest / median magnitude", ylabel="signal to noise, dB"
+)
 plt.show()
 # %% [markdown]
 # E4M3 gives about the same decibels whatever the data; INT8 starts far above it and ends far below. "FP8 is
@@ -269,7 +294,10 @@ explorer
 from quantlab.explorers.floats import custom_format
 
 splits = {f"E{e}M{7 - e}": custom_format(e, 7 - e) for e in range(1, 7)}
-db = {name: [round(sqnr_db(x, scaled(x, f)), 1) for x in (weight, inputs)] for name, f in splits.items()}
+db = {
+    name: [round(sqnr_db(x, scaled(x, f)), 1) for x in (weight, inputs)]
+    for name, f in splits.items()
+}
 best = [max(db, key=lambda name: db[name][i]) for i in (0, 1)]
 found(best == ["E2M5", "E3M4"], f"{best[0]} is best for the weight, {best[1]} for the inputs")
 db
@@ -331,21 +359,30 @@ def int4(size):
 def nf4(size, double):
     return lambda x: quantize_codebook(x, nf4_levels(), block_size=size, double_quant=double)
 
-schemes = {"MXFP4": lambda x: mx_quantize(x, FP4_E2M1), "NF4 dq, 32": nf4(32, True),
-           "INT4, 128": int4(128), "NVFP4": nvfp4_quantize, "NF4, 64": nf4(64, False), "INT4, 72": int4(72)}
+schemes = {
+    "MXFP4": lambda x: mx_quantize(x, FP4_E2M1),
+    "NF4 dq, 32": nf4(32, True),
+    "INT4, 128": int4(128),
+    "NVFP4": nvfp4_quantize,
+    "NF4, 64": nf4(64, False),
+    "INT4, 72": int4(72),
+}
 # %% tags=["nbval-ignore-output"]
 bits, db = {}, {}
 for name, f in schemes.items():
     bits[name] = f(weight).bits_per_element
     db[name] = [sqnr_db(x, f(x).dequantize()) for x in (weight, inputs)]
-    print(f"{name:11}{bits[name]:.2f} bits  weight {db[name][0]:.1f} dB  inputs {db[name][1]:.1f} dB")
+    print(f"{name:11}{bits[name]:.2f} bits  weight {db[name][0]:.1f} dB  inputs {db[name][1]:.1f} "
+          "dB")
 found(db["INT4, 128"][0] > db["MXFP4"][0] + 0.5, "INT4 beats MXFP4 on the weight")
 found(db["INT4, 128"][1] < db["MXFP4"][1] - 0.5, "MXFP4 beats INT4 on the inputs")
 for i, what in enumerate(("weight", "inputs")):
     others = max(db["MXFP4"][i], db["INT4, 128"][i])
-    found(db["NF4 dq, 32"][i] > others, f"at 4.25 bits NF4, double-quantized, is best on the {what}")
+    found(db["NF4 dq, 32"][i] > others,
+          f"at 4.25 bits NF4, double-quantized, is best on the {what}")
     rivals = max(db["NF4, 64"][i], db["INT4, 72"][i])
-    found(db["NVFP4"][i] > rivals - 1, f"at 4.5 bits NVFP4 is best, or within a decibel, on the {what}")
+    found(db["NVFP4"][i] > rivals - 1,
+          f"at 4.5 bits NVFP4 is best, or within a decibel, on the {what}")
 found(db["NVFP4"][1] > db["NF4 dq, 32"][1], "NVFP4 is best of all on the inputs")
 # %% [markdown]
 # On the bundled model, at about 4.25 bits, plain INT4 beats MXFP4 on the weight and loses to it on the inputs.
@@ -373,13 +410,19 @@ from tqdm.auto import tqdm
 from quantlab import ledger
 from quantlab.lm import quantize_weights
 
-tokens, rows = token_stream(tokenizer, load_text("eval"))[:budget(model, 4096)], {}  # of a large model fewer
+tokens, rows = (
+    token_stream(tokenizer, load_text("eval"))[: budget(model, 4096)],
+    {},
+)  # of a large model fewer
 for (method, b, group), recipe in tqdm(recipes.items(), leave=False):
     new, packed = quantize_weights(model, recipe)
-    rows[method] = ledger.measure(model, new, tokens, method=method, bits=b, group=group, qtensors=packed)
+    rows[method] = ledger.measure(
+        model, new, tokens, method=method, bits=b, group=group, qtensors=packed
+    )
     ledger.append(rows[method])
 found(0 == rows["bf16"].kl, "BF16 costs nothing, since the file holds nothing finer")
-found(rows["fp8 e4m3"].kl < rows["mxfp8"].kl, "at 8 bits one scale for the matrix beats one for each block")
+found(rows["fp8 e4m3"].kl < rows["mxfp8"].kl,
+      "at 8 bits one scale for the matrix beats one for each block")
 part = rows["nvfp4"].kl / rows["mxfp4"].kl
 found(0.5 < part < 0.8, f"NVFP4 leaves {part:.2f} of MXFP4's KL, about two thirds")
 ledger.Table(list(rows.values()))
@@ -398,12 +441,18 @@ from quantlab.lm import divergence
 bias_8 = FloatFormat("E4M3 with bias 8", 4, 3, 8, "nan")
 suspects = {"no scale": lambda w: stored(round_to(w, FP8_E4M3), w.numel()),
             "bias off by one": lambda w: stored(decode(encode(w, FP8_E4M3), bias_8), w.numel())}
-kl = {name: divergence(model, quantize_weights(model, f)[0], tokens).kl for name, f in suspects.items()}
+kl = {
+    name: divergence(model, quantize_weights(model, f)[0], tokens).kl
+    for name, f in suspects.items()
+}
 zeros = (round_to(weight / 2**8, FP8_E4M3) == 0).float().mean()
 found(kl["no scale"] < 1.3 * rows["fp8 e4m3"].kl, "leaving out the scale does no harm")
 found(kl["bias off by one"] > 20 * rows["fp8 e4m3"].kl, "the wrong bias wrecks the model")
 found(zeros > 0.9, "nearly all of the weight / 2⁸ becomes 0")
-print({name: round(value, 4) for name, value in kl.items()}, f"weight / 2⁸, no scale: {zeros:.1%} became 0")
+print(
+    {name: round(value, 4) for name, value in kl.items()},
+    f"weight / 2⁸, no scale: {zeros:.1%} became 0",
+)
 # %% [markdown]
 # The wrong bias halves every weight, and the model is wrecked, as it must be. The missing scale does *no*
 # harm: these weights lie inside E4M3's range by luck of their size. That is a float's convenience, and its
@@ -419,7 +468,11 @@ print({name: round(value, 4) for name, value in kl.items()}, f"weight / 2⁸, no
 # - **backward** computes the whole gradient, going from the loss back through the computation.
 # - A **step** moves each weight a little *against* its gradient. The *learning rate* says how much.
 # %%
-guess = predict("The gradient of w₀ is negative. Which way does a step move w₀?", ["up", "down", "not at all"])
+from quantlab.plots import ERROR, QUANTIZED
+
+guess = predict(
+    "The gradient of w₀ is negative. Which way does a step move w₀?", ["up", "down", "not at all"]
+)
 # %%
 px, py = torch.tensor([-1.0, 0.0, 1.0]), torch.tensor([0.0, 1.0, 2.0])  # three points: y = 1 + x
 
@@ -432,7 +485,8 @@ loss.backward()  # puts the gradient into w.grad
 nudged = loss_at(torch.tensor([0.001, 0.0])) - loss  # the same by hand: w₀ a thousandth larger
 assert abs(nudged / 0.001 - w.grad[0]) < 0.01
 w_new = w.detach() - 0.3 * w.grad  # one step
-print(f"loss {loss:.3f}, gradient {[round(g, 2) for g in w.grad.tolist()]}, then w = {w_new.tolist()}")
+print(f"loss {loss:.3f}, gradient {[round(g, 2) for g in w.grad.tolist()]}, then w = "
+      f"{w_new.tolist()}")
 guess.reveal("up" if w_new[0] > 0 else "down")
 # %% [markdown]
 # Enlarge w₀ by a thousandth, and the loss falls by two thousandths: that is what a gradient of −2 says.
@@ -446,7 +500,7 @@ for _ in range(8):
     loss_at(w).backward()
     optimizer.step()
     path.append(w.tolist())
-# %%
+
 a, b = torch.meshgrid(torch.linspace(-0.3, 1.7, 60), torch.linspace(-0.3, 1.7, 60), indexing="xy")
 height = torch.stack([(a + b * x - y).square() for x, y in zip(px, py, strict=True)]).mean(0)
 fig, ax = plt.subplots(figsize=(4, 3.2), layout="constrained")
@@ -472,7 +526,7 @@ f"after eight steps w = ({w[0]:.3f}, {w[1]:.3f}), loss {loss_at(w):.4f}"
 # output. (By torch's casts, which section 4 found equal to `round_to`.)
 # %%
 def backward(model, ids, dtype=torch.float32, k=0):
-    """Gradients of 2^k × loss, each rounded to dtype: of the layers' outputs, and (over 2^k) of the weights."""
+    """Gradients of 2^k × loss, rounded: of the layers' outputs, and (over 2^k) of the weights."""
     flowing = []
     def on_its_way(_module, gradients):
         flowing.append(gradients[0].to(dtype).float())
@@ -492,13 +546,17 @@ length = min(512, longest_context(model), budget(model, 512, least=128))
 ids = text[:2 * length].view(2, length)
 flowing, of_weights = backward(model, ids)  # the first to flow are those of the logits
 curves = {}
-for name, some in {"logits": flowing[:1], "between layers": flowing[1:], "weights": of_weights}.items():
+groups = {"logits": flowing[:1], "between layers": flowing[1:], "weights": of_weights}
+for name, some in groups.items():
     g = flat(some)[flat(some) != 0]
     lost = (g.half() == 0).float().mean()
-    found(lost > (0.8 if name == "logits" else 0.01), f"of the gradients of {name} {lost:.1%} become 0 in FP16")
+    found(lost > (0.8 if name == "logits" else 0.01),
+          f"of the gradients of {name} {lost:.1%} become 0 in FP16")
     kept = g.bfloat16().count_nonzero() / len(g)
     found(kept > 0.9999, f"BF16 keeps {kept:.2%} of them")
-    curves[f"{name}: {lost:.1%} become 0"] = (range(-55, 0), torch.histc(g.abs().log2(), 55, -55, 0) / len(g))
+    counts = torch.histc(g.abs().log2(), 55, -55, 0)
+    curves[f"{name}: {lost:.1%} become 0"] = range(-55, 0), counts / len(g)
+# %% tags=["nbval-ignore-output"]
 plt.figure(figsize=(7, 2.8), layout="constrained")
 ax = plot_curves(curves, xlabel="log₂ |gradient|   (shaded: 0 in FP16)", ylabel="share")
 ax.axvspan(-55, -25, color=CLIPPED, alpha=0.3)
@@ -533,7 +591,8 @@ found(fp16[0] < 0.02, f"in ours they are {fp16[0]:.1%} error")
 found(fp16[0] > 5 * best, f"at k = 12 they are {best:.3%} error, far less again")
 found(not math.isfinite(fp16[21]), "at k = 21 the largest gradient is infinite")
 assert math.isclose(bf16[-12], bf16[21], rel_tol=0.01)  # powers of two shift nothing in BF16
-found(3 * best < bf16[-12], f"BF16's error is {bf16[-12] / best:.1f} times that of a well-scaled FP16, over three")
+found(3 * best < bf16[-12],
+      f"BF16's error is {bf16[-12] / best:.1f} times that of a well-scaled FP16, over three")
 # %% tags=["nbval-ignore-output"]
 curves = {"FP16": (list(fp16), list(fp16.values())), "BF16": (list(bf16), list(bf16.values()))}
 plt.figure(figsize=(7, 2.8), layout="constrained")
@@ -559,7 +618,9 @@ check("5.4", my_loss_scale)
 # %% tags=["nbval-ignore-output"]
 largest = flat([*flowing, *of_weights]).abs().max().item()
 edge = math.floor(math.log2(FP16.largest / largest))
-assert math.isfinite(harm(torch.float16, edge - 1))  # one short of it, since rounding on the way may add a little
+assert math.isfinite(
+    harm(torch.float16, edge - 1)
+)  # one short of it, since rounding on the way may add a little
 assert not math.isfinite(harm(torch.float16, edge + 2))
 f"largest gradient 2^{math.log2(largest):.1f}, so k = {edge} is the last, or its neighbour"
 # %% [markdown]
@@ -598,7 +659,8 @@ before = perplexity(model, tokens[:budget(model, 2048)]).value
 gain = {name: before - value for name, value in after.items()}
 found(gain["FP16"] < 0.3 * gain["float32"], "without a loss scale FP16 gains next to nothing")
 close = [gain[name] / gain["float32"] for name in ("FP16, loss × 2¹⁶", "BF16")]
-found(all(abs(ratio - 1) < 0.1 for ratio in close), "with it FP16 ends where float32 does, and BF16 without")
+found(all(abs(ratio - 1) < 0.1 for ratio in close),
+      "with it FP16 ends where float32 does, and BF16 without")
 print(f"before {before:.1f}; after", {name: round(value, 1) for name, value in after.items()})
 guess.reveal(max(after, key=after.get))
 # %% [markdown]
@@ -629,10 +691,13 @@ check("5.5", my_exponents)
 # We now have several ways to store a weight in about 4.5 bits, and have judged them by decibels. What does
 # the model say?
 # %% tags=["nbval-ignore-output"]
-verdicts = {name: divergence(model, quantize_weights(model, f)[0], tokens) for name, f in schemes.items()}
+verdicts = {
+    name: divergence(model, quantize_weights(model, f)[0], tokens) for name, f in schemes.items()
+}
 for name in sorted(verdicts, key=lambda name: -db[name][0]):
     d = verdicts[name]
-    print(f"{name:11}{bits[name]:.2f} bits  weight {db[name][0]:.1f} dB  KL {d.kl:.4f} ± {d.stderr:.4f}")
+    print(f"{name:11}{bits[name]:.2f} bits  weight {db[name][0]:.1f} dB  KL {d.kl:.4f} ± "
+          f"{d.stderr:.4f}")
 near = [verdicts[name].kl for name in ("NF4, 64", "INT4, 72", "NVFP4")]
 found(max(near) < 1.2 * min(near), "the three at 4.5 bits are within a fifth of each other in KL")
 found(max(near) < verdicts["MXFP4"].kl, "MXFP4 is further away than any of them")
@@ -648,6 +713,8 @@ found(max(near) < verdicts["MXFP4"].kl, "MXFP4 is further away than any of them"
 # - FP16 gradients underflow in large batches; a loss scale moves them into range. BF16 needs none.
 # - To train: loss, backward, step. A step goes against the gradient.
 #
-# The last cell says how often you were right. Next: [06 Measuring a language model](06_measuring_a_language_model.ipynb).
+# The last cell says how often you were right.
+#
+# Next: [06 Measuring a language model](06_measuring_a_language_model.ipynb).
 # %%
 predictions.score()
