@@ -115,7 +115,7 @@ def my_split(x, scale, zero_point, qmin, qmax):
     raise NotImplementedError  # return rounding, clipping
 # %%
 check("2.1", my_split)
-# %%
+
 from quantlab import split_error  # the same from the library
 
 rounding, clipping = split_error(many, narrow)
@@ -282,12 +282,12 @@ changed, {m: f"weight of the first of 64 batches: {(1 - m) ** 63:.1%}" for m in 
 # *other* text: the relative squared error of the input, ‖X̂ − X‖²/‖X‖², and of what the layer **makes** of
 # it, ‖X̂Wᵀ − XWᵀ‖²/‖XWᵀ‖². (‖A‖² is the sum of the squares of all numbers in A; the weights stay in float.)
 # **Predict** the best and the worst of each case.
-# %%
+# %% tags=["nbval-ignore-output"]
 def errors(x, weight, bounds, bits):
     x_hat = fake_quantize(x, choose_qparams(*bounds, qmin=0, qmax=2**bits - 1))
     pairs = (x, x_hat), (x @ weight.T, x_hat @ weight.T)
     return [mse(a, b) / a.square().mean().item() for a, b in pairs]
-# %% tags=["nbval-ignore-output"]
+
 X, Y = seen[down][: n // 2], seen[q][: n // 2]
 loud_first = Y[Y.abs().amax(1).argsort(descending=True)]
 cases = {

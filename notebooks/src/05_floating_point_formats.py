@@ -101,7 +101,7 @@ def my_decode(sign, exponent, mantissa):
     raise NotImplementedError
 # %%
 check("5.1", my_decode)
-# %%
+
 from quantlab.floats import FP8_E4M3, decode, encode
 
 codes = torch.arange(256, dtype=torch.uint8)
@@ -331,7 +331,7 @@ def my_mxfp4(block):
     raise NotImplementedError  # return exponent, values
 # %%
 check("5.3", my_mxfp4)
-# %%
+
 from quantlab import mx_quantize, nvfp4_quantize
 
 q = mx_quantize(block, FP4_E2M1)
@@ -613,9 +613,9 @@ f"k = −12: {fp16[-12]:.0%}, k = 0: {fp16[0]:.1%}, k = 12: {best:.3%}; BF16 {bf
 # %% tags=["exercise"]
 def my_loss_scale(grads):
     raise NotImplementedError
-# %%
-check("5.4", my_loss_scale)
 # %% tags=["nbval-ignore-output"]
+check("5.4", my_loss_scale)
+
 largest = flat([*flowing, *of_weights]).abs().max().item()
 edge = math.floor(math.log2(FP16.largest / largest))
 assert math.isfinite(
