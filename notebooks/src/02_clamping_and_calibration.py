@@ -552,7 +552,7 @@ jobs += [(source, key) for source in list(sources)[1:] for key in ("min-max", "M
 ranges, kl, test = {}, {}, tokens["eval"][: budget(model, 4096)]
 for job in tqdm(jobs, desc="whole model", leave=False):
     ranges[job] = {name: watch(observers(8)[job[1]], x) for name, x in inputs[job[0]].items()}
-    d = divergence(model, with_rounded_inputs(ranges[job]), test)
+    d = divergence(model, with_rounded_inputs(ranges[job]), test[: budget(model, 2048)])
     kl[job] = d.kl
     print(f"{job[0]:17} {job[1]:15} KL {d.kl:.4f} ± {d.stderr:.4f}   same top token {d.top1:.1%}")
 # %% tags=["nbval-ignore-output"]

@@ -386,9 +386,9 @@ for i, what in enumerate(("weight", "inputs")):
 found(db["NVFP4"][1] > db["NF4 dq, 32"][1], "NVFP4 is best of all on the inputs")
 # %% [markdown]
 # On the bundled model, at about 4.25 bits, plain INT4 beats MXFP4 on the weight and loses to it on the inputs.
-# NF4 beats both when its scales are quantized too, which pays for blocks of 32. At 4.5 bits three formats are
-# within a decibel on the weight. On the inputs small blocks win, since they keep an outlier to themselves:
-# NVFP4, with blocks of 16, leads. "Four bits" is not one thing.
+# NF4 beats both when its scales are quantized too, which pays for blocks of 32: on the weight it is then ahead
+# even of the three at 4.5 bits, which are within a decibel of each other. On the inputs small blocks win,
+# since they keep an outlier to themselves: NVFP4, with blocks of 16, leads. "Four bits" is not one thing.
 #
 # ## 8. The whole model
 # One row for each format. The weights in the file are BF16 already; **predict** the KL of the first row,
