@@ -5,7 +5,7 @@ In reading order; each imports only from the lines above its own (tests/test_imp
     foundation   arguments files selftest                        what the others ask of arguments and files
     torch        modules                                         linear layers, hooks, modes
     the map      affine packing                                  reals to integer codes, codes to bytes
-    blocks       blocks levels quantized metrics                 who shares a scale; tables of levels; the protocol
+    blocks       blocks levels quantized metrics kv_codes        who shares a scale; tables of levels; the protocol
     tensors      granularity floats codebook_fast                rounding to nearest; small floats
     choosing     codebook clipping observers                     NF4; which range, from data or without
     inputs       hessian                                         what a layer's output loses, without its inputs
@@ -15,7 +15,7 @@ In reading order; each imports only from the lines above its own (tests/test_imp
     outliers     outliers
     methods      methods                                         one object for each way to quantize a model
     models       lm                                              load, measure, walk, save
-    beyond       mixed ledger train                              bits by layer; the table; training
+    beyond       mixed ledger train kv                           bits by layer; the table; training; the cache of keys
     doors        qat sweep                                       public names of training; many ways side by side
 
 Beside the lines: plain (slow definitions of what is fast elsewhere), plots, explorers (what is dragged), exercises and
