@@ -19,17 +19,19 @@ from test_lm import random_model
 from torch import Tensor, nn
 
 import quantlab as ql
-from quantlab import awq, floats, gptq, ledger, linear, lm, methods, mixed, outliers, qat, storage
+from quantlab import awq, floats, gptq, kv, ledger, linear, lm, methods, mixed, outliers, qat, storage
 from quantlab.clipping import quantize_clipped
 from quantlab.granularity import code_range
 
 ROOT = Path(ql.__file__).resolve().parent
 ROOMS = ("", "floats", "metrics", "clipping", "gptq", "awq", "linear", "outliers", "methods", "mixed", "qat", "storage")
-ROOMS += ("lm", "ledger", "levels")
+ROOMS += ("lm", "ledger", "levels", "kv")
 # Public names that are no doors, and why.
 RECORDS = {"Sensitivity", "Allocation", "Search", "Factor", "SplitError", "Divergence", "LayerReport", "Perplexity"}
 RECORDS |= {"QuantizeReport", "Row", "Latency", "Table", "PerTensor"}  # results, or nothing to ask
 PARTS = {
+    "Chunks",
+    "KVLayer",
     "QTensor",
     "CodebookTensor",
     "ScaledQTensor",
@@ -43,6 +45,7 @@ BEHIND |= {
     "longest_context",
     "read_parts",
     "dynamic_levels",
+    "Stored",
     "nf4_levels",
     "computes_otherwise",
     "row_of",
@@ -209,6 +212,13 @@ def good_calls(folder: Path) -> dict:
         "latency": (ledger.latency, {"reference": model(), "model": new, "tokens": tokens(), "rounds": 2}),
         "append": (ledger.append, {"row": entry, "path": folder / "ledger.csv"}),
         "read": (ledger.read, {"path": folder / "ledger.csv"}),
+        "quantize_kv": (kv.quantize_kv, {"x": x(1, 2, 16, 8), "bits": 4, "per": "channel", "group_size": 8}),
+        "KVCache": (kv.KVCache, {"group_size": 8, "recent": 0, "sinks": 4}),
+        "KVModel": (lambda model, **options: kv.KVModel(model, **options)(tokens()[None]).logits,
+                    {"model": model(), "chunk": 16, "key_bits": 2, "group_size": 8}),
+        "filled": (kv.KVCache.filled, {"past": model()(tokens()[None]).past_key_values, "key_bits": 2}),
+        "update": (lambda key_states, value_states, layer_idx: kv.KVCache().update(key_states, value_states, layer_idx),
+                   {"key_states": x(1, 2, 40, 8), "value_states": x(1, 2, 40, 8), "layer_idx": 0}),
         "compare": (ledger.compare, {"row": entry, "other": ledger.measure(model(), new, method="rtn", **reads)}),
     }  # fmt: skip
 
