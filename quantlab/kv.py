@@ -198,4 +198,5 @@ class KVModel(nn.Module):
 
 
 def _check_bits(bits, name: str) -> int:
-    return 16 if bits == 16 else check_int(bits, name, 2, 8)
+    bits = check_int(bits, name)
+    return bits if bits == 16 else check_int(bits, name, 2, 8)

@@ -217,8 +217,8 @@ def good_calls(folder: Path) -> dict:
         "KVModel": (lambda model, **options: kv.KVModel(model, **options)(tokens()[None]).logits,
                     {"model": model(), "chunk": 16, "key_bits": 2, "group_size": 8}),
         "filled": (kv.KVCache.filled, {"past": model()(tokens()[None]).past_key_values, "key_bits": 2}),
-        "update": (lambda key_states, value_states, layer_idx: kv.KVCache().update(key_states, value_states, layer_idx),
-                   {"key_states": x(1, 2, 40, 8), "value_states": x(1, 2, 40, 8), "layer_idx": 0}),
+        "update": (lambda keys, values: kv.KVCache().update(keys, values, 0),
+                   {"keys": x(1, 2, 40, 8), "values": x(1, 2, 40, 8)}),
         "compare": (ledger.compare, {"row": entry, "other": ledger.measure(model(), new, method="rtn", **reads)}),
     }  # fmt: skip
 
