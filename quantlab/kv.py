@@ -25,9 +25,21 @@ class Stored:
         self.bits, self.per, self.group_size, self.recent, self.sinks = bits, per, group_size, recent, sinks
         self.first = self.middle = self.last = None
 
+    def check(self, x: Tensor) -> None:
+        """ValueError unless x can be stored beside what is."""
+        self.as_kept(x)
+        if self.last is not None and len(x) != len(self.last):
+            raise ValueError(f"the cache holds {len(self.last)} texts, got {len(x)}; a new batch needs a new KVCache")
+        if self.last is not None and (x.shape[1], x.shape[3]) != (self.last.shape[1], self.last.shape[3]):
+            shapes = tuple(self.last.shape), tuple(x.shape)
+            raise ValueError(f"heads and channels must stay, (batch, heads, tokens, channels) {shapes[0]}, {shapes[1]}")
+
+    def as_kept(self, x: Tensor) -> Tensor:
+        return x.detach() if self.bits == 16 else to_half(x.detach())
+
     def append(self, x: Tensor) -> None:
         """Store what follows; chunks of which no token is among the most recent ones go into a few bits."""
-        x = x.detach() if self.bits == 16 else to_half(x.detach())
+        x = self.as_kept(x)
         if self.last is None:
             self.first = self.last = x[:, :, :0].clone()
         window = torch.cat([self.last, x], 2)
@@ -75,7 +87,7 @@ class KVLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """(keys, values) for attention: the past as it is stored, and the new ones as they came; then stores these."""
-        self._check_batch(key_states)
+        key_states, value_states = self._check(key_states, value_states)
         whole = []
         for stored, new in ((self.keys, key_states), (self.values, value_states)):
             whole.append(torch.cat([stored.read(new.dtype), new], 2) if stored.tokens else new.contiguous())
@@ -126,10 +138,14 @@ class KVLayer(CacheLayerMixin):
         for stored in (self.keys, self.values) if self.is_initialized else ():
             stored.change(how)
 
-    def _check_batch(self, new: Tensor) -> None:
-        if self.is_initialized and len(new) != len(self.keys.last):
-            held, got = len(self.keys.last), len(new)
-            raise ValueError(f"the cache holds {held} texts, got keys of {got}; a new batch needs a new KVCache")
+    def _check(self, keys: Tensor, values: Tensor) -> list[Tensor]:
+        """Both, before either is stored."""
+        states = [check_states(keys, "key_states"), check_states(values, "value_states")]
+        if states[0].shape[:3] != states[1].shape[:3]:
+            raise ValueError(f"keys and values must belong together, got {tuple(keys.shape)} and {tuple(values.shape)}")
+        for stored, new in zip((self.keys, self.values), states, strict=True):
+            stored.check(new)
+        return states
 
 
 class KVCache(Cache):
@@ -156,11 +172,13 @@ class KVCache(Cache):
         super().__init__(layer_class_to_replicate=partial(KVLayer, key, value))
 
     @classmethod
-    def filled(cls, past: Cache, **settings) -> "KVCache":
-        """A new cache with the keys and values that a float cache (DynamicCache) holds, which stays as it is."""
-        cache = cls(**settings)
-        for index, layer in enumerate(check_kind(past, "past", Cache).layers):
-            cache.update(check_states(layer.keys, "keys"), check_states(layer.values, "values"), index)
+    def filled(cls, past: Cache, *, tokens: int | None = None, **settings) -> "KVCache":
+        """A new cache with what a float cache (DynamicCache) holds of the first `tokens`, or of all; past stays."""
+        cache, most = cls(**settings), check_kind(past, "past", Cache).get_seq_length()
+        count = most if tokens is None else check_int(tokens, "tokens", 1, most)
+        for index, layer in enumerate(past.layers):
+            states = (check_states(layer.keys, "keys"), check_states(layer.values, "values"))
+            cache.update(*(x[:, :, :count] for x in states), index)
         return cache
 
     @property

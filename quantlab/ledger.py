@@ -16,7 +16,6 @@ from quantlab.lm import QuantizeReport, divergence, model_bytes, perplexity
 from quantlab.lm.measuring import checked_windows
 from quantlab.lm.report import left_in_float, left_in_float_note
 
-
 LATER = {"left_in_float", "cache_bytes"}  # columns that the first ledgers have not
 
 

@@ -220,13 +220,29 @@ def test_rows_move_exactly(change, index):
 
 def test_a_batch_of_another_size_is_refused():
     cache = filled()
-    with pytest.raises(ValueError, match="holds 3 texts, got keys of 2; a new batch needs a new KVCache"):
+    with pytest.raises(ValueError, match="holds 3 texts, got 2; a new batch needs a new KVCache"):
         cache.update(states(2, 2, 1, 6), states(2, 2, 1, 6), 0)
     assert cache.get_seq_length() == 29
     cache.reset()
     assert (cache.get_seq_length(), cache.nbytes) == (0, 0)
     cache.update(states(2, 2, 1, 6), states(2, 2, 1, 6), 0)
     assert cache.get_seq_length() == 1
+
+
+def test_what_is_refused_leaves_the_cache_as_it_was():
+    """Good keys with bad values, too: neither is stored."""
+    cache, good = filled(), states(3, 2, 9, 6)
+    before = contents(cache)
+    for keys, values, rule in (
+        (good, good * math.nan, "value_states must be finite"),
+        (good, good * 1e6, "must fit into float16"),
+        (good, good[:, :, :8], "must belong together"),
+        (good[:, :1], good[:, :1], "heads and channels must stay"),
+        (good.long(), good, "key_states must be floating point"),
+    ):
+        with pytest.raises(ValueError, match=rule):
+            cache.update(keys, values, 1)
+    assert all(torch.equal(a, b) for a, b in zip(contents(cache), before, strict=True))
 
 
 def test_crop_forgets_what_is_in_float_and_refuses_the_rest():
@@ -267,6 +283,10 @@ def test_filled_takes_a_float_cache_and_leaves_it():
     assert all(torch.equal(a, b) for a, b in zip(contents(cache), contents(fresh), strict=True))
     assert torch.equal(past.layers[1].keys, keys)
     assert isinstance(cache.layers[0], KVLayer)
+    some = contents(KVCache.filled(past, tokens=17, **WHOLE))
+    assert torch.equal(some[2], keys[:, :, :17])
+    with pytest.raises(ValueError, match="tokens must be 1..40, got 41"):
+        KVCache.filled(past, tokens=41)
 
 
 @pytest.mark.parametrize(
