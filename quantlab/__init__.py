@@ -16,7 +16,7 @@ In reading order; each imports only from the lines above its own (tests/test_imp
     methods      methods                                         one object for each way to quantize a model
     models       lm                                              load, measure, walk, save
     beyond       mixed ledger train kv                           bits by layer; the table; training; the cache of keys
-    doors        qat sweep                                       public names of training; many ways side by side
+    doors        qat sweep kv_measuring                          public names of training; many ways side by side
 
 Beside the lines: plain (slow definitions of what is fast elsewhere), plots, explorers (what is dragged), exercises,
 judging and checks (what is answered), predictions (what is guessed first).

@@ -13,6 +13,8 @@ from transformers import DynamicCache
 
 from quantlab import ledger, lm
 from quantlab.kv import KVCache, KVLayer, KVModel, Stored, quantize_kv
+from quantlab.kv_measuring import attention_queries, kv_divergences
+from quantlab.metrics import kl_per_position
 from quantlab.packing import unpack
 
 WHOLE = {"key_bits": 16, "value_bits": 16}
@@ -355,3 +357,34 @@ def test_a_story_is_written_with_a_cache_of_few_bits():
     story = lm.generate(model, tokenizer, "Once upon a time", tokens=60)
     assert lm.generate(KVModel(model, **WHOLE), tokenizer, "Once upon a time", tokens=60) == story
     assert len(lm.generate(KVModel(model, **SMALL), tokenizer, "Once upon a time", tokens=60)) > 40
+
+
+def test_one_prefill_serves_all_settings():
+    """By hand: each cache is filled from the same past, and the rest is read with it."""
+    model, tokens = random_model("llama"), random_tokens(60)
+    past = model(tokens[None, :40]).past_key_values
+    found = kv_divergences(model, past, tokens[32:50], {"few": SMALL, "same": WHOLE}, tokens=32, chunk=5)
+    assert found["same"].kl == 0
+    assert found["same"].top1 == 1
+    logits = []
+    for settings_ in (WHOLE, SMALL):
+        cache = KVCache.filled(past, tokens=32, **settings_)
+        with torch.no_grad():
+            parts = [model(p[None], past_key_values=cache).logits[0] for p in tokens[32:50].split(5)]
+        logits.append(torch.cat(parts))
+    kl = kl_per_position(*logits)
+    assert found["few"].kl == pytest.approx(kl.mean().item(), rel=1e-3)
+    assert found["few"].stderr == pytest.approx(kl.std().item() / 18**0.5, rel=1e-3)
+    assert past.get_seq_length() == 40
+
+
+def test_queries_and_keys_give_the_models_attention():
+    model, tokens = random_model("llama", attn_implementation="sdpa"), random_tokens(20)
+    queries = attention_queries(model, tokens)
+    keys = model(tokens[None]).past_key_values.layers[1].keys[0].repeat_interleave(2, 0)
+    scores = (queries[1] @ keys.transpose(1, 2) / 6**0.5).masked_fill(torch.ones(20, 20).triu(1).bool(), -math.inf)
+    model.set_attn_implementation("eager")
+    wanted = model(tokens[None], output_attentions=True).attentions[1][0]
+    torch.testing.assert_close(scores.softmax(-1), wanted, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="does not compute attention by"):
+        attention_queries(made("mpt"), random_tokens(20, VOCABULARY))
