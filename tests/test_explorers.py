@@ -133,7 +133,23 @@ def ranks():
     return [row(r) for r in (0, 1, 4)]
 
 
+def head():
+    """Keys with two loud channels, values without, and a query; 80 tokens of 24 channels."""
+    random = seeded()
+    keys, values_, query = (torch.randn(*shape, generator=random) for shape in ((80, 24), (80, 24), (24,)))
+    keys[:, [3, 11]] += torch.tensor([9.0, -14.0])
+    return keys, values_, 2 * query
+
+
+def caches():
+    """Made-up KLs that fall by 4 for each bit of the keys and by 3 for each of the values."""
+    settings = [(k, v, sinks) for k in (8, 4, 2) for v in (8, 4, 2) for sinks in (0, 4)]
+    return {(k, v, sinks): (4.0**-k + 0.3 * 3.0**-v) / (1 + sinks) for k, v, sinks in settings}
+
+
 EXPLORERS = {
+    "kv": lambda: ex.explore_kv(*head()[:2]),
+    "cache": lambda: ex.explore_cache(head()[2], head()[0], caches(), recent=8),
     "rank": lambda: ex.explore_rank(ranks()),
     "budget": lambda: ex.explore_budget(sensitivity()),
     "affine": lambda: ex.explore_affine(values()),
@@ -1078,3 +1094,59 @@ def test_rank_0_is_no_update_and_bad_results_are_refused():
     for rows in ([], [*ranks(), *ranks()], ranks()[:1] + [ranks()[1] | {"updates": {}}]):
         with pytest.raises(ValueError, match="need one result for each rank"):
             ex.explore_rank(rows)
+
+
+# --- the cache of keys and values -------------------------------------------------------------------------------
+
+
+def rounded_by_loops(x, bits, per):
+    """Chunks of 32 tokens: each channel's range, or each token's over its channels."""
+    out = x.clone()
+    for start in range(0, len(x), 32):
+        chunk = x[start : start + 32]
+        for i in range(chunk.shape[per == "channel"]):
+            line = chunk[:, i] if per == "channel" else chunk[i]
+            step = (line.max() - line.min()) / (2**bits - 1)
+            new = line.min() + step * torch.round((line - line.min()) / step)
+            out[start : start + 32][(slice(None), i) if per == "channel" else i] = new
+    return out
+
+
+@pytest.mark.parametrize("per", ["channel", "token"])
+def test_kv_shows_the_numbers_and_their_errors(per):
+    keys, values_, _ = head()
+    for what, x in (("keys", keys[:64]), ("values", values_[:64])):  # whole chunks
+        explorer = put(ex.explore_kv(keys, values_), what=what, per=per, bits=3)
+        wanted = rounded_by_loops(x, 3, per)
+        numbers, error = (explorer.ax.figure.axes[i].images[0].get_array() for i in (0, 1))
+        np.testing.assert_allclose(numbers, x / x.abs().max(), atol=1e-6)
+        np.testing.assert_allclose(error, (wanted - x) / x.abs().max(), atol=5e-3)  # ranges are float16 there
+        shows(explorer, f"{relative(wanted, x):.2%}"[:3], f"{3 + (1 if per == 'channel' else 32 / 24):.2f} true bits")
+
+
+def test_cache_shows_the_attention_of_rounded_keys():
+    keys, _, query = head()
+    explorer = put(ex.explore_cache(query, keys, caches(), recent=8), **{"key bits": 2, "first in float": 4})
+    stored = torch.cat([keys[:4], rounded_by_loops(keys[4:68], 2, "channel"), keys[68:]])
+    lines = {line.get_label(): torch.as_tensor(line.get_ydata()) for line in explorer.ax.lines}
+    attention = [(k @ query / 24**0.5).softmax(0) for k in (keys, stored)]
+    torch.testing.assert_close(lines["in float"], attention[0])
+    torch.testing.assert_close(lines["keys in few bits"], attention[1], rtol=0.1, atol=1e-3)
+    moved = (attention[1] - attention[0]).abs().sum().item() / 2
+    told = float(re.search(r"([\d.]+)% of this row", explorer.numbers())[1]) / 100
+    assert told == pytest.approx(moved, abs=0.01)
+
+
+def test_cache_shows_the_measured_kl():
+    kl = caches()
+    explorer = put(ex.explore_cache(head()[2], head()[0], kl), **{"key bits": 4, "value bits": 2, "first in float": 4})
+    shows(explorer, f"KL {kl[4, 2, 4]:.4f}")
+    table = axes(explorer, 1).images[0].get_array()
+    np.testing.assert_allclose(table, [[kl[k, v, 4] for v in (8, 4, 2)] for k in (8, 4, 2)])
+    ring = axes(explorer, 1).lines[-1]
+    assert [v[0] for v in ring.get_data()] == [2, 1]
+
+
+def test_too_few_tokens_are_refused():
+    with pytest.raises(ValueError, match="at least 32 tokens"):
+        ex.explore_kv(*(x[:31] for x in head()[:2]))
