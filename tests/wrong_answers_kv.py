@@ -82,6 +82,6 @@ WRONG = {
         (lambda table, budget: least(table, budget, lambda bits: table[bits][1]), "the least KL"),
         (lambda table, budget: least(table, budget, sum), "fewest bits"),
         (lambda table, budget: min(table, key=lambda bits: table[bits][0]), "over the budget"),
-        (lambda table, budget: min(s for s, kl in table.values() if kl <= budget), "was expected"),
+        (lambda table, budget: min(s for s, kl in table.values() if kl <= budget), "Give the bits"),
     ],
 }
