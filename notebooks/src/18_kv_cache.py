@@ -25,6 +25,7 @@
 # %%
 import matplotlib.pyplot as plt
 import torch
+from transformers import DynamicCache
 
 from quantlab.checks import check, found, hint, solution
 from quantlab.lm import budget, chosen_model, generate, load_lm, load_text, longest_context, token_stream
@@ -34,7 +35,7 @@ torch.set_grad_enabled(False)
 model, tokenizer = load_lm()
 context = min(longest_context(model), 512)
 text = token_stream(tokenizer, load_text("eval"))[:context]
-past = model(text[None], use_cache=True).past_key_values
+past = model(text[None], past_key_values=DynamicCache()).past_key_values
 layers, (_, heads, _, channels) = len(past.layers), past.layers[0].keys.shape
 f"{layers} layers, each with keys and values of {heads} heads × {context} tokens × {channels} channels"
 # %% [markdown]
@@ -77,12 +78,12 @@ equal = {name: round(weights / 2 / cache_bytes(*shape, 1)) for name, (*shape, we
 equal | {"70 billion, each of 8 readers": equal["70 billion"] // 8}
 # %% [markdown]
 # About a hundred thousand tokens weigh as much as the 70 billion weights: one long document, or eight readers with
-# 13,000 each. SmolLM2 is there at 1,459 tokens, well within the 8,192 that it reads. And a token that is written
+# 13,000 each. SmolLM2 is there at 2,919 tokens, well within the 8,192 that it reads. And a token that is written
 # reads *all* of it again, so it costs time as well. The cache is small for one reader of a short text, and
-# only then. (Check the numbers of this paragraph against the cell above.)
+# only then.
 # %%
 assert 100_000 < equal["70 billion"] < 110_000
-assert equal["SmolLM2-135M"] == 1459
+assert equal["SmolLM2-135M"] == 2919
 assert equal["70 billion"] // 8 > 13_000
 # %% [markdown]
 # ## 2. By hand: four tokens, two channels
@@ -125,9 +126,8 @@ def my_round_channels(keys, bits):
 # %%
 check("18.2", my_round_channels)
 # %% [markdown]
-# The library does it for chunks of tokens, in packed codes, with step and minimum in float16: that is a quarter
-# of a bit, twice, for each number in groups of 32 … is it? **Predict** the true bits of 2-bit codes in groups
-# of 32.
+# The library does it for chunks of tokens, in packed codes, with a step and a minimum in float16 for each group.
+# **Predict** the true bits of 2-bit codes in groups of 32.
 # %%
 from quantlab.kv import quantize_kv
 
@@ -143,7 +143,7 @@ f"{8 * q.nbytes / chunk.numel()} bits a number: 2 for the code, {8 * q.scale.nby
 # One head of the real model; each row is a token. **Predict:** in which of the two do you see upright stripes?
 # Then choose *values*; then the other range. Which picture of errors is stripes, which is noise?
 # %% tags=["nbval-ignore-output"]
-from quantlab.explorers import explore_cache, explore_kv
+from quantlab.explorers import explore_kv
 
 middle = past.layers[layers // 2]
 explore_kv(middle.keys[0, 0], middle.values[0, 0])
@@ -182,8 +182,9 @@ found(0.8 < of_values["channel"] / of_values["token"] < 1.2, "values: the two ar
 # tokens stay in float, as those that attention asks for most, and since a group of 32 must first be
 # full. Everything before is packed codes. (Liu et al. 2024 call this recipe KIVI.)
 #
-# **Predict:** at 16 bits, are the logits the float cache's, or only nearly?
-# %%
+# **Predict:** at 16 bits, are the logits the float cache's, or only nearly? And at 2 bits, those of the prompt
+# itself, which is read in one go?
+# %% tags=["nbval-ignore-output"]
 from quantlab.kv import KVCache
 
 def read(cache, ids=text[None, :96]):
@@ -209,7 +210,7 @@ check("18.3", my_stream)
 # %% [markdown]
 # A long story, written with caches of 2 bits. **Predict:** which one still tells a story, the one that has its keys
 # per channel or the one per token?
-# %%
+# %% tags=["nbval-ignore-output"]
 from quantlab.kv import KVModel
 
 start, count = "Once upon a time", min(budget(model, 300, least=48), context - 20)
@@ -228,7 +229,12 @@ for way, setting in ways.items():
 # the model reads on with it, 32 tokens at a time, so that nobody sees more than 32 unrounded neighbours beyond
 # the recent ones.
 #
-# **Predict** two ratios of KL: keys per channel over keys per token; values per token over values per channel.
+# Of the keys you have a picture; and the values, whose errors were alike?
+# %%
+from quantlab.predictions import predict
+
+guess = predict("2-bit values in this model: which range has the smaller KL?",
+                ["per token", "per channel", "alike"])
 # %% tags=["nbval-ignore-output"]
 from quantlab.kv_measuring import attention_queries, kv_divergences
 
@@ -246,7 +252,9 @@ keys_ratio = parts["keys per channel"].kl / parts["keys per token"].kl
 values_ratio = parts["values per token"].kl / parts["values per channel"].kl
 found(keys_ratio < 0.5, f"keys: per channel has {keys_ratio:.2f} times the KL of per token")
 found(0.8 < values_ratio < 2.5, f"values: per token has {values_ratio:.2f} times the KL of per channel")
-f"keys {keys_ratio:.2f}, values {values_ratio:.2f}"
+came = "per channel" if values_ratio > 1.1 else "per token" if values_ratio < 0.9 else "alike"
+print(guess.reveal(came))
+f"KL of per channel over per token: keys {keys_ratio:.2f}, values {1 / values_ratio:.2f}"
 # %% [markdown]
 # The keys are as their picture promised. The values are *not* as the books say: in the bundled model the
 # advised axis, per token, is the slightly worse one. Is the advice wrong? We ask a model that people use.
@@ -274,8 +282,9 @@ if larger:
 # ## 6. The first token
 # Attention is a softmax: its weights sum to 1, also for a head that has found nothing. Where does it put them
 # then? We add up, for each layer, the attention that the first token gets from tokens 64 to 255.
-#
-# **Predict** for both models: a hundredth, as for any token, a tenth, or half?
+# %%
+guess = predict("How much of a layer's attention can the first token get in SmolLM2?",
+                ["a hundredth", "a tenth", "half or more"])
 # %% tags=["nbval-ignore-output"]
 def on_the_first(model, tokens, past):
     shares = []
@@ -299,7 +308,9 @@ plt.show()
 found(max(shares["this model"]) < 0.1, "the first token gets little attention, at most "
       f"{max(shares['this model']):.1%} in a layer")
 if larger:
-    found(max(shares["SmolLM2"]) > 0.4, f"in SmolLM2 it gets up to {max(shares['SmolLM2']):.0%} in a layer")
+    most = max(shares["SmolLM2"])
+    found(most > 0.4, f"in SmolLM2 the first token gets up to {most:.0%} in a layer")
+    print(guess.reveal("half or more" if most > 0.3 else "a tenth" if most > 0.03 else "a hundredth"))
 {name: f"{max(share):.1%} at most" for name, share in shares.items()}
 # %% [markdown]
 # In SmolLM2 half of all attention goes to the first token, whatever it is: a **sink** (Xiao et al. 2023), where a
@@ -344,10 +355,11 @@ if larger:
 # %% [markdown]
 # ### The control
 # Four tokens in float: is it that they are the *first*, or would any four do? With values per token nobody shares
-# a range, so we can put back whichever we like. **Predict** the KL with tokens 100 to 103 in float.
+# a range, so we can put back whichever we like.
+# %%
+guess = predict("How much of the KL is left with tokens 100 to 103 in float?",
+                ["all", "half", "next to nothing"])
 # %% tags=["nbval-ignore-output"]
-from transformers import DynamicCache
-
 from quantlab import kl_divergence
 
 def put_back(past, start, keep):  # values of 2 bits, but for the tokens to keep
@@ -366,6 +378,8 @@ logits = {name: net(ids[None, start:start + 32], past_key_values=put_back(cache,
 control = {name: kl_divergence(logits["nothing rounded"], logits[name]) for name in list(reads)[1:]}
 found(control["100 to 103"] > 0.8 * control["none"], "any other four tokens give nothing back: "
       f"{control['100 to 103'] / control['none']:.2f} of the KL is left")
+left = control["100 to 103"] / control["none"]
+print(guess.reveal("all" if left > 0.75 else "half" if left > 0.25 else "next to nothing"))
 {f"tokens {name} in float": round(kl, 4) for name, kl in control.items()}
 # %% [markdown]
 # Any other four do nothing. The first are special since the model's attention makes them so.
@@ -436,6 +450,8 @@ found(last["keys 8"].kl < 0.01 * last["keys 2"].kl, "8 bits cost next to nothing
 # **Predict:** at which key bits does the attention row leave the grey one? Do value bits move it at all? Which column
 # of the table is cheap?
 # %% tags=["nbval-ignore-output"]
+from quantlab.explorers import explore_cache
+
 grid = {(k, v, sinks): {"key_bits": k, "value_bits": v, "sinks": sinks}
         for k in (8, 4, 3, 2) for v in (8, 4, 3, 2) for sinks in (0, 4)}
 measured = kv_divergences(model, past, following, grid, tokens=before)

@@ -30,16 +30,15 @@ def explore_kv(keys: Tensor, values: Tensor, *, bits: int = 2) -> Explorer:
         "bits": widgets.IntSlider(bits, 2, 8, description="bits"),
     }
     fig, (left, right) = figure(columns=2, height=3.6)
-    fig.subplots_adjust(left=0.07, right=0.97, top=0.9, bottom=0.14, wspace=0.14)
-    shape = both["keys"].shape
-    images = [
-        ax.imshow(np.zeros(shape), aspect="auto", interpolation="nearest", cmap=cmap, vmin=-1, vmax=1)
-        for ax, cmap in ((left, "RdBu_r"), (right, "PuOr"))
-    ]
-    left.set(title="the numbers", xlabel="channel", ylabel="token")
-    right.set(title="what rounding adds to them", xlabel="channel")
-    for ax, image in zip((left, right), images, strict=True):
-        fig.colorbar(image, ax=ax, fraction=0.05, pad=0.02, label="of the largest number")
+    fig.subplots_adjust(left=0.07, right=0.96, top=0.9, bottom=0.14, wspace=0.3)
+    images = []
+    for ax, cmap, most in ((left, "RdBu_r", 1.0), (right, "PuOr", 0.3)):
+        blank = np.zeros(both["keys"].shape)
+        images.append(ax.imshow(blank, aspect="auto", interpolation="nearest", cmap=cmap, vmin=-most, vmax=most))
+        fig.colorbar(images[-1], ax=ax, fraction=0.05, pad=0.03, ticks=[-most, 0, most])
+        ax.set(xlabel="channel", ylabel="token")
+    left.set(title="over the largest number")
+    right.set(title="what rounding adds (same unit)")
 
     def update(what, per, bits) -> str:
         x = both[what]
