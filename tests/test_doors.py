@@ -19,13 +19,13 @@ from test_lm import random_model
 from torch import Tensor, nn
 
 import quantlab as ql
-from quantlab import awq, floats, gptq, kv, ledger, linear, lm, methods, mixed, outliers, qat, storage
+from quantlab import awq, floats, gptq, kv, kv_measuring, ledger, linear, lm, methods, mixed, outliers, qat, storage
 from quantlab.clipping import quantize_clipped
 from quantlab.granularity import code_range
 
 ROOT = Path(ql.__file__).resolve().parent
 ROOMS = ("", "floats", "metrics", "clipping", "gptq", "awq", "linear", "outliers", "methods", "mixed", "qat", "storage")
-ROOMS += ("lm", "ledger", "levels", "kv")
+ROOMS += ("lm", "ledger", "levels", "kv", "kv_measuring")
 # Public names that are no doors, and why.
 RECORDS = {"Sensitivity", "Allocation", "Search", "Factor", "SplitError", "Divergence", "LayerReport", "Perplexity"}
 RECORDS |= {"QuantizeReport", "Row", "Latency", "Table", "PerTensor"}  # results, or nothing to ask
@@ -109,6 +109,7 @@ def good_calls(folder: Path) -> dict:
     storage.save_tensors(folder / "x", {"x": real})
     lm.save_quantized(folder / "m", new, report.qtensors)
     trained = qat.prepare_qat(model(), bits=4, group_size=8)
+    past = model()(tokens()[None]).past_key_values
     return {
         "QParams": (ql.QParams, {"scale": qp.scale, "zero_point": qp.zero_point, "qmin": -8, "qmax": 7}),
         "choose_qparams": (ql.choose_qparams, {"min_val": -edge, "max_val": edge, "qmin": 0, "qmax": 15}),
@@ -216,9 +217,17 @@ def good_calls(folder: Path) -> dict:
         "KVCache": (kv.KVCache, {"group_size": 8, "recent": 0, "sinks": 4}),
         "KVModel": (lambda model, **options: kv.KVModel(model, **options)(tokens()[None]).logits,
                     {"model": model(), "chunk": 16, "key_bits": 2, "group_size": 8}),
-        "filled": (kv.KVCache.filled, {"past": model()(tokens()[None]).past_key_values, "key_bits": 2}),
+        "filled": (kv.KVCache.filled, {"past": past, "tokens": 8, "key_bits": 2}),
         "update": (lambda keys, values: kv.KVCache().update(keys, values, 0),
                    {"keys": x(1, 2, 40, 8), "values": x(1, 2, 40, 8)}),
+        "kv_divergences": (kv_measuring.kv_divergences, {"model": model(), "past": past, "following": tokens()[:20],
+                                                         "settings": {"a": {"key_bits": 2}}, "tokens": 36, "chunk": 8}),
+        "attention_queries": (kv_measuring.attention_queries, {"model": model(), "tokens": tokens()}),
+        "attention_on_first": (kv_measuring.attention_on_first,
+                               {"model": model(), "tokens": tokens(), "past": past, "start": 10, "stop": 30}),
+        "value_lengths": (kv_measuring.value_lengths, {"past": past}),
+        "rounding_errors": (kv_measuring.rounding_errors, {"past": past, "bits": 3}),
+        "keys_before_rope": (kv_measuring.keys_before_rope, {"model": model(), "tokens": tokens(), "past": past}),
         "compare": (ledger.compare, {"row": entry, "other": ledger.measure(model(), new, method="rtn", **reads)}),
     }  # fmt: skip
 

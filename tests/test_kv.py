@@ -2,6 +2,8 @@
 
 import copy
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,11 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_families import FAMILIES, VOCABULARY, made
 from test_lm import random_model, random_tokens
-from transformers import DynamicCache
+from transformers import DynamicCache, QuantizedCache
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from quantlab import ledger, lm
 from quantlab.kv import KVCache, KVLayer, KVModel, Stored, quantize_kv
-from quantlab.kv_measuring import attention_queries, kv_divergences
+from quantlab.kv_measuring import (
+    attention_on_first,
+    attention_queries,
+    keys_before_rope,
+    kv_divergences,
+    rounding_errors,
+    value_lengths,
+)
 from quantlab.metrics import kl_per_position
 from quantlab.packing import unpack
 
@@ -388,3 +398,78 @@ def test_queries_and_keys_give_the_models_attention():
     torch.testing.assert_close(scores.softmax(-1), wanted, rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match="does not compute attention by"):
         attention_queries(made("mpt"), random_tokens(20, VOCABULARY))
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    model, tokenizer = lm.load_lm(str(lm.DATA / "model"))
+    tokens = lm.token_stream(tokenizer, lm.load_text("eval"))[:100]
+    return model, tokens, model(tokens[None]).past_key_values
+
+
+def test_attention_on_the_first_token(bundled):
+    model, tokens, past = bundled
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    attentions = eager(tokens[None, :60], output_attentions=True).attentions
+    wanted = [layer[0, :, 20:60, 0].mean().item() for layer in attentions]
+    assert attention_on_first(model, tokens, past, start=20, stop=60) == pytest.approx(wanted, rel=1e-3)
+    with pytest.raises(ValueError, match="stop must be 2..100, got 101"):
+        attention_on_first(model, tokens, past, stop=101)
+
+
+def test_errors_and_lengths_by_hand(bundled):
+    _, _, past = bundled
+    wanted, lengths = 0.0, torch.zeros(100)
+    for layer in past.layers:
+        x = layer.keys[:, :, :96]
+        wanted += relative(slow(x, 2, "token", 32)[1], x) / len(past.layers)
+        for head in layer.values[0]:
+            lengths += head.norm(dim=1) / layer.values[0].norm(dim=-1).mean() / 4 / len(past.layers)
+    assert rounding_errors(past)["per token"]["keys"] == pytest.approx(wanted, rel=1e-3)
+    assert value_lengths(past) == pytest.approx(lengths.tolist(), rel=1e-4)
+
+
+def relative(x_hat, x):
+    return ((x_hat - x).square().sum() / x.square().sum()).item()
+
+
+def test_keys_before_rope_are_turned_into_the_keys(bundled):
+    model, tokens, past = bundled
+    raw = keys_before_rope(model, tokens, past)
+    cos, sin = model.model.rotary_emb(raw.layers[0].keys, torch.arange(100)[None])
+    for before, after in zip(raw.layers, past.layers, strict=True):
+        turned = apply_rotary_pos_emb(before.keys, before.keys, cos, sin)[1]
+        torch.testing.assert_close(turned, after.keys, rtol=1e-3, atol=1e-3)
+    for name, rule in (("gpt2", "makes more than the keys"), ("opt", "not rotated"), ("qwen3", "something else")):
+        other, ids = made(name), random_tokens(40, VOCABULARY)
+        with pytest.raises(ValueError, match=rule):
+            keys_before_rope(other, ids, other(ids[None]).past_key_values)
+
+
+@pytest.mark.parametrize(("backend", "package"), [("quanto", "optimum.quanto"), ("hqq", "hqq")])
+@pytest.mark.parametrize("bits", [4, 2])
+def test_not_worse_than_transformers_own_cache(backend, package, bits, bundled):
+    """At the same bits, groups and recent tokens, each axis of theirs: KL at most theirs, bytes about theirs."""
+    pytest.importorskip(package)
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from benchmarks.kv_cache import their_bytes
+
+    model, _, _ = bundled
+    tokens = lm.token_stream(lm.load_lm(str(lm.DATA / "model"))[1], lm.load_text("eval"))[:416]
+    past, reader = model(tokens[None, :352]).past_key_values, KVModel(model)
+
+    def read_on(cache):
+        with torch.no_grad():
+            return reader(tokens[None, 352:], past_key_values=cache).logits
+
+    whole = read_on(KVCache.filled(past, **WHOLE))
+    ours = KVCache.filled(past, key_bits=bits, value_bits=bits)
+    kl, size = kl_per_position(whole, read_on(ours)).mean(), ours.nbytes
+    for axes in ((0, 0), (-1, -1)) if backend == "quanto" else ((0, 0), (1, 1)):
+        options = {"axis_key": axes[0], "axis_value": axes[1], "q_group_size": 32, "residual_length": 32}
+        theirs = QuantizedCache(backend, model.config, nbits=bits, **options)
+        for index, layer in enumerate(past.layers):
+            theirs.update(layer.keys.clone(), layer.values.clone(), index)
+        assert kl <= kl_per_position(whole, read_on(theirs)).mean()
+        assert size <= 1.2 * their_bytes(theirs)
