@@ -450,7 +450,10 @@ def test_keys_before_rope_are_turned_into_the_keys(bundled):
 @pytest.mark.parametrize(("backend", "package"), [("quanto", "optimum.quanto"), ("hqq", "hqq")])
 @pytest.mark.parametrize("bits", [4, 2])
 def test_not_worse_than_transformers_own_cache(backend, package, bits, bundled):
-    """At the same bits, groups and recent tokens, each axis of theirs: KL at most theirs, bytes about theirs."""
+    """Same bits and groups, both axes of theirs: KL at most theirs; a rounded token takes the same bytes.
+
+    (Ours always has 32 tokens in float, theirs up to 32; here it has just rounded them all.)
+    """
     pytest.importorskip(package)
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from benchmarks.kv_cache import their_bytes
@@ -465,11 +468,12 @@ def test_not_worse_than_transformers_own_cache(backend, package, bits, bundled):
 
     whole = read_on(KVCache.filled(past, **WHOLE))
     ours = KVCache.filled(past, key_bits=bits, value_bits=bits)
-    kl, size = kl_per_position(whole, read_on(ours)).mean(), ours.nbytes
+    kl = kl_per_position(whole, read_on(ours)).mean()
+    a_token = sum(s.middle.nbytes for layer in ours.layers for s in (layer.keys, layer.values)) / 384
     for axes in ((0, 0), (-1, -1)) if backend == "quanto" else ((0, 0), (1, 1)):
         options = {"axis_key": axes[0], "axis_value": axes[1], "q_group_size": 32, "residual_length": 32}
         theirs = QuantizedCache(backend, model.config, nbits=bits, **options)
         for index, layer in enumerate(past.layers):
             theirs.update(layer.keys.clone(), layer.values.clone(), index)
         assert kl <= kl_per_position(whole, read_on(theirs)).mean()
-        assert size <= 1.2 * their_bytes(theirs)
+        assert a_token == pytest.approx(their_bytes(theirs) / 416)
