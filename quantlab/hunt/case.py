@@ -49,4 +49,7 @@ def fine(*, chapter: str, title: str) -> Callable[[type], Case]:
 
 def _case(drawer: type, **given) -> Case:
     inside = {name: value for name, value in vars(drawer).items() if not name.startswith("__")}
+    for name, function in inside.items():
+        if inspect.isfunction(function):
+            function.__qualname__ = name  # an error message must not tell the drawer's name
     return Case(promise=inspect.getdoc(drawer), **given, **inside)

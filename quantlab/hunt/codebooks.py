@@ -37,8 +37,8 @@ class EvenlySpaced:
 
     hint = "Which code of NF4 stands for 0.0? Read it back."
     story = (
-        "NF4's 16 levels are a look-up table, with gaps from 0.08 to 0.30 of the largest weight; they are neither evenly "
-        "spaced nor the sign, exponent and fraction of a small float. Evenly spaced ones have no 0."
+        "NF4's 16 levels are a look-up table, with gaps from 0.08 to 0.30 of the largest weight; they are neither "
+        "evenly spaced nor the sign, exponent and fraction of a small float. Evenly spaced ones have no 0."
     )
 
 
@@ -73,8 +73,8 @@ class WholeMatrixMax:
 
     hint = "Make one weight very large. Whose rounding may change?"
     story = (
-        "One largest weight for the whole matrix: a single outlier takes the levels away from all the others. NF4 has one "
-        "absmax for each block of 64, and 8-bit double quantization to pay for them."
+        "One largest weight for the whole matrix: a single outlier takes the levels away from all the others. NF4 "
+        "has one absmax for each block of 64, and 8-bit double quantization to pay for them."
     )
 
 
@@ -102,15 +102,15 @@ class LopsidedTable:
 
     hint = "How many of the 16 levels are negative, and how many positive?"
     story = (
-        "Sixteen levels, one of them exactly 0, leave 15: NF4 has 7 below and 8 above. So its table is lopsided, and −x is "
-        "not rounded to the mirror image of x."
+        "Sixteen levels, one of them exactly 0, leave 15: NF4 has 7 below and 8 above. So its table is lopsided, "
+        "and −x is not rounded to the mirror image of x."
     )
 
 
 @bug("E16", chapter="04", title="Information in the codes")
 class EqualUse:
-    """The entropy, in bits, of the NF4 codes of x (blocks of 64): minus the sum of p·log2(p), where p is the share of
-    the weights that have a code."""
+    """The entropy, in bits, of the NF4 codes of x (blocks of 64): minus the sum of p·log2(p), where p is the share
+    of the weights that have a code."""
 
     def program(x):
         levels = len(nf4_levels())
@@ -138,8 +138,9 @@ class EqualUse:
 
     hint = "What is the entropy if all weights are the same?"
     story = (
-        "The quantiles are those of one weight, but each block is divided by its own largest, which gives the outer codes "
-        "more or less than their share: use runs from about 2 to 9 percent, and the entropy is 3.9 bits, not 4."
+        "The quantiles are those of one weight, but each block is divided by its own largest, which gives the "
+        "outer codes more or less than their share: use runs from about 2 to 9 percent, and the entropy is 3.9 "
+        "bits, not 4."
     )
 
 
@@ -170,8 +171,8 @@ class SymmetricQuantiles:
 
     hint = "The print-out shows the outer levels. What about the inner ones?"
     story = (
-        "Sixteen quantiles at even distances miss 0. NF4 takes 9 of them upwards from ½ and 8 downwards, drops the halves, "
-        "puts an exact 0 between, and divides by the largest."
+        "Sixteen quantiles at even distances miss 0. NF4 takes 9 of them upwards from ½ and 8 downwards, drops "
+        "the halves, puts an exact 0 between, and divides by the largest."
     )
 
 
@@ -205,8 +206,8 @@ class NoInfinity:
 
     hint = "torch has this format: torch.tensor([126], dtype=torch.uint8).view(torch.float8_e4m3fn)."
     story = (
-        "E4M3 has too few exponents to give one away: the highest is used for numbers, up to 448; only the very last code "
-        "is NaN, and there is no infinity. FP16 and E5M2 do it the other way."
+        "E4M3 has too few exponents to give one away: the highest is used for numbers, up to 448; only the very "
+        "last code is NaN, and there is no infinity. FP16 and E5M2 do it the other way."
     )
 
 
@@ -235,17 +236,17 @@ class ElevenBits:
             assert torch.tensor(x + program(x)).half().item() == x + program(x)
             assert program(x) == 2 * program(x / 2)
 
-    hint = "Is what \"comes after\" a float16 number at all? Ask torch."
+    hint = 'Is what "comes after" a float16 number at all? Ask torch.'
     story = (
-        "11 bits of precision, but the first one, the 1 before the point, is not stored: 10 bits of fraction, so the step "
-        "after 1 is 2⁻¹⁰. (Likewise n unsigned bits reach 2ⁿ − 1, not 2ⁿ⁻¹.)"
+        "11 bits of precision, but the first one, the 1 before the point, is not stored: 10 bits of fraction, so "
+        "the step after 1 is 2⁻¹⁰. (Likewise n unsigned bits reach 2ⁿ − 1, not 2ⁿ⁻¹.)"
     )
 
 
 @bug("E33", chapter="05", title="Sixteen bits")
 class CastIsNotQuantization:
-    """x quantized to 16 bits: on 65,536 evenly spaced values over its range, so that every error is at most one step,
-    (max - min) / 65535."""
+    """x quantized to 16 bits: on 65,536 evenly spaced values over its range, so that every error is at most one
+    step, (max - min) / 65535."""
 
     def program(x):
         return x.to(torch.float16).to(torch.float32)
@@ -270,8 +271,9 @@ class CastIsNotQuantization:
 
     hint = "How does the error of the largest value compare with that of the smallest? Try values in the thousands."
     story = (
-        "A cast to FP16 has no scale: its steps grow with the number (2 at 3,000), and beyond 65,504 there is only infinity. "
-        "Quantization chooses a scale for the data. Say \"cast\" for the one, \"quantize\" for the other."
+        "A cast to FP16 has no scale: its steps grow with the number (2 at 3,000), and beyond 65,504 there is "
+        'only infinity. Quantization chooses a scale for the data. Say "cast" for the one, "quantize" for the '
+        "other."
     )
 
 

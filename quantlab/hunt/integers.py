@@ -7,8 +7,8 @@ from quantlab.hunt.case import Room, bug, fine
 
 @bug("E7", chapter="07", title="A product in int8")
 class ScalesThatDoNotFactorOut:
-    """x @ w.T computed from int8 codes, one scale for each row of w: within 3 % of the float product (Frobenius norm of
-    the difference, relative)."""
+    """x @ w.T computed from int8 codes, one scale for each row of w: within 3 % of the float product (Frobenius
+    norm of the difference, relative)."""
 
     def program(x, w):
         x_scale = x.abs().amax(0) / 127
@@ -44,15 +44,16 @@ class ScalesThatDoNotFactorOut:
 
     hint = "Which of the two scales belongs to something that is summed over? Does the layer have to be square?"
     story = (
-        "A scale for each input cannot be taken out of the sum over inputs; here it multiplies the *outputs*, which only a "
-        "square layer with inputs of one size hides. A scale per token or per row does come out: W·X ≈ s·s·(sum of codes)."
+        "A scale for each input cannot be taken out of the sum over inputs; here it multiplies the *outputs*, "
+        "which only a square layer with inputs of one size hides. A scale per token or per row does come out: W·X "
+        "≈ s·s·(sum of codes)."
     )
 
 
 @fine(chapter="07", title="The sum of four terms")
 class CrossTerms:
-    """The sum of (x - x_zero) * (w - w_zero) over codes x, w (int32 vectors) and zero points, which the program gets
-    from sum(x * w), sum(x) and sum(w) without touching the vectors again."""
+    """The sum of (x - x_zero) * (w - w_zero) over codes x, w (int32 vectors) and zero points, which the program
+    gets from sum(x * w), sum(x) and sum(w) without touching the vectors again."""
 
     def program(x, x_zero, w, w_zero):
         products, x_sum, w_sum = (x * w).sum(), x.sum(), w.sum()
@@ -72,8 +73,8 @@ class CrossTerms:
 
     hint = "Multiply (x − a)(w − b) out."
     story = (
-        "(x − a)(w − b) = xw − aw − bx + ab. The last term has a plus: what both corrections took off was taken off twice. "
-        "It is summed over all n terms, so it comes n times."
+        "(x − a)(w − b) = xw − aw − bx + ab. The last term has a plus: what both corrections took off was taken "
+        "off twice. It is summed over all n terms, so it comes n times."
     )
 
 
@@ -103,15 +104,16 @@ class PairsIn16Bits:
 
     hint = "One product fits into 16 bits. What is added next?"
     story = (
-        "Two products are added before there is room for them: 2·255·127 saturates at 32,767. Processors without VNNI do just "
-        "that, so the same int8 model gives other numbers there; 7-bit weights (\"reduce_range\") avoid it."
+        "Two products are added before there is room for them: 2·255·127 saturates at 32,767. Processors without "
+        'VNNI do just that, so the same int8 model gives other numbers there; 7-bit weights ("reduce_range") '
+        "avoid it."
     )
 
 
 @bug("E8", chapter="08", title="Dynamic")
 class DynamicBits:
-    """(codes, scale) of activations x (tokens, inputs), dynamic int8: one scale for each token, so that
-    codes * scale is within a 200th of the token's largest magnitude of x."""
+    """(codes, scale) of activations x (tokens, inputs), dynamic int8: one scale for each token, so that codes *
+    scale is within a 200th of the token's largest magnitude of x."""
 
     def program(x):
         bits = 8 if x.abs().max() > 1 else 4  # dynamic: quiet inputs need less precision
@@ -139,15 +141,15 @@ class DynamicBits:
 
     hint = "The print-out shows one size of input. Multiply the input by a small number."
     story = (
-        "Dynamic means that the *scale* is taken anew from each input (each token); the number of bits never changes. Here "
-        "quiet inputs silently get 4 bits."
+        "Dynamic means that the *scale* is taken anew from each input (each token); the number of bits never "
+        "changes. Here quiet inputs silently get 4 bits."
     )
 
 
 @fine(chapter="07", title="A bias of its own size")
 class BiasInAccumulator:
-    """Integer codes of a bias, to be added to an int32 sum of products that counts in units of x_scale * w_scale: the
-    sum, times these two, is off by at most half a unit because of them."""
+    """Integer codes of a bias, to be added to an int32 sum of products that counts in units of x_scale * w_scale:
+    the sum, times these two, is off by at most half a unit because of them."""
 
     def program(bias, x_scale, w_scale):
         return torch.round(bias / (x_scale * w_scale)).to(torch.int32)  # no scale of its own, no zero point
@@ -156,7 +158,9 @@ class BiasInAccumulator:
         return torch.round(bias / (bias.abs().max() / 127)).to(torch.int32)  # 8 bits, like all the others
 
     def demo(program):
-        print("codes:", program(torch.tensor([0.5, -1.2]), 0.02, 0.001).tolist(), "- an int8 layer with codes beyond 127")
+        print(
+            "codes:", program(torch.tensor([0.5, -1.2]), 0.02, 0.001).tolist(), "- an int8 layer with codes beyond 127"
+        )
 
     def test(program):
         bias = torch.tensor([0.513, -1.207])
@@ -164,15 +168,15 @@ class BiasInAccumulator:
 
     hint = "What are the units of the sum that the bias is added to?"
     story = (
-        "The sum of products counts in steps of s_x·s_w, and so must whatever is added to it. The accumulator has 32 bits, "
-        "so the codes may be large, and a bias costs 4 bytes for each row, which is nothing."
+        "The sum of products counts in steps of s_x·s_w, and so must whatever is added to it. The accumulator has "
+        "32 bits, so the codes may be large, and a bias costs 4 bytes for each row, which is nothing."
     )
 
 
 @bug("E29", chapter="03", title="A scale for each output")
 class WrongAxis:
-    """(codes, scale) of GPT-2's kind of weight, (inputs, outputs) with y = x @ weight: int8, one scale for each output,
-    so that codes * scale is close to the weight."""
+    """(codes, scale) of GPT-2's kind of weight, (inputs, outputs) with y = x @ weight: int8, one scale for each
+    output, so that codes * scale is close to the weight."""
 
     def program(weight):
         scale = weight.abs().amax(1, keepdim=True) / 127  # one for each output channel
@@ -199,15 +203,16 @@ class WrongAxis:
 
     hint = "A square matrix hides something. Count the scales of one that is not square."
     story = (
-        "nn.Linear stores (outputs, inputs), GPT-2's Conv1D (inputs, outputs): the row of the one is the column of the other. "
-        "A scale for each *input* cannot even be taken out of the sum. Test the axis with a layer that is not square."
+        "nn.Linear stores (outputs, inputs), GPT-2's Conv1D (inputs, outputs): the row of the one is the column "
+        "of the other. A scale for each *input* cannot even be taken out of the sum. Test the axis with a layer "
+        "that is not square."
     )
 
 
 @bug("E19", chapter="09", title="LLM.int8()")
 class WeightOnly:
-    """x @ w.T as LLM.int8() has it: the inputs (columns of x) with a magnitude of 6 or more in float, all others in
-    int8 codes times int8 codes, one scale for each token and one for each row of w."""
+    """x @ w.T as LLM.int8() has it: the inputs (columns of x) with a magnitude of 6 or more in float, all others
+    in int8 codes times int8 codes, one scale for each token and one for each row of w."""
 
     def program(x, w):
         loud = (x.abs() >= 6).any(0)
@@ -244,8 +249,9 @@ class WeightOnly:
 
     hint = "If x is rounded too, two inputs that are very close give the very same output. Do they?"
     story = (
-        "The print-out is *too* good: only the weights are rounded. LLM.int8() rounds weights and activations, vector by "
-        "vector, and multiplies integers; it keeps the loud inputs in float just because activations are rounded."
+        "The print-out is *too* good: only the weights are rounded. LLM.int8() rounds weights and activations, "
+        "vector by vector, and multiplies integers; it keeps the loud inputs in float just because activations "
+        "are rounded."
     )
 
 

@@ -5,6 +5,7 @@ import inspect
 import linecache
 import threading
 import traceback
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from quantlab.hunt.case import Case
 
 SECONDS = 10.0  # for one run of a test
 ROOMS = Path(__file__).resolve().parent
+NO_FILE = "<program>"
 
 
 class Endless(BaseException):
@@ -44,20 +46,27 @@ def run_test(test: Callable, case: Case, function: Callable, *, seconds: float =
             break
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(Endless))
         thread.join(0.1)
-    outcome = found[0] if found else Outcome("endless", f"after {seconds:g} seconds")
+    outcome = found[0] if found and found[0].kind != "endless" else Outcome("endless", f"stopped after {seconds:g} s")
     return Outcome(outcome.kind, outcome.note, bool(calls))
 
 
 def disguised(case: Case, function: Callable, calls: list) -> Callable:
-    """The function, without its name and its text: every version looks the same from outside."""
+    """The function without its name and its text: every version looks the same from outside."""
+    nameless = _without_text(function)
 
     def program(*args, **kwargs):
         calls.append(len(args))
-        return function(*args, **kwargs)
+        return nameless(*args, **kwargs)
 
     program.__doc__ = case.promise
     program.__signature__ = inspect.signature(case.program)
     return program
+
+
+def _without_text(function: Callable) -> Callable:
+    """The same function, of which inspect finds no source."""
+    code = function.__code__.replace(co_filename=NO_FILE, co_name="program", co_qualname="program")
+    return types.FunctionType(code, function.__globals__, "program", function.__defaults__, function.__closure__)
 
 
 def _outcome(test: Callable, program: Callable) -> Outcome:
@@ -68,7 +77,7 @@ def _outcome(test: Callable, program: Callable) -> Outcome:
     except AssertionError as error:
         return Outcome("failed", str(error))
     except Endless:
-        return Outcome("endless", "and was stopped")
+        return Outcome("endless")
     except (Exception, SystemExit, KeyboardInterrupt) as error:  # noqa: BLE001  the learner's code may raise anything
         return _raised(error) if _inside_program(error) else Outcome("broken", _where(error, test))
     return Outcome("passed") if answer is None else Outcome("returned", repr(answer)[:60])
@@ -79,9 +88,9 @@ def _raised(error: BaseException) -> Outcome:
 
 
 def _inside_program(error: BaseException) -> bool:
-    """Whether an error came out of a program (the files of the rooms), and not out of the test alone."""
-    files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
-    return any(file.parent == ROOMS and file.name != Path(__file__).name for file in files)
+    """Whether an error came out of a program, or of what it returned, and not out of the test alone."""
+    files = {frame.filename for frame in traceback.extract_tb(error.__traceback__)} - {__file__}
+    return any(file == NO_FILE or Path(file).parent == ROOMS for file in files)
 
 
 def _where(error: BaseException, test: Callable) -> str:
@@ -103,24 +112,26 @@ class Judgement:
 
 
 def judge(case: Case, test: Callable, *, seconds: float = SECONDS) -> Judgement:
-    """Run a test on the program as shown, on one mended version, and on another one written otherwise.
+    """Run a test on the program as shown, and on two versions that keep the promise, written otherwise.
 
-    The program comes up three times in between, so that a test which counts its calls, or draws new random numbers
-    and finds the bug now and then, is not taken for a proof.
+    The program comes up three times, so that a test which counts its calls, or draws new random numbers and finds the
+    bug now and then, is not taken for a proof.
     """
     if not callable(test):
         return _no("Pass the test itself, without brackets: test=f, not test=f(program).")
-    versions = [case.program, case.mended, case.program, case.mended_again, case.program]
     outcomes = []
-    for version in filter(None, versions):
-        outcomes.append(run_test(test, case, version, seconds=seconds))
-        if problem := _improper(outcomes[-1]):
-            return _no(problem)
-    shown, others = outcomes[::2] if case.buggy else outcomes, outcomes[1::2] if case.buggy else []
+    for version in (case.program, case.mended, case.mended_again, case.program, case.program):
+        if version is not None:
+            outcomes.append(run_test(test, case, version, seconds=seconds))
+            if problem := _improper(outcomes[-1]):
+                return _no(problem)
+    shown, others = outcomes[:1] + outcomes[-2:], outcomes[1:-2]
     if len({outcome.exposes for outcome in shown}) > 1:
         return _no("Run three times, your test did not say the same each time. Choose fixed values, or a fixed seed.")
     if not shown[0].exposes:
         return _no("Your test passes on the program as it is shown, so it accuses it of nothing.")
+    if shown[0].kind == "raised" and not case.buggy:
+        return _no(f"Your test makes the program stop ({shown[0].note}). Hand it what the promise names.")
     return _of_mended(others)
 
 
@@ -139,7 +150,8 @@ def _improper(outcome: Outcome) -> str:
 
 def _of_mended(outcomes: list[Outcome]) -> Judgement:
     """The judgement on a test that fails on the program as shown."""
-    for outcome, which in zip(outcomes, ("the mended program", "a second mended program, written otherwise"), strict=False):
+    names = ("the mended program", "a second mended program, written otherwise")
+    for outcome, which in zip(outcomes, names, strict=False):
         if outcome.kind == "raised":
             return _no(f"Your test makes {which} stop as well ({outcome.note}). Hand it what the promise names.", True)
         if outcome.exposes:

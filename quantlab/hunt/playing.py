@@ -23,9 +23,9 @@ NOT_YET = (None, ...)
 
 @dataclass(frozen=True)
 class Record:
-    """What was said of one program. Only the first word counts for alarms and misses; a proof counts whenever it comes."""
+    """What was said of one program."""
 
-    right: bool = False  # the bug was proved by a test, or the program was called fine and is
+    right: bool = False  # the bug was proved by a test, or the program called fine and is, before anything told so
     alarm: bool = False  # a program that is fine was accused by a test
     missed: bool = False  # a bug was called fine
     told: bool = False  # revealed before it was right
@@ -155,21 +155,21 @@ def find(name: str) -> Case:
 
 
 def _called_fine(name: str, case: Case) -> str:
+    said = _said.get(name, Record())
     if case.buggy:
-        first = name not in _said
-        _note(name, missed=first)
+        _note(name, missed=not said.right)
         return f"there is a bug in it. Find it, and write a test that shows it. {case.hint}"
-    _note(name, right=True)
+    _note(name, right=not (said.alarm or said.told))
     return _truth(case)
 
 
 def _called_bug(name: str, case: Case, test: Callable) -> str:
-    judged = judge(case, test)
+    judged, said = judge(case, test), _said.get(name, Record())
     if judged.proves:
-        _note(name, right=True)
+        _note(name, right=not said.told)
         return f"found, and proved. {_truth(case)}"
     if judged.accuses and not case.buggy:
-        _note(name, alarm=not _said.get(name, Record()).right)
+        _note(name, alarm=not said.right)
         return f"a false alarm: your test asks for more than the promise. {_truth(case)}"
     return judged.text
 

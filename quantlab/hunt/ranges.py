@@ -31,8 +31,8 @@ class Decode:
 
     hint = "Which of the arguments has a value in the print-out that hides what happens to it?"
     story = (
-        "The zero point is a code, not a real: it must come off before the scale is applied, s·(q − z). "
-        "With z = 0, as in the print-out, nobody notices."
+        "The zero point is a code, not a real: it must come off before the scale is applied, s·(q − z). With z = "
+        "0, as in the print-out, nobody notices."
     )
 
 
@@ -57,8 +57,8 @@ class HalvesToEven:
 
     hint = "What is the mean error over 0.5, 1.5, 2.5 and so on, if every half goes up?"
     story = (
-        "Ties go to the even neighbour, so that as many go up as down. "
-        "Were all halves rounded up, every tie would add half a step, and sums would drift."
+        "Ties go to the even neighbour, so that as many go up as down. Were all halves rounded up, every tie "
+        "would add half a step, and sums would drift."
     )
 
 
@@ -85,15 +85,15 @@ class Floor:
 
     hint = "How large may the error be, if the nearest multiple is taken?"
     story = (
-        "Floor takes the multiple below, not the nearest. Errors reach a whole step instead of half of one, all have one "
-        "sign, and the mean squared error is four times as large."
+        "Floor takes the multiple below, not the nearest. Errors reach a whole step instead of half of one, all "
+        "have one sign, and the mean squared error is four times as large."
     )
 
 
 @bug("E4", chapter="01", title="A zero point for any range")
 class ClippedZeroPoint:
-    """(scale, zero_point) with codes 0..255 for the reals low..high. zero_point is a code, and every real of the range,
-    taken to its code round(real / scale) + zero_point and back, returns within one scale."""
+    """(scale, zero_point) with codes 0..255 for the reals low..high. zero_point is a code, and every real of the
+    range, taken to its code round(real / scale) + zero_point and back, returns within one scale."""
 
     def program(low, high):
         scale = (high - low) / 255
@@ -125,8 +125,8 @@ class ClippedZeroPoint:
 
     hint = "All three ranges of the print-out have something in common. Try one that has not."
     story = (
-        "A range that does not hold 0 has no zero point among the codes. Forcing it in there, without widening the range, "
-        "moves everything: 10.5 out of 10..11 comes back as 1."
+        "A range that does not hold 0 has no zero point among the codes. Forcing it in there, without widening "
+        "the range, moves everything: 10.5 out of 10..11 comes back as 1."
     )
 
 
@@ -160,8 +160,8 @@ class Uint8Symmetric:
 
     hint = "What would 0.0 come back as, if the zero point were 127.5?"
     story = (
-        "\"Symmetric\" does not mean a zero point of 0: in uint8 it is 128, an integer, so that 0.0 is a code. One code of "
-        "256 stays unused; that is the price."
+        '"Symmetric" does not mean a zero point of 0: in uint8 it is 128, an integer, so that 0.0 is a code. One '
+        "code of 256 stays unused; that is the price."
     )
 
 
@@ -193,15 +193,15 @@ class ClampTooFar:
 
     hint = "When does a clamp do anything at all? Hand it something that it must clamp."
     story = (
-        "2ⁿ − 1 counts all codes, signs included. With 8 bits the clamp stands at ±255 and never acts; a real of 2.0 gets "
-        "code 200, which int8 reads as −56."
+        "2ⁿ − 1 counts all codes, signs included. With 8 bits the clamp stands at ±255 and never acts; a real of "
+        "2.0 gets code 200, which int8 reads as −56."
     )
 
 
 @bug("E2", chapter="01", title="Padding")
 class RealOffset:
-    """x, which has values on both sides of 0, on 256 evenly spaced reals: each value within one step (a 255th of the
-    range), and 0.0, which is padding, as exactly 0.0."""
+    """x, which has values on both sides of 0, on 256 evenly spaced reals: each value within one step (a 255th of
+    the range), and 0.0, which is padding, as exactly 0.0."""
 
     def program(x):
         offset = x.min()
@@ -229,8 +229,9 @@ class RealOffset:
 
     hint = "The error is always below half a step. Of which value is that not good enough?"
     story = (
-        "round((x − z)/s) with a real offset z puts the grid's first point on the minimum, and 0.0 falls between two others: "
-        "padding, masks and ReLU's zeros come back as something else. An integer zero point keeps 0.0 a code."
+        "round((x − z)/s) with a real offset z puts the grid's first point on the minimum, and 0.0 falls between "
+        "two others: padding, masks and ReLU's zeros come back as something else. An integer zero point keeps 0.0 "
+        "a code."
     )
 
 
@@ -276,8 +277,9 @@ class AlwaysAsymmetric:
 
     hint = "For which 15 numbers has the symmetric grid of 4 bits no error at all?"
     story = (
-        "Asymmetric wins by far after a ReLU, and by a few percent on weights; but on −7/7, −6/7 … 7/7 the symmetric grid is "
-        "exact and the other is not. \"Always more precise\" is wrong, and its cross terms cost time."
+        "Asymmetric wins by far after a ReLU, and by a few percent on weights; but on −7/7, −6/7 … 7/7 the "
+        'symmetric grid is exact and the other is not. "Always more precise" is wrong, and its cross terms cost '
+        "time."
     )
 
 
