@@ -11,6 +11,7 @@ from quantlab.explorers.codebook import explore_codebook
 from quantlab.explorers.floats import explore_float_format
 from quantlab.explorers.gptq import explore_columns, explore_gptq
 from quantlab.explorers.granularity import explore_groups
+from quantlab.explorers.hunt import explore_hunt
 from quantlab.explorers.lora import explore_rank
 from quantlab.explorers.mixed import explore_budget
 from quantlab.explorers.model import explore_bits, explore_temperature
@@ -36,6 +37,7 @@ __all__ = [
     "explore_float_format",
     "explore_gptq",
     "explore_groups",
+    "explore_hunt",
     "explore_rank",
     "explore_scaling",
     "explore_shift",

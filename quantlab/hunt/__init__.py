@@ -5,6 +5,7 @@ is what the program promises, `program` is what is shown, `mended` and `mended_a
 Who looks in there has found the answers, and nothing else.
 """
 
-from quantlab.hunt.playing import hint, program, restart, reveal, score, show, verdict
+from quantlab.hunt.atlas import atlas
+from quantlab.hunt.playing import hint, program, restart, resume, reveal, save, score, show, verdict
 
-__all__ = ["hint", "program", "restart", "reveal", "score", "show", "verdict"]
+__all__ = ["atlas", "hint", "program", "restart", "resume", "reveal", "save", "score", "show", "verdict"]

@@ -3,11 +3,14 @@
 import contextlib
 import inspect
 import io
+import json
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-from quantlab.arguments import check_choice
+from quantlab.arguments import check_choice, check_path
+from quantlab.files import write_whole
 from quantlab.hunt import codebooks, integers, measuring, ranges, tools, training
 from quantlab.hunt.case import Case, Room
 from quantlab.hunt.judging import disguised, judge
@@ -99,6 +102,31 @@ def restart() -> None:
     _said.clear()
 
 
+def save(path: str | Path = "hunt.json") -> None:
+    """Write what was said so far, to go on another day with resume()."""
+    said = {name: [what for what, true in vars(record).items() if true] for name, record in _said.items()}
+    write_whole(check_path(path), json.dumps(said, indent=1))
+
+
+def resume(path: str | Path = "hunt.json") -> None:
+    """Read what save() wrote, in the place of what was said since; if there is no such file, nothing happens.
+
+    Raises: ValueError if the file is something else.
+    """
+    path = check_path(path)
+    if not path.exists():
+        return
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        records = {name: Record(**dict.fromkeys(whats, True)) for name, whats in said.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path.name} is no saved hunt: {error}") from None
+    for name in records:
+        find(name)
+    _said.clear()
+    _said.update(records)
+
+
 @dataclass(frozen=True)
 class Score:
     """How a hunt stands."""
@@ -148,9 +176,9 @@ def find(name: str) -> Case:
     """The program of this name. Raises: ValueError, with the names of its room, if there is none."""
     room = str(name).partition(".")[0]
     if room not in ROOMS:
-        raise ValueError(f"no program {name!r}: the rooms are {', '.join(ROOMS)}")
+        raise ValueError(f"the hunt has no program {name!r}: the rooms are {', '.join(ROOMS)}")
     if name not in CASES:
-        raise ValueError(f"no program {name!r}; the room has {', '.join(_names(room))}")
+        raise ValueError(f"the hunt has no program {name!r}; the room has {', '.join(_names(room))}")
     return CASES[name]
 
 

@@ -61,9 +61,8 @@ class NoiseAsSamples:
         images = torch.linspace(0, 1, 8 * 64).view(8, 64)
         scale, zero_point = program(images)
         back = (torch.round(images / scale) + zero_point).clamp(0, 255).sub(zero_point) * scale
-        print(
-            f"images of 0..1: scale {scale:.5f}, zero point {zero_point}, largest error {(back - images).abs().max():.4f}"
-        )
+        error = (back - images).abs().max()
+        print(f"images of 0..1: scale {scale:.5f}, zero point {zero_point}, largest error {error:.4f}")
 
     def test(program):
         images = torch.linspace(0, 255, 8 * 64).view(8, 64)

@@ -182,8 +182,9 @@ class QuantizedFirst:
         x = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
         y = x @ torch.tensor([[0.5, -0.75, 0.25, 1.0]]).T + 5
         weight, bias = program(torch.tensor([[0.5, -0.5, 0.25, 0.75]]), x, y)
-        print(f"mean squared error: {y.square().mean():.2f} at first, {(x @ weight.T + bias - y).square().mean():.2f} at "
-              f"the end; codes {(weight / 0.25).int().tolist()[0]}")  # fmt: skip
+        before, after = y.square().mean(), (x @ weight.T + bias - y).square().mean()
+        codes = (weight / 0.25).int().tolist()[0]
+        print(f"mean squared error: {before:.2f} at first, {after:.2f} at the end; codes {codes}")
 
     def test(program):
         x = torch.randn(100, 4, generator=torch.Generator().manual_seed(1))
@@ -236,8 +237,8 @@ class KeepsOnePercent:
         codes, scale, input_scale = program(weight, x)
         step = weight.abs().amax(1, keepdim=True) / 7
         nearest = output_error(weight, step * torch.round(weight / step), x)
-        print(f"output error {output_error(weight, codes * scale / input_scale, x) / nearest:.2f} times that of rounding "
-              f"to nearest; {len(codes.unique())} different codes")  # fmt: skip
+        ratio = output_error(weight, codes * scale / input_scale, x) / nearest
+        print(f"output error {ratio:.2f} times that of rounding to nearest")
 
     def test(program):
         codes, _, _ = program(*layer_of(8, 16))
