@@ -51,7 +51,7 @@ ATLAS: dict[str, Entry] = {
     "E27": _entry("calibrate on the test set", "02", "def honest_over_leaked(start, size):"),
     "E28": _entry("q·s + z", "01", "mixed = codes * qp.scale + qp.zero_point"),
     "E29": _entry("axis 0 is the output", "03", "y = (read @ q.codes.float().T) * q.qparams.scale.flatten()"),
-    "E30": _entry("the K of Q4_K_M is k-means", "21", "assert spread < 1e-6 * gaps.mean()"),
+    "E30": _entry("the K of Q4_K_M is k-means", "21", "assert spread < 1e-4 * gaps.mean()"),
     "E31": _entry("TensorRT as it was; old names", "21", "assert symmetric_zero == 0"),
     "E32": _entry("FP16 has 11 bits of fraction", "05", "stored = ((values(FP16) >= 1)"),
     "E33": _entry("a cast to FP16 is quantization", "05", 'ways = {"FP16 cast": lambda x: x.half().float()'),

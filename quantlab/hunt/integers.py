@@ -148,8 +148,8 @@ class DynamicBits:
 
 @fine(chapter="07", title="A bias of its own size")
 class BiasInAccumulator:
-    """Integer codes of a bias, to be added to an int32 sum of products that counts in units of x_scale * w_scale:
-    the sum, times these two, is off by at most half a unit because of them."""
+    """Integer codes of a bias, to be added to an int32 sum of products, which counts in units of x_scale * w_scale: in
+    these units each code is at most one half away from the bias."""
 
     def program(bias, x_scale, w_scale):
         return torch.round(bias / (x_scale * w_scale)).to(torch.int32)  # no scale of its own, no zero point

@@ -226,7 +226,7 @@ def _page(name: str) -> str:
     source = "".join(_source(part) + "\n\n" for part in case.parts) + _source(case.program)
     lines = [f"{number:3}  {line}".rstrip() for number, line in enumerate(source.splitlines(), 1)]
     promise = textwrap.indent(textwrap.fill(case.promise, 100), "     ")
-    prints = textwrap.indent(_printed(case), "     ")
+    prints = textwrap.indent(printed(case), "     ")
     return "\n".join([f"── {name}  {case.title}", "It promises:", promise, *lines, "It prints:", prints.rstrip()])
 
 
@@ -234,8 +234,9 @@ def _source(function: Callable) -> str:
     return textwrap.dedent(inspect.getsource(function))
 
 
-def _printed(case: Case) -> str:
+def printed(case: Case, version: Callable | None = None) -> str:
+    """What the demonstration of a program prints; of another version of it, if one is given."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        case.demo(case.program)
+        case.demo(version or case.program)
     return out.getvalue()
