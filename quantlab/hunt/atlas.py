@@ -69,10 +69,11 @@ class Table:
         return "\n".join(f"{name:4} {entry.chapter}  {entry.claim}" for name, entry in self.entries.items())
 
     def _repr_markdown_(self) -> str:
-        lines = ["| | claim | notebook | the cell that begins or holds |", "|---|---|---|---|"]
+        lines = ["| | claim | notebook | a line of the cell |", "|---|---|---|---|"]
         for name, entry in self.entries.items():
-            stem, texts = self.stems[entry.chapter], "; ".join(f"`{text}`" for text in entry.cells)
-            lines.append(f"| {name} | {entry.claim} | [{stem[:2]}]({stem}.ipynb) | {texts} |")
+            stem, texts = self.stems.get(entry.chapter), "; ".join(f"`{text}`" for text in entry.cells)
+            link = f"[{entry.chapter}]({stem}.ipynb)" if stem else entry.chapter
+            lines.append(f"| {name} | {entry.claim} | {link} | {texts} |")
         return "\n".join(lines)
 
 
@@ -82,4 +83,4 @@ def atlas() -> Table:
     >>> atlas().entries["E5"].chapter
     '01'
     """
-    return Table(ATLAS, {path.stem[:2]: path.stem for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))})
+    return Table(ATLAS, {path.stem[:2]: path.stem for path in sorted(NOTEBOOKS.glob("src/[0-9][0-9]_*.py"))})

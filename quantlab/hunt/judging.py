@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantlab.hunt.case import Case
+from quantlab.judging import untouched_state
 
 SECONDS = 10.0  # for one run of a test
 ROOMS = Path(__file__).resolve().parent
@@ -115,14 +116,15 @@ def judge(case: Case, test: Callable, *, seconds: float = SECONDS) -> Judgement:
     """Run a test on the program as shown, and on two versions that keep the promise, written otherwise.
 
     The program comes up three times, so that a test which counts its calls, or draws new random numbers and finds the
-    bug now and then, is not taken for a proof.
+    bug now and then, is not taken for a proof. Random states are afterwards as they were.
     """
     if not callable(test):
         return _no("Pass the test itself, without brackets: test=f, not test=f(program).")
     outcomes = []
     for version in (case.program, case.mended, case.mended_again, case.program, case.program):
         if version is not None:
-            outcomes.append(run_test(test, case, version, seconds=seconds))
+            with untouched_state():
+                outcomes.append(run_test(test, case, version, seconds=seconds))
             if problem := _improper(outcomes[-1]):
                 return _no(problem)
     shown, others = outcomes[:1] + outcomes[-2:], outcomes[1:-2]
