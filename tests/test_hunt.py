@@ -5,12 +5,14 @@ import inspect
 import io
 import json
 import re
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from learners_hunt import CLEARED, PROOFS
 
 from quantlab import hunt
 from quantlab.explorers import explore_hunt
@@ -102,6 +104,18 @@ def test_a_bug_hides_in_its_print_out_but_in_the_named_cases(name):
     """The demonstration runs on every version: what it prints is made, not written down."""
     case = CASES[name]
     assert all(printed(lambda f=f: case.demo(f)) for f in (case.mended, case.mended_again))
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_learners_test_from_the_promise_alone_is_accepted(name):
+    judged = judge(CASES[name], PROOFS[name])
+    assert judged.proves, judged.text
+
+
+@pytest.mark.parametrize("name", FINE)
+def test_a_learners_fair_test_clears_what_is_fine(name):
+    case = CASES[name]
+    assert run_test(CLEARED[name], case, case.program) == judging.Outcome("passed")
 
 
 # --- judging ----------------------------------------------------------------------------------------------------
@@ -201,6 +215,21 @@ def test_an_endless_test_is_stopped(test):
     assert outcome.kind == "endless"
     assert time.monotonic() - began < 30
     assert "did not end" in judge(CASES[FLOOR], test, seconds=0.3).text
+
+
+def test_an_import_is_not_interrupted(tmp_path, monkeypatch):
+    """A module that is half imported would stay so."""
+    (tmp_path / "slow_to_import.py").write_text("import time\nfor _ in range(20): time.sleep(0.05)\nDONE = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def imports(program):
+        import slow_to_import
+
+        assert slow_to_import.DONE
+        never_ends(program)
+
+    assert run_test(imports, CASES[FLOOR], CASES[FLOOR].program, seconds=0.1).kind == "endless"
+    assert sys.modules.pop("slow_to_import").DONE
 
 
 @pytest.mark.parametrize("name", BUGS)

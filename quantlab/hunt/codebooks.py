@@ -48,7 +48,7 @@ class WholeMatrixMax:
     nearest of the 16 levels, stretched to the block's largest magnitude."""
 
     def program(weight):
-        absmax = weight.abs().max()
+        absmax = weight.abs().max().clamp(min=1e-30)
         codes = nearest_level(weight / absmax, nf4_levels())
         return nf4_levels()[codes.long()] * absmax
 
@@ -245,8 +245,8 @@ class ElevenBits:
 
 @bug("E33", chapter="05", title="Sixteen bits")
 class CastIsNotQuantization:
-    """x quantized to 16 bits: on 65,536 evenly spaced values over its range, so that every error is at most one
-    step, (max - min) / 65535."""
+    """x, not all of it equal, quantized to 16 bits: on 65,536 evenly spaced values over its range, so that every
+    error is at most one step, (max - min) / 65535."""
 
     def program(x):
         return x.to(torch.float16).to(torch.float32)

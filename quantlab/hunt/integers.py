@@ -11,19 +11,20 @@ class ScalesThatDoNotFactorOut:
     norm of the difference, relative)."""
 
     def program(x, w):
-        x_scale = x.abs().amax(0) / 127
-        w_scale = w.abs().amax(1) / 127
+        x_scale = x.abs().amax(0).clamp(min=1e-30) / 127
+        w_scale = w.abs().amax(1).clamp(min=1e-30) / 127
         x_codes, w_codes = torch.round(x / x_scale), torch.round(w / w_scale[:, None])
         return (x_codes @ w_codes.T) * x_scale * w_scale
 
     def mended(x, w):
-        x_scale = x.abs().amax(1, keepdim=True) / 127
-        w_scale = w.abs().amax(1) / 127
+        x_scale = x.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+        w_scale = w.abs().amax(1).clamp(min=1e-30) / 127
         x_codes, w_codes = torch.round(x / x_scale), torch.round(w / w_scale[:, None])
         return (x_codes @ w_codes.T) * x_scale * w_scale
 
     def mended_again(x, w):
-        x_scale, w_scale = x.abs().max() / 127, w.abs().amax(1, keepdim=True) / 127
+        x_scale = x.abs().max().clamp(min=1e-30) / 127
+        w_scale = w.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
         products = (x / x_scale).round().int() @ (w / w_scale).round().int().T
         return products.float() * (x_scale * w_scale.T)
 
@@ -117,15 +118,15 @@ class DynamicBits:
 
     def program(x):
         bits = 8 if x.abs().max() > 1 else 4  # dynamic: quiet inputs need less precision
-        scale = x.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+        scale = x.abs().amax(1, keepdim=True).clamp(min=1e-30) / (2 ** (bits - 1) - 1)
         return torch.round(x / scale), scale
 
     def mended(x):
-        scale = x.abs().amax(1, keepdim=True) / 127
+        scale = x.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
         return torch.round(x / scale), scale
 
     def mended_again(x):
-        scale = torch.stack([row.abs().max() for row in x])[:, None] / 126
+        scale = torch.stack([row.abs().max() for row in x])[:, None].clamp(min=1e-30) / 126
         return (x / scale + 0.5).floor(), scale
 
     def demo(program):
@@ -148,8 +149,8 @@ class DynamicBits:
 
 @fine(chapter="07", title="A bias of its own size")
 class BiasInAccumulator:
-    """Integer codes of a bias, to be added to an int32 sum of products, which counts in units of x_scale * w_scale: in
-    these units each code is at most one half away from the bias."""
+    """Integer codes of a bias, to be added to an int32 sum of products, which counts in units of x_scale *
+    w_scale: in these units each code is at most one half away from the bias."""
 
     def program(bias, x_scale, w_scale):
         return torch.round(bias / (x_scale * w_scale)).to(torch.int32)  # no scale of its own, no zero point
@@ -179,16 +180,16 @@ class WrongAxis:
     output, so that codes * scale is close to the weight."""
 
     def program(weight):
-        scale = weight.abs().amax(1, keepdim=True) / 127  # one for each output channel
+        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127  # one for each output channel
         return torch.round(weight / scale), scale
 
     def mended(weight):
-        scale = weight.abs().amax(0, keepdim=True) / 127
+        scale = weight.abs().amax(0, keepdim=True).clamp(min=1e-30) / 127
         return torch.round(weight / scale), scale
 
     def mended_again(weight):
         rows = weight.T.contiguous()  # as nn.Linear has it
-        scale = rows.abs().amax(1, keepdim=True) / 127
+        scale = rows.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
         return torch.round(rows / scale).T, scale.T
 
     def demo(program):
@@ -216,22 +217,22 @@ class WeightOnly:
 
     def program(x, w):
         loud = (x.abs() >= 6).any(0)
-        scale = w[:, ~loud].abs().amax(1, keepdim=True) / 127
+        scale = w[:, ~loud].abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
         w_codes = torch.round(w[:, ~loud] / scale)
         return x[:, loud] @ w[:, loud].T + x[:, ~loud] @ (w_codes * scale).T
 
     def mended(x, w):
         loud = (x.abs() >= 6).any(0)
-        scale = w[:, ~loud].abs().amax(1, keepdim=True) / 127
+        scale = w[:, ~loud].abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
         w_codes = torch.round(w[:, ~loud] / scale)
-        x_scale = x[:, ~loud].abs().amax(1, keepdim=True) / 127
+        x_scale = x[:, ~loud].abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
         x_codes = torch.round(x[:, ~loud] / x_scale)
         return x[:, loud] @ w[:, loud].T + (x_codes @ w_codes.T) * x_scale * scale.T
 
     def mended_again(x, w):
         quiet = x.abs().amax(0) < 6
         a, b = x[:, quiet], w[:, quiet]
-        sa, sb = (t.abs().max(1).values / 127 for t in (a, b))
+        sa, sb = (t.abs().max(1).values.clamp(min=1e-30) / 127 for t in (a, b))
         integers = (a / sa[:, None]).round().int() @ (b / sb[:, None]).round().int().T
         return integers * torch.outer(sa, sb) + torch.nn.functional.linear(x[:, ~quiet], w[:, ~quiet])
 

@@ -3,6 +3,7 @@
 import ctypes
 import inspect
 import linecache
+import sys
 import threading
 import traceback
 import types
@@ -13,7 +14,7 @@ from pathlib import Path
 from quantlab.hunt.case import Case
 from quantlab.judging import untouched_state
 
-SECONDS = 10.0  # for one run of a test
+SECONDS = 20.0  # for one run of a test
 ROOMS = Path(__file__).resolve().parent
 NO_FILE = "<program>"
 
@@ -42,13 +43,26 @@ def run_test(test: Callable, case: Case, function: Callable, *, seconds: float =
     thread = threading.Thread(target=lambda: found.append(_outcome(test, program)), daemon=True)
     thread.start()
     thread.join(seconds)
-    for _ in range(20):  # a test may catch the first ones
-        if not thread.is_alive():
-            break
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(Endless))
-        thread.join(0.1)
+    _stop(thread)
     outcome = found[0] if found and found[0].kind != "endless" else Outcome("endless", f"stopped after {seconds:g} s")
     return Outcome(outcome.kind, outcome.note, bool(calls))
+
+
+def _stop(thread: threading.Thread) -> None:
+    """Raise Endless in a thread that still runs, but never in the middle of an import, which would stay half done."""
+    for _ in range(100):  # the first ones may be caught by the test
+        if not thread.is_alive():
+            break
+        if not _imports(thread):
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(Endless))
+        thread.join(0.2)
+
+
+def _imports(thread: threading.Thread) -> bool:
+    frame = sys._current_frames().get(thread.ident)
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
 
 
 def disguised(case: Case, function: Callable, calls: list) -> Callable:

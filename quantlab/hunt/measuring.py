@@ -69,26 +69,26 @@ class GeometricMean:
 
 @bug("E25", chapter="03", title="A layer in four bits")
 class FakeQuantIsSmaller:
-    """(layer, nbytes): a copy of an nn.Linear with its weight rounded to 4 bits, one scale for each row; and the
-    bytes that the tensors of this copy occupy, as they are."""
+    """(layer, nbytes): a copy of an nn.Linear (without bias) with its weight rounded to 4 bits, one scale for each
+    row; and the bytes that the tensors of this copy occupy, as they are."""
 
     def program(layer):
         copy = nn.Linear(layer.in_features, layer.out_features, bias=False)
-        scale = layer.weight.abs().amax(1, keepdim=True) / 7
+        scale = layer.weight.abs().amax(1, keepdim=True).clamp(min=1e-30) / 7
         with torch.no_grad():
             copy.weight.copy_(scale * torch.round(layer.weight / scale))
         return copy, copy.weight.numel() * 4 // 8
 
     def mended(layer):
         copy = nn.Linear(layer.in_features, layer.out_features, bias=False)
-        scale = layer.weight.abs().amax(1, keepdim=True) / 7
+        scale = layer.weight.abs().amax(1, keepdim=True).clamp(min=1e-30) / 7
         with torch.no_grad():
             copy.weight.copy_(scale * torch.round(layer.weight / scale))
         return copy, copy.weight.numel() * copy.weight.element_size()
 
     def mended_again(layer):
         weight = layer.weight.detach()
-        scale = weight.abs().max(1, keepdim=True).values / 7
+        scale = weight.abs().max(1, keepdim=True).values.clamp(min=1e-30) / 7
         copy = nn.Linear(layer.in_features, layer.out_features, bias=False)
         copy.load_state_dict({"weight": (weight / scale).round().clamp(-7, 7) * scale})
         return copy, sum(tensor.nbytes for tensor in copy.state_dict().values())
@@ -170,7 +170,10 @@ class ChosenOnTest:
 
     def mended_again(calibration, test):
         steps = calibration.abs().max() * torch.arange(1, 11)[:, None] / 70
-        losses = [(steps * (x / steps).round().clamp(-7, 7) - x).pow(2).mean(1) for x in (calibration, test)]
+        losses = [
+            (steps * (x / steps).round().clamp(-7, 7) - x).pow(2).mean(1)
+            for x in (calibration.flatten(), test.flatten())
+        ]
         i = losses[0].argmin()
         return 7 * steps[i].item(), losses[1][i].item()
 
@@ -235,7 +238,7 @@ class StarTable:
         return min(nbytes, key=nbytes.get)
 
     def mended_again(weights, activations):
-        return "W4A16" if activations < weights / 2 else "W8A8"
+        return "W4A16" if activations <= weights / 2 else "W8A8"
 
     def demo(program):
         print("a long text, 1e9 weights and 4e9 activations:", program(10**9, 4 * 10**9))

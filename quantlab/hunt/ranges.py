@@ -92,8 +92,8 @@ class Floor:
 
 @bug("E4", chapter="01", title="A zero point for any range")
 class ClippedZeroPoint:
-    """(scale, zero_point) with codes 0..255 for the reals low..high. zero_point is a code, and every real of the
-    range, taken to its code round(real / scale) + zero_point and back, returns within one scale."""
+    """(scale, zero_point) with codes 0..255 for the reals low..high, low < high. zero_point is a code, and every
+    real of the range, taken to its code round(real / scale) + zero_point and back, returns within one scale."""
 
     def program(low, high):
         scale = (high - low) / 255
@@ -136,12 +136,12 @@ class Uint8Symmetric:
     exactly 0.0, and everything else within half a scale."""
 
     def program(x):
-        scale = x.abs().max() / 127
+        scale = x.abs().max().clamp(min=1e-30) / 127
         codes = torch.round(x / scale) + 128
         return codes.to(torch.uint8), scale, 128
 
     def tempting(x):
-        scale = x.abs().max() / 127
+        scale = x.abs().max().clamp(min=1e-30) / 127
         codes = torch.round(x / scale) + 127.5  # the middle of 0..255
         return codes.to(torch.uint8), scale, 127.5
 
@@ -243,17 +243,17 @@ class AlwaysAsymmetric:
     def program(x, bits):
         # the asymmetric grid has a zero point to choose as well, so it is never the worse one
         low, high = x.min().clamp(max=0), x.max().clamp(min=0)
-        scale = (high - low) / (2**bits - 1)
+        scale = (high - low).clamp(min=1e-30) / (2**bits - 1)
         zero_point = torch.round(-low / scale)
         codes = (torch.round(x / scale) + zero_point).clamp(0, 2**bits - 1)
         return scale * (codes - zero_point)
 
     def mended(x, bits):
         largest = 2 ** (bits - 1) - 1
-        step = x.abs().max() / largest
+        step = x.abs().max().clamp(min=1e-30) / largest
         symmetric = step * torch.round(x / step).clamp(-largest, largest)
         low, high = x.min().clamp(max=0), x.max().clamp(min=0)
-        scale = (high - low) / (2**bits - 1)
+        scale = (high - low).clamp(min=1e-30) / (2**bits - 1)
         zero_point = torch.round(-low / scale)
         asymmetric = scale * ((torch.round(x / scale) + zero_point).clamp(0, 2**bits - 1) - zero_point)
         return min(symmetric, asymmetric, key=lambda y: (y - x).square().mean().item())

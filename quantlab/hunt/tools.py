@@ -25,21 +25,19 @@ def train(weight, x, y, x_scale):
     """The weight after training with fake quantization of x and of itself, its scale, and the losses."""
     weight, scale, losses = weight.clone().requires_grad_(), weight.abs().max() / 127, []
     x_seen = x_scale * torch.round(x / x_scale).clamp(-127, 127)
-    optimizer = torch.optim.SGD([weight], lr=0.1)
     for _ in range(100):
         rounded = weight + (scale * torch.round(weight / scale).clamp(-127, 127) - weight).detach()
         loss = (x_seen @ rounded.T - y).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        (gradient,) = torch.autograd.grad(loss, weight)
+        weight = (weight - 0.1 * gradient).detach().requires_grad_()
         losses.append(loss.item())
     return weight.detach(), scale, losses
 
 
 @bug("E13", chapter="02", title="Representative data")
 class NoiseAsSamples:
-    """(scale, zero_point) for an int8 model (codes 0..255) that will read inputs like `samples`: each value of the
-    samples returns from its code within one scale."""
+    """(scale, zero_point) for an int8 model (codes 0..255) that will read inputs like `samples` (not all 0): each
+    value of the samples returns from its code within one scale."""
 
     def program(samples):
         random = torch.Generator().manual_seed(0)
@@ -201,8 +199,8 @@ class NoQuantizer:
 
 @bug("E31", chapter="20", title="A Q/DQ pair for TensorRT")
 class NotSymmetric:
-    """(scale, zero_point) of the Q/DQ pair around activations x, for TensorRT, which takes int8 codes (-128..127)
-    and symmetric quantization only. Each value of x returns from its code within one scale."""
+    """(scale, zero_point) of the Q/DQ pair around activations x (not all 0), for TensorRT, which takes int8 codes
+    (-128..127) and symmetric quantization only. Each value of x returns from its code within one scale."""
 
     def program(x):
         scale = (x.max() - x.min()).item() / 255  # calibrated: the least and the largest value

@@ -151,22 +151,24 @@ class QuantizedFirst:
         nn.init.zeros_(net.bias)
         del net.weight  # first it is quantized ...
         net.register_buffer("weight", 0.25 * torch.round(weight / 0.25).clamp(-7, 7))
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
         for _ in range(300):  # ... and then it is trained
-            optimizer.zero_grad()
+            net.zero_grad()
             (net(x) - y).square().mean().backward()
-            optimizer.step()
+            with torch.no_grad():
+                for parameter in net.parameters():
+                    parameter -= 0.1 * parameter.grad
         return net.weight, net.bias.detach()
 
     def mended(weight, x, y):
         weight, bias = weight.clone().requires_grad_(), torch.zeros(len(weight), requires_grad=True)
-        optimizer = torch.optim.SGD([weight, bias], lr=0.1)
         for _ in range(300):
             rounded = 0.25 * torch.round(weight / 0.25).clamp(-7, 7)
             seen = weight + (rounded - weight).detach()
-            optimizer.zero_grad()
-            (x @ seen.T + bias - y).square().mean().backward()
-            optimizer.step()
+            loss = (x @ seen.T + bias - y).square().mean()
+            gradients = torch.autograd.grad(loss, (weight, bias))
+            weight, bias = (
+                (p - 0.1 * g).detach().requires_grad_() for p, g in zip((weight, bias), gradients, strict=True)
+            )
         return 0.25 * torch.round(weight.detach() / 0.25).clamp(-7, 7), bias.detach()
 
     def mended_again(weight, x, y):
@@ -204,7 +206,7 @@ class QuantizedFirst:
 class KeepsOnePercent:
     """AWQ: (codes, scale, input_scale), where codes · scale / input_scale stands for the weight. Every code is an
     integer, -8..7; scale is one number for each row, input_scale one for each input; the output error on x is
-    not above that of rounding to nearest."""
+    not above that of rounding each row to nearest, in steps of max|row| / 7. (No row is all 0.)"""
 
     def program(weight, x):
         scale = weight.abs().amax(1, keepdim=True) / 7
