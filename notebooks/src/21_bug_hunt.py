@@ -1,6 +1,6 @@
 # %% [markdown]
 # # 21 Bug hunt
-# *60 minutes for twelve programs; the other thirty-one are there for further evenings, about four minutes each. The
+# *60 minutes for twelve programs; thirty more are there for further evenings, about four minutes each. The
 # computer needs seconds. You need any of the notebooks 01 to 20; a program names its own only afterwards.*
 #
 # Forty-three programs run, look right and print something convincing. Thirty-three of them are wrong: each
@@ -33,7 +33,7 @@ from quantlab import hunt
 
 hunt.show("ranges.1")
 # %% [markdown]
-# ## 2. By hand: one program, four tests
+# ## 2. By hand: one program, three tests
 # That is all you get: a promise, a source, a print-out. Is the program right? The print-out says so: every
 # weight came back. **Predict:** for which arguments would it not? (Try: `program = hunt.program("ranges.1")`
 # is the program itself.)
@@ -351,7 +351,7 @@ hunt.score()
 hunt.atlas()
 # %% [markdown]
 # ## 11. Exercises
-# - **The rest** (about four minutes each): 31 programs have no cell yet.
+# - **The rest** (about four minutes each): thirty programs have no cell yet.
 # - **A test for all** (30 minutes, no check): which single *property*, half a step at most, say, or "twice the
 #   input gives twice the output", exposes the most of room 1?
 # - **Open**: take a page about quantization from the web, or the first answer of a chatbot. Write down what
