@@ -172,16 +172,19 @@ def test_integers_3(program):
 hunt.verdict("integers.2", ..., test=test_integers_2)
 hunt.verdict("integers.3", ..., test=test_integers_3)
 # %% [markdown]
-# Two equal products, added, for every weight code. The slider is the activation's code. **Predict** up to
-# which code nothing happens.
+# Two equal products, added, for every weight code. The slider is the activation's code. Say first what you
+# expect, then drag.
 # %%
+from quantlab.predictions import predict
+
+guess = predict("From which activation code on does the line bend?", ["33", "65", "129", "193"])
 explore_hunt("integers")
 # %% [markdown]
-# The line bends, on the left first, since −128 is larger than 127. From which code on, we can ask the
-# program:
+# It bends on the left first, since −128 is larger than 127. The exact code we can ask the program:
 # %%
 program, edge = hunt.program("integers.3"), torch.tensor([-128, -128])
-next(code for code in range(256) if program(torch.tensor([code, code]), edge) != -256 * code)
+bent = next(code for code in range(256) if program(torch.tensor([code, code]), edge) != -256 * code)
+guess.reveal(str(bent))
 # %% [markdown]
 # The print-out had weights of ±30, for which it never happens. *Take values from the edge of the promise.*
 #
