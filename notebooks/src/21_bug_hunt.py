@@ -355,13 +355,13 @@ hunt.atlas()
 # %% [markdown]
 # ## 11. Exercises
 # - **The rest** (about four minutes each): thirty programs have no cell yet.
-# - **A test for all** (30 minutes, no check): which single *property*, half a step at most, say, or "twice the
-#   input gives twice the output", exposes the most of room 1?
-# - **Open**: take a page about quantization from the web, or the first answer of a chatbot. Write down what
-#   its code promises, and test it.
-# %% [markdown]
+# - **A test for all** (30 minutes, no check): which single *property* ("at most half a step") exposes the most
+#   programs of room 1?
+# - **Open**: take a page about quantization from the web, or a chatbot's answer. Write down what its code
+#   promises, and test it.
+#
 # ### Recap
-# - A print-out shows what its author thought of. Ask what it leaves out: zero point 0, square, small, in range.
+# - A print-out shows what its author thought of. Ask what it leaves out.
 # - A test relies on the promise, not on one way to keep it: exact for codes, a tolerance for reals.
 # - Look at the edges: the largest codes, ranges without 0, one outlier, a shape that is not square.
 # - Ask what must *not* change, and let an independent implementation be the witness.
