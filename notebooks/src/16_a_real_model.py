@@ -134,7 +134,7 @@ step = (groups.amax(1, keepdim=True) - groups.amin(1, keepdim=True)) / 15
 shake = torch.rand(groups.shape, generator=torch.Generator().manual_seed(0)) - 0.5
 shaken = (groups + shake * step).view_as(w)
 ways = {"4 bits, 32": PerGroup(32), "4 bits, 128": PerGroup(128), "4 bits, row": PerAxis(0)}
-def flattery(quantizer):  # below 1: less error on the old weights than on those that never were codes
+def flattery(quantizer):  # below 1: less error on the old weights than on shaken ones
     before, after = (relative(quantizer(v).dequantize() - v, v) for v in (w, shaken))
     return before / after
 
@@ -171,10 +171,10 @@ found(all(first), "the loudest values of the loudest layers belong to the first 
 found(max(few[:2]) < 10, f"a handful of values is loud: {few}")
 loud.reveal("in single values" if max(few[:2]) < 10 else "in a few channels, for all tokens")
 # %% [markdown]
-# **Massive activations** (Sun et al. 2024): in the two loudest layers one or two values stand alone, a thousand times
-# as large as what is usual, in one channel and *one token*, the first. All six layers are `down_proj`. Attention weights sum to 1, so a head that has nothing
-# to say must look somewhere, and it has learnt to look at the first token, which carries nothing else: an
-# **attention sink** (注意力汇聚点).
+# **Massive activations** (Sun et al. 2024): in the two loudest layers one or two values stand alone, a thousand
+# times as large as what is usual, in one channel and *one token*, the first. All six layers are `down_proj`.
+# Attention weights sum to 1, so a head that has nothing to say must look somewhere. It has learnt to look at the
+# first token, which carries nothing else: an **attention sink** (注意力汇聚点).
 #
 # Is it the first *word*, or the first *place*? The control: let the text begin one word later.
 # %%
@@ -286,8 +286,8 @@ spared = real.kl(W8A8(), keep=loudest[:3])
 share = spared / tensor[2]
 found(share < 0.5, f"three layers in float take away more than half of KL (left: {share:.2f})")
 print(f"three of {len(layers)} layers in float: KL {spared:.4f}, {share:.2f} of {tensor[2]:.4f}")
-what = "less than a quarter" if share < 0.25 else "about a half" if share < 0.75 else "nearly as before"
-guilty.reveal(what)
+much, little = share < 0.25, share < 0.75
+guilty.reveal("less than a quarter" if much else "about a half" if little else "nearly as before")
 # %% [markdown]
 # ## 6. Ask it at 16, 8, 4 and 3 bits
 # Weights only, nearest rounding in groups of 64, as in notebook 06. **Drag**, and read the answers.
@@ -303,8 +303,9 @@ def row(label, bits, m, kl):
 
 results = [row("float", 32, model, 0.0)]
 for bits in (8, 4, 3):
-    rounded = real.quantized(RTN(bits=bits, group_size=64))
-    results.append(row(f"{bits} bits", bits, rounded, real.kl(RTN(bits=bits, group_size=64), rounded)))
+    method = RTN(bits=bits, group_size=64)
+    rounded = real.quantized(method)
+    results.append(row(f"{bits} bits", bits, rounded, real.kl(method, rounded)))
 # %% tags=["nbval-ignore-output"]
 from quantlab.explorers import explore_bits
 
@@ -335,7 +336,7 @@ for count in (256, 1024, 4096):
     w_hat = gptq_quantize(weight, hessian, bits=4, group_size=64).dequantize()
     lost[count] = output_error(w_hat, x[:count]), output_error(w_hat, unseen)
 # %% tags=["nbval-ignore-output"]
-print(f"{weight.shape[1]} inputs; nearest rounding, on the others: {output_error(nearest, unseen):.2e}")
+print(f"{weight.shape[1]} inputs; nearest rounding on the others: {output_error(nearest, unseen):.2e}")
 for count, (on_read, on_others) in lost.items():
     print(f"GPTQ, {count:>5} tokens: {on_read:.2e} on those, {on_others:.2e} on the others: "
           f"{on_others / on_read:.1f} times")
@@ -351,7 +352,8 @@ found(gaps[0] > 2 * gaps[-1], "with few tokens GPTQ learns them by heart")
 # %% tags=["nbval-ignore-output"]
 claims = []
 def claim(number, sentence, small_value, real_value, holds):
-    claims.append((number, sentence, small_value, real_value, holds(small_value), holds(real_value)))
+    values = small_value, real_value
+    claims.append((number, sentence, *values, *(holds(value) for value in values)))
 
 def both(method):
     return [yardstick.kl(method) for yardstick in (tale, real)]
@@ -364,13 +366,12 @@ rows, evens = both(RTN(group_size=None)), both(RTN(group_size=64, symmetric=True
 tables = both(NF4())
 # %% tags=["nbval-ignore-output"]
 claim("06", "8-bit weights are free: KL below 0.001", *eights, lambda kl: kl < 0.001)
-claim("06", "one bit less, 3 for 4, multiplies KL by 3 to 6", *ratio(threes, fours), lambda r: 3 < r < 6)
-claim("03", "4 bits: groups of 64 at least halve the KL of rows", *ratio(fours, rows), lambda r: r < 0.5)
+claim("06", "one bit less, 3 for 4, is 3 to 6 times the KL", *ratio(threes, fours), lambda r: 3 < r < 6)
+claim("03", "4 bits: groups of 64 halve the KL of rows", *ratio(fours, rows), lambda r: r < 0.5)
 claim("01", "4 bits: asymmetric is better than symmetric", *ratio(fours, evens), lambda r: r < 1)
-claim("04", "NF4 is better than symmetric int4 in blocks of 64", *ratio(tables, evens), lambda r: r < 1)
-claim("08", "8-bit activations, one scale: KL below 0.05", tensor[0], tensor[2], lambda kl: kl < 0.05)
-claim("08", "a scale a token is better than one for all", token[0] / tensor[0], token[2] / tensor[2],
-      lambda r: r < 1)
+claim("04", "NF4 is better than symmetric int4, blocks of 64", *ratio(tables, evens), lambda r: r < 1)
+claim("08", "8-bit activations, one scale: KL below 0.05", *tensor[::2], lambda kl: kl < 0.05)
+claim("08", "a scale a token is better than one", *ratio(token[::2], tensor[::2]), lambda r: r < 1)
 # %% tags=["nbval-ignore-output"]
 from quantlab.lm import activation_scales
 
@@ -386,7 +387,7 @@ small_read = capture_inputs(small, stories[:256], linear_layers(small))
 peaks = [max(x.abs().max().item() for x in inputs.values()) for inputs in (small_read, read)]
 claim("09", "no activation is above 100", *peaks, lambda size: size < 100)
 shares = [part["linear layers"] for part in parts.values()]
-claim("00", "over four fifths of the parameters are in linear layers", *shares, lambda share: share > 0.8)
+claim("00", "four fifths of the parameters are in linear layers", *shares, lambda part: part > 0.8)
 # %% tags=["nbval-ignore-output"]
 print(f"{'from':>4}  {'sentence':<62}{'small':>11}{which:>17}")
 for number, sentence, a, b, holds_a, holds_b in claims:
@@ -426,7 +427,7 @@ kinds = {}
 for row_ in sorted(stored, key=lambda row: row.bytes):
     if row_.kl > 0:
         kinds.setdefault(row_.method, []).append((row_.bytes / 1e6, row_.kl))
-lines = {name: tuple(zip(*points, strict=True)) for name, points in kinds.items() if len(points) > 2}
+lines = {name: tuple(zip(*at, strict=True)) for name, at in kinds.items() if len(at) > 2}
 ax = plt.subplots(figsize=(7, 3))[1]
 plot_curves(lines, xlabel="MB", ylabel="KL to the float model", log="y", ax=ax)
 for name, points in kinds.items():

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 
 from quantlab.hessian import Hessian
-from quantlab.lm import quantize_lm
 from quantlab.metrics import kl_divergence
 
 # Two children's stories: one to calibrate on, one to measure on.
@@ -128,10 +127,12 @@ class Yardstick:
 
     def quantized(self, method):
         """The model quantized by a method of quantlab.methods."""
+        from quantlab.lm import quantize_lm  # here: most exercises need no language model, whose import takes seconds
+
         return quantize_lm(self.model, self.calibration, method, window=128, progress=False)[0]
 
     def kl(self, method, model=None, *, keep=()) -> float:
-        """Mean KL after this method, measured once; model, if it was quantized already; keep: layers that stay float."""
+        """Mean KL after this method, measured once; model: what it gave already; keep: layers that stay float."""
         key = (method, *keep)
         if key not in self.known:
             model = self.quantized(method) if model is None else model
