@@ -30,7 +30,7 @@ def explore_kv(keys: Tensor, values: Tensor, *, bits: int = 2) -> Explorer:
         "bits": widgets.IntSlider(bits, 2, 8, description="bits"),
     }
     fig, (left, right) = figure(columns=2, height=3.6)
-    fig.subplots_adjust(left=0.07, right=0.96, top=0.9, bottom=0.14, wspace=0.3)
+    fig.subplots_adjust(left=0.07, right=0.94, top=0.9, bottom=0.14, wspace=0.34)
     images = []
     for ax, cmap, most in ((left, "RdBu_r", 1.0), (right, "PuOr", 0.3)):
         blank = np.zeros(both["keys"].shape)
