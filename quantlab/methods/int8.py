@@ -1,4 +1,4 @@
-"""Methods whose layers compute in 8-bit integers: W8A8, with SmoothQuant before it, and LLM.int8()."""
+"""Methods whose layers compute in integers: W8A8, with SmoothQuant before it, W4A4, and LLM.int8()."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,10 +23,11 @@ class W8A8(IntegerMethod):
     per: str = "tensor"  # the range of "tensor": each input; "token": each row of it; "static": what the observer saw
     observer: Callable = MinMax  # called for each layer, for per="static"
     activation_bits: int = 8
+    weight_bits: int = 8
 
     def __post_init__(self):
         check_choice(self.per, "per", ("tensor", "token", "static"))
-        vars(self).update(activation_bits=check_int(self.activation_bits, "activation_bits", 2, 8))
+        vars(self).update({name: check_int(getattr(self, name), name, 2, 8) for name in ("activation_bits", "weight_bits")})
         if not callable(self.observer):
             raise ValueError(f"observer is called for each layer: pass MinMax, not MinMax(); got {kind(self.observer)}")
 
@@ -46,10 +47,15 @@ class W8A8(IntegerMethod):
     def ledger_group(self) -> str:
         return self.per
 
+    @property
+    def ledger_bits(self) -> int:
+        return self.weight_bits
+
     def layer(self, linear: nn.Linear, observer=None) -> Int8Linear:
+        bits = {"activation_bits": self.activation_bits, "weight_bits": self.weight_bits}
         if self.observes:
-            return StaticInt8Linear.from_linear(linear, observer, activation_bits=self.activation_bits)
-        return DynamicInt8Linear.from_linear(linear, per=self.per, activation_bits=self.activation_bits)
+            return StaticInt8Linear.from_linear(linear, observer, **bits)
+        return DynamicInt8Linear.from_linear(linear, per=self.per, **bits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +69,21 @@ class SmoothQuant(W8A8):
     def __post_init__(self):
         super().__post_init__()
         vars(self).update(alpha=check_number(self.alpha, "alpha", low=0, high=1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class W4A4(W8A8):
+    """4-bit weights, one scale a row, and 4-bit activations, one scale a token: for models that were rotated.
+
+    >>> W4A4().label, W4A4(activation_bits=8).label
+    ('w4a4', 'w4a4 activation_bits=8')
+    """
+
+    per: str = "token"
+    activation_bits: int = 4
+    weight_bits: int = 4
+
+    name = "w4a4"
 
 
 @dataclass(frozen=True, kw_only=True)
