@@ -12,11 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from quantlab.arguments import (
-    check_flag, check_int, check_list, check_model, check_number, check_real, kind, text_config,
+    check_flag,
+    check_int,
+    check_list,
+    check_model,
+    check_number,
+    check_real,
+    kind,
+    text_config,
 )  # fmt: skip
-from quantlab.hadamard import (
-    hadamard, hadamard_transform, random_hadamard, random_orthogonal, transform,
-)  # fmt: skip
+from quantlab.hadamard import hadamard, hadamard_transform, random_hadamard, random_orthogonal, transform  # fmt: skip
 from quantlab.modules import device_of, is_linear, put_weight, weight_of
 from quantlab.outliers import check_same_outputs
 
@@ -213,7 +218,7 @@ def _turn_block(block: dict, turn: Callable[[Tensor], Tensor]) -> None:
 
 def _turn_heads(block: dict) -> None:
     """Values head by head: attention only mixes tokens, so its output is turned as they are."""
-    size = block["self_attn"].head_dim
+    size = _with_hadamard(block["self_attn"].head_dim, "heads")
 
     def turn(x: Tensor) -> Tensor:
         return transform(x.unflatten(-1, (-1, size))).flatten(-2)
@@ -222,7 +227,16 @@ def _turn_heads(block: dict) -> None:
     _turn_reader(block["self_attn.o_proj"], turn)
 
 
+def _with_hadamard(width: int, option: str) -> int:
+    try:
+        hadamard(width)
+    except ValueError as error:
+        raise ValueError(f"{error}; pass {option}=False") from error
+    return width
+
+
 def _turn_online(block: dict) -> None:
     down = block["mlp.down_proj"]
+    _with_hadamard(weight_of(down).shape[1], "online")
     _turn_reader(down, transform)
     block["mlp"].down_proj = nn.Sequential(OrderedDict(rotation=OnlineHadamard(), linear=down))

@@ -19,13 +19,13 @@ from test_lm import random_model
 from torch import Tensor, nn
 
 import quantlab as ql
-from quantlab import awq, floats, gptq, ledger, linear, lm, methods, mixed, outliers, qat, storage
+from quantlab import awq, floats, gptq, ledger, linear, lm, methods, mixed, outliers, qat, rotations, storage
 from quantlab.clipping import quantize_clipped
 from quantlab.granularity import code_range
 
 ROOT = Path(ql.__file__).resolve().parent
 ROOMS = ("", "floats", "metrics", "clipping", "gptq", "awq", "linear", "outliers", "methods", "mixed", "qat", "storage")
-ROOMS += ("lm", "ledger", "levels")
+ROOMS += ("lm", "ledger", "levels", "rotations")
 # Public names that are no doors, and why.
 RECORDS = {"Sensitivity", "Allocation", "Search", "Factor", "SplitError", "Divergence", "LayerReport", "Perplexity"}
 RECORDS |= {"QuantizeReport", "Row", "Latency", "Table", "PerTensor"}  # results, or nothing to ask
@@ -45,6 +45,8 @@ BEHIND |= {
     "dynamic_levels",
     "nf4_levels",
     "computes_otherwise",
+    "check_same_outputs",
+    "OnlineHadamard",
     "row_of",
 }  # called by doors, with what they checked
 
@@ -166,7 +168,16 @@ def good_calls(folder: Path) -> dict:
         "smoothing_scales": (outliers.smoothing_scales, {"largest_x": row.abs(), "layers": [lin], "alpha": 0.5}),
         "norm_readers": (outliers.norm_readers, {"model": model()}),
         **{one.__name__: (one, {}) for one in (methods.RTN, methods.NF4, methods.GPTQ, methods.AWQ)},
-        **{one.__name__: (one, {}) for one in (methods.W8A8, methods.SmoothQuant, methods.LLMInt8)},
+        **{one.__name__: (one, {}) for one in (methods.W8A8, methods.SmoothQuant, methods.W4A4, methods.LLMInt8)},
+        "hadamard": (rotations.hadamard, {"n": 12}),
+        "hadamard_transform": (rotations.hadamard_transform, {"x": real}),
+        "random_hadamard": (rotations.random_hadamard, {"n": 12}),
+        "random_orthogonal": (rotations.random_orthogonal, {"n": 12}),
+        "fold_norms": (rotations.fold_norms, {"model": model()}),
+        "rotate": (rotations.rotate, {"model": model(), "residual": torch.eye(24), "heads": False}),
+        "cayley": (rotations.cayley, {"free": x(8, 8)}),
+        "rounding_error": (rotations.rounding_error, {"x": real, "bits": 4}),
+        "learn_rotation": (rotations.learn_rotation, {"rows": [real], "start": torch.eye(8), "steps": 2}),
         "method_of": (methods.method_of, {"name": "rtn"}),
         "settings_of": (methods.settings_of, {"name": "rtn"}),
         "sensitivity": (mixed.sensitivity, on_model | {"bits": (4,), "group_size": 8, "progress": False}),

@@ -9,10 +9,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_families import FAMILIES, logits, made, text
+from test_lm import random_model
 
-from quantlab import PerAxis, fake_quantize, lm, quantize_tensor
+from quantlab import Hessian, PerAxis, PerGroup, fake_quantize, gptq_quantize, lm, quantize_tensor
 from quantlab.affine import choose_qparams
+from quantlab.clipping import quantize_clipped
 from quantlab.linear import DynamicInt8Linear
+from quantlab.methods import W4A4
 from quantlab.outliers import plant_outliers
 from quantlab.rotations import (
     OnlineHadamard,
@@ -253,9 +256,7 @@ def test_turning_saves_a_model_with_outliers():
     model = lively("llama")
     planted = plant_outliers(model, channels=[3], factor=300)
     kl = [
-        lm.divergence(
-            model, lm.quantize_lm(m, method="w8a8_dynamic", progress=False)[0], text(), window=32
-        ).kl
+        lm.divergence(model, lm.quantize_lm(m, method="w8a8_dynamic", progress=False)[0], text(), window=32).kl
         for m in (planted, rotate(planted))
     ]
     assert kl[1] < 0.1 * kl[0]
@@ -269,6 +270,13 @@ def test_turning_saves_a_model_with_outliers():
 def test_what_is_no_rotation_is_refused(residual, message):
     with pytest.raises(ValueError, match=message):
         rotate(lively("llama"), residual)
+
+
+def test_a_width_without_a_hadamard_matrix_is_named():
+    model = random_model("llama")  # heads of 6
+    with pytest.raises(ValueError, match="no Hadamard matrix of 6 rows: .*; pass heads=False"):
+        rotate(model)
+    assert len(lm.linear_layers(rotate(model, heads=False))) == len(lm.linear_layers(model))
 
 
 def test_what_is_turned_online_is_not_turned_again():
@@ -374,3 +382,37 @@ def test_w4a4_of_a_model():
     assert report.layers[0].bits_per_weight == pytest.approx(4 + 32 / 32)  # a float32 scale for 32 weights
     eight = lm.quantize_lm(model, method="w8a8_dynamic", per="token", progress=False)[0]
     assert lm.divergence(model, eight, text(), window=32).kl < lm.divergence(model, new, text(), window=32).kl
+
+
+def test_weights_of_w4a4_rounded_by_others():
+    """Rows that GPTQ or the clip search has rounded are what the layer computes with, code by code."""
+    model, tokens, name = lively("llama"), text(), "model.layers.0.mlp.down_proj"
+    before = lm.weight_of(lm.linear_layers(model)[name])
+    hessian = Hessian(72).add(lm.capture_inputs(model, tokens, [name], window=32)[name])
+    wanted = {
+        "clip": quantize_clipped(before, bits=4, granularity=PerAxis(0), steps=7),
+        "gptq": gptq_quantize(before, hessian, bits=4, symmetric=True),
+        "nearest": quantize_tensor(before, bits=4, granularity=PerAxis(0)),
+    }
+    layers = {}
+    for rounding, q in wanted.items():
+        new, report = lm.quantize_lm(model, tokens, W4A4(rounding=rounding), window=32, progress=False)
+        layers[rounding] = new.get_submodule(name)
+        assert (layers[rounding].codes == q.codes).double().mean() > 0.99  # float32's last digits may decide a tie
+        torch.testing.assert_close(layers[rounding].weight_scale, q.qparams.scale.flatten(), rtol=1e-4, atol=0)
+        assert report.calibration_tokens == (len(tokens) if rounding == "gptq" else 0)
+    error = {way: hessian.output_error(before, layer.dequantized_weight()) for way, layer in layers.items()}
+    assert error["gptq"] < error["clip"] < error["nearest"]
+
+
+@pytest.mark.parametrize(
+    "rows_of",
+    [lambda w: quantize_tensor(w, bits=4, granularity=PerGroup(8)),
+     lambda w: quantize_tensor(w[:5], bits=4, granularity=PerAxis(0)),
+     lambda w: quantize_tensor(w, bits=4, granularity=PerAxis(0), symmetric=False),
+     lambda w: quantize_tensor(w, bits=4, granularity=PerAxis(0), signed=False)],
+)  # fmt: skip
+def test_rows_that_do_not_fit_are_refused(rows_of):
+    layer = torch.nn.Linear(32, 12).requires_grad_(False)
+    with pytest.raises(ValueError, match="rows must hold signed codes"):
+        DynamicInt8Linear.from_linear(layer, rows=rows_of(layer.weight))

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantlab.affine import QParams, choose_qparams, fake_quantize, quantize
-from quantlab.arguments import check_choice, check_codes, check_int, check_real, check_tensor, kind
-from quantlab.granularity import PerAxis, quantize_tensor
+from quantlab.arguments import check_choice, check_codes, check_int, check_kind, check_real, check_tensor, kind
+from quantlab.granularity import PerAxis, QTensor, quantize_tensor
 from quantlab.linear.packed import KeepsScales
 from quantlab.modules import check_linear, weight_of
 
@@ -60,13 +60,18 @@ def _check_zero(zero, name: str, shape: tuple) -> None:
 class Int8Linear(KeepsScales):
     """int8 weight, one symmetric scale a row; a subclass says which QParams its input gets. It has no gradient.
 
-    Codes of fewer weight_bits are computed with as int8, and counted as packed.
+    rows: the weight, rounded already, on symmetric grids, one a row; None: it is rounded to the nearest code of
+    weight_bits. Codes of fewer than 8 bits are computed with as int8, and counted as packed.
     """
 
-    def __init__(self, linear: nn.Linear, activation_bits: int = 8, weight_bits: int = 8):
+    def __init__(
+        self, linear: nn.Linear, activation_bits: int = 8, weight_bits: int = 8, rows: QTensor | None = None
+    ):  # fmt: skip
         super().__init__()
+        weight = weight_of(check_linear(linear))
         self.weight_bits = check_int(weight_bits, "weight_bits", 2, 8)
-        codes, scale = self.quantized_rows(weight_of(check_linear(linear)))
+        codes, scale = self.quantized_rows(weight) if rows is None else _of_rows(rows, weight)
+        self.weight_bits = self.weight_bits if rows is None else rows.bits
         self.activation_bits = check_int(activation_bits, "activation_bits", 2, 8)
         self.out_features, self.in_features = codes.shape
         self.register_buffer("codes", codes.contiguous())  # the kernel reads them row by row
@@ -171,14 +176,16 @@ class DynamicInt8Linear(Int8Linear):
     per="tensor": one asymmetric map for the whole input. per="token": one symmetric map for each row of it.
     """
 
-    def __init__(self, linear: nn.Linear, *, per: str = "tensor", activation_bits: int = 8, weight_bits: int = 8):
-        super().__init__(linear, activation_bits, weight_bits)
+    def __init__(
+        self, linear: nn.Linear, *, per: str = "tensor", activation_bits: int = 8, weight_bits: int = 8, rows=None
+    ):  # fmt: skip
+        super().__init__(linear, activation_bits, weight_bits, rows)
         self.per = check_choice(per, "per", ("tensor", "token"))
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, *, per: str = "tensor", **bits: int) -> "DynamicInt8Linear":
-        """A new layer with linear's weight in int8; linear itself is not changed. bits: activation_, weight_bits."""
-        return cls(linear, per=per, **bits)
+    def from_linear(cls, linear: nn.Linear, *, per: str = "tensor", **options) -> "DynamicInt8Linear":
+        """A new layer with linear's weight in int8; linear itself is not changed. options: those of the class."""
+        return cls(linear, per=per, **options)
 
     def input_qparams(self, x: Tensor) -> QParams:
         low, high = torch.aminmax(x) if self.per == "tensor" else torch.aminmax(x, dim=1, keepdim=True)
@@ -194,8 +201,8 @@ class DynamicInt8Linear(Int8Linear):
 class StaticInt8Linear(Int8Linear):
     """int8 weight and activations; the activations' scale and zero_point were fixed by calibration (an observer)."""
 
-    def __init__(self, linear: nn.Linear, observer, *, activation_bits: int = 8, weight_bits: int = 8):
-        super().__init__(linear, activation_bits, weight_bits)
+    def __init__(self, linear: nn.Linear, observer, *, activation_bits: int = 8, weight_bits: int = 8, rows=None):
+        super().__init__(linear, activation_bits, weight_bits, rows)
         if not hasattr(observer, "min_max"):
             raise ValueError(f"observer must have min_max(), as those of quantlab.observers, got {kind(observer)}")
         qp = choose_qparams(*observer.min_max(), qmin=0, qmax=2**self.activation_bits - 1)
@@ -203,9 +210,9 @@ class StaticInt8Linear(Int8Linear):
         self.register_buffer("input_zero_point", qp.zero_point)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, observer, **bits: int) -> "StaticInt8Linear":
+    def from_linear(cls, linear: nn.Linear, observer, **options) -> "StaticInt8Linear":
         """A new layer with linear's weight in int8 and the range that the observer has seen (quantlab.observers)."""
-        return cls(linear, observer, **bits)
+        return cls(linear, observer, **options)
 
     def input_qparams(self, x: Tensor) -> QParams:
         return QParams(self.input_scale, self.input_zero_point, 0, 2**self.activation_bits - 1)
@@ -251,6 +258,15 @@ def _choose_numbers(low: float, high: float, *, qmax: int, symmetric: bool) -> t
     info = torch.finfo(torch.float32)
     scale = torch.tensor(min(max((high - low) / qmax, info.tiny), info.max), dtype=torch.float32).item()  # rounded
     return scale, (qmax + 1) // 2 if symmetric else min(max(-round(low / scale), 0), qmax)
+
+
+def _of_rows(rows: QTensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a weight that somebody else has rounded."""
+    rows = check_kind(rows, "rows", QTensor, "quantize_tensor gives")
+    signed = rows.qparams.qmin == -(2 ** (rows.bits - 1))
+    if rows.codes.shape != weight.shape or rows.granularity != PerAxis(0) or not rows.symmetric or not signed:
+        raise ValueError(f"rows must hold signed codes {tuple(weight.shape)} on symmetric grids, one a row")
+    return rows.codes, rows.qparams.scale.flatten()
 
 
 def _bias(linear: nn.Linear) -> Tensor | None:
