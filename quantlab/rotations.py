@@ -117,7 +117,7 @@ def learn_rotation(
     rows = [check_real(x, "rows").detach().float() for x in check_list(rows, "rows")]
     if not rows or any(x.ndim != 2 or x.shape[1] != rows[0].shape[1] for x in rows):
         raise ValueError(f"rows must be matrices of one width, got {[tuple(x.shape) for x in rows]}")
-    width, steps = rows[0].shape[1], check_int(steps, "steps", 0)
+    width, steps = rows[0].shape[1], check_int(steps, "steps", 0, 100_000)
     best = start = random_hadamard(width) if start is None else _orthogonal(start, width, "start")
     free, least = torch.zeros(width, width, dtype=torch.float32, requires_grad=True), math.inf
     adam = torch.optim.Adam([free], lr=check_number(learning_rate, "learning_rate", above=0))

@@ -25,7 +25,7 @@ WRONG = {
         (lambda base, k: doubled(base, k, root=1), "a rotation's have length 1"),
         (lambda base, k: doubled(base, k + 1), "doubled 2 times"),
         (lambda base, k: random_orthogonal(len(base) * 2**k), "entries of one size"),
-        (lambda base, k: doubled(base, k).tolist(), "Return a tensor"),
+        (lambda base, k: doubled(base, k)[0], "the matrix must be (48, 48)"),
     ],
     "17.2": [
         (lambda gain, weights: (gain, [w * gain for w in weights]), "it is 1 from now on"),
@@ -50,6 +50,6 @@ WRONG = {
          "A difference favours"),
         (lambda inputs, R, bits: worst(
             inputs, R, bits, lambda x, y, b: (rounding_error(y, bits=b) / rounding_error(x, bits=b)).item())[0],
-         "was expected"),
+         "2 results were expected"),
     ],
 }  # fmt: skip

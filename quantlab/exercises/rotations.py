@@ -1,11 +1,10 @@
 """Exercises of chapter 17: rotations."""
 
 import torch
-from torch import Tensor
 
 from quantlab.exercises.material import uniform
 from quantlab.hadamard import hadamard, random_orthogonal
-from quantlab.judging import Exercise, expect
+from quantlab.judging import Exercise, as_tensor, expect
 from quantlab.rotations import rounding_error
 
 
@@ -33,7 +32,8 @@ def _double_edges():
 def _double_rule(matrix, base, k):
     """Any Hadamard matrix of that size will do, in whatever order its rows and columns are."""
     n = len(base) * 2**k
-    expect(isinstance(matrix, Tensor), f"Return a tensor ({n}, {n}); got {type(matrix).__name__}.")
+    matrix = as_tensor(matrix)
+    expect(matrix is not None, f"Return a matrix ({n}, {n}) of numbers.")
     expect(
         matrix.shape == (n, n),
         f"{len(base)} rows doubled {k} times are {n}: the matrix must be ({n}, {n}), got {tuple(matrix.shape)}.",
