@@ -4,6 +4,7 @@ All quantizing is the library's: a file here chooses settings, compares and coun
 """
 
 from quantlab.explorers.accumulator import explore_accumulator
+from quantlab.explorers.activations import explore_activations, loudness
 from quantlab.explorers.awq import explore_scaling
 from quantlab.explorers.base import Explorer
 from quantlab.explorers.calibration import explore_calibration
@@ -27,6 +28,7 @@ __all__ = [
     "Explorer",
     "clipping_curves",
     "explore_accumulator",
+    "explore_activations",
     "explore_affine",
     "explore_angle",
     "explore_bits",
@@ -48,4 +50,5 @@ __all__ = [
     "explore_temperature",
     "explore_threshold",
     "explore_training",
+    "loudness",
 ]
