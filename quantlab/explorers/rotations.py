@@ -84,11 +84,12 @@ class _AnglePicture:
         self.here = self.left.plot([], [], "o", color="black", markersize=6, label="the two numbers")[0]
         self.there = self.left.plot([], [], "s", color=QUANTIZED, markersize=6, label="rounded")[0]
         self.left.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xlabel="first", ylabel="second")
-        self.left.legend(loc="upper left", fontsize="x-small")
-        self.curve = self.right.plot(_ANGLES, [1e-3] * len(_ANGLES), color=QUANTIZED, linewidth=1)[0]
+        self.left.set_title("dot: the two numbers, square: rounded", fontsize="small")
+        _draw_still(self.right, _ANGLES, errors)
+        self.curve = self.right.plot(_ANGLES, [1e-3] * len(_ANGLES), color=QUANTIZED, linewidth=1.5)[0]
         self.ring = self.right.plot([], [], "o", color="black", markersize=6)[0]
         every = np.concatenate(list(errors.values()))
-        low = max(every.min(), 1e-7) / 3
+        low = max(np.quantile(every, 0.02), 1e-7) / 2
         self.right.set(yscale="log", ylim=(low, every.max() * 3), xlabel="angle, degrees", xticks=range(-90, 91, 45))
         self.right.set(ylabel="relative error")
         self.moving = [self.grid, self.arrow, self.there, self.here, self.curve, self.ring]
@@ -195,6 +196,7 @@ def _draw_peaks(ax: Axes, x: Tensor):
 
 
 def _draw_errors(ax: Axes, sizes: list[int], errors: dict):
+    _draw_still(ax, range(len(sizes)), errors)
     curve = ax.plot(range(len(sizes)), [1e-3] * len(sizes), "s-", color=QUANTIZED, markersize=4)[0]
     here = ax.plot([], [], "o", color="black", markersize=9, fillstyle="none", markeredgewidth=2)[0]
     every = [e for row in errors.values() for e in row]
@@ -202,3 +204,13 @@ def _draw_errors(ax: Axes, sizes: list[int], errors: dict):
     ax.set(xticks=range(len(sizes)))
     ax.set_xticklabels([str(size) for size in sizes], fontsize="x-small", rotation=90 if len(sizes) > 12 else 0)
     return curve, here
+
+
+def _draw_still(ax: Axes, places, errors: dict) -> None:
+    """The errors at every number of bits, in grey, named at their right ends."""
+    for bits, row in errors.items():
+        ax.plot(places, row, color="0.75", linewidth=1)
+        ax.annotate(f"{bits} bits", (places[-1], row[-1]), (7, 0), textcoords="offset points", va="center",
+                    fontsize="x-small")  # fmt: skip
+    span = places[-1] - places[0]
+    ax.set_xlim(places[0] - 0.04 * span - 0.1, places[-1] + 0.17 * span + 0.1)  # room for the names
