@@ -37,6 +37,8 @@ def hadamard_transform(x: Tensor) -> Tensor:
     A Kronecker product is applied factor by factor: each turns one of the dimensions that x, (..., 12, 8, 16), has.
     Raises: ValueError if x is not finite floats, or its last dimension has no Hadamard matrix.
     """
+    if check_real(x).ndim == 0:
+        raise ValueError("x must have a dimension to turn; got a single number")
     return transform(check_real(x))
 
 

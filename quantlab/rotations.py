@@ -94,7 +94,8 @@ def rounding_error(x: Tensor, *, bits: int) -> Tensor:
     Differentiable: rounding passes gradients straight through, so what is left is the gradient of the step, which the
     row's largest value sets. Shapes: x (rows, n); the result is a number, ().
     """
-    check_real(x)
+    x = check_real(x)
+    x = x / x.detach().abs().max().clamp(min=torch.finfo(x.dtype).tiny)  # a ratio: squares of large numbers overflow
     most = 2 ** (check_int(bits, "bits", 2, 8) - 1)
     scale = (x.abs().amax(-1, keepdim=True) / (most - 0.5)).clamp(min=torch.finfo(x.dtype).tiny)
     steps = x / scale
@@ -120,7 +121,7 @@ def learn_rotation(
     width, steps = rows[0].shape[1], check_int(steps, "steps", 0, 100_000)
     best = start = random_hadamard(width) if start is None else _orthogonal(start, width, "start")
     free, least = torch.zeros(width, width, dtype=torch.float32, requires_grad=True), math.inf
-    adam = torch.optim.Adam([free], lr=check_number(learning_rate, "learning_rate", above=0))
+    adam = torch.optim.Adam([free], lr=check_number(learning_rate, "learning_rate", above=0, high=1e3))
     for step in range(steps + 1):
         with torch.enable_grad():
             matrix = start @ cayley(free)

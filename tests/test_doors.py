@@ -270,6 +270,7 @@ RIGHT |= {
     for door in ("perplexity", "divergence", "measure", "sensitivity")
 }
 RIGHT |= {("packed forward", "x", kind): "as nn.Linear" for kind in ("NaN", "inf", "3e38", "1e300")}
+RIGHT |= {("hadamard_transform", "x", "3e38"): "sums beyond float32, as in the product with the matrix"}
 RIGHT |= {("int8 forward", "x", "3e38"): "sums beyond float32, as in nn.Linear"}
 # TypeError: only of Python itself, at the call: an argument that is missing, or one that does not exist.
 OURS = (ValueError, FileNotFoundError, TypeError)

@@ -148,6 +148,11 @@ def test_where_there_is_no_hadamard_matrix(n, reason):
         hadamard(n)
 
 
+def test_a_single_number_cannot_be_turned():
+    with pytest.raises(ValueError, match="x must have a dimension to turn"):
+        hadamard_transform(torch.tensor(1.0))
+
+
 def test_random_rotations():
     for make in (random_hadamard, random_orthogonal):
         one, again, other = make(36, seed=1), make(36, seed=1), make(36, seed=2)
