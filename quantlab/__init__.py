@@ -12,7 +12,8 @@ In reading order; each imports only from the lines above its own (tests/test_imp
     error        gptq                                            column by column
     scaling      awq
     layers       storage linear                                  quantized tensors in files and in layers
-    outliers     outliers
+    outliers     outliers hadamard
+    bases        rotations
     methods      methods                                         one object for each way to quantize a model
     models       lm                                              load, measure, walk, save
     beyond       mixed ledger train kv                           bits by layer; the table; training; the cache of keys

@@ -20,12 +20,14 @@ from torch import Tensor, nn
 
 import quantlab as ql
 from quantlab import awq, floats, gptq, kv, kv_measuring, ledger, linear, lm, methods, mixed, outliers, qat, storage
+from quantlab import awq, floats, gptq, ledger, linear, lm, methods, mixed, outliers, qat, rotations, storage
 from quantlab.clipping import quantize_clipped
 from quantlab.granularity import code_range
 
 ROOT = Path(ql.__file__).resolve().parent
 ROOMS = ("", "floats", "metrics", "clipping", "gptq", "awq", "linear", "outliers", "methods", "mixed", "qat", "storage")
 ROOMS += ("lm", "ledger", "levels", "kv", "kv_measuring")
+ROOMS += ("lm", "ledger", "levels", "rotations")
 # Public names that are no doors, and why.
 RECORDS = {"Sensitivity", "Allocation", "Search", "Factor", "SplitError", "Divergence", "LayerReport", "Perplexity"}
 RECORDS |= {"QuantizeReport", "Row", "Latency", "Table", "PerTensor"}  # results, or nothing to ask
@@ -48,6 +50,8 @@ BEHIND |= {
     "Stored",
     "nf4_levels",
     "computes_otherwise",
+    "check_same_outputs",
+    "OnlineHadamard",
     "row_of",
 }  # called by doors, with what they checked
 
@@ -170,7 +174,16 @@ def good_calls(folder: Path) -> dict:
         "smoothing_scales": (outliers.smoothing_scales, {"largest_x": row.abs(), "layers": [lin], "alpha": 0.5}),
         "norm_readers": (outliers.norm_readers, {"model": model()}),
         **{one.__name__: (one, {}) for one in (methods.RTN, methods.NF4, methods.GPTQ, methods.AWQ)},
-        **{one.__name__: (one, {}) for one in (methods.W8A8, methods.SmoothQuant, methods.LLMInt8)},
+        **{one.__name__: (one, {}) for one in (methods.W8A8, methods.SmoothQuant, methods.W4A4, methods.LLMInt8)},
+        "hadamard": (rotations.hadamard, {"n": 12}),
+        "hadamard_transform": (rotations.hadamard_transform, {"x": real}),
+        "random_hadamard": (rotations.random_hadamard, {"n": 12}),
+        "random_orthogonal": (rotations.random_orthogonal, {"n": 12}),
+        "fold_norms": (rotations.fold_norms, {"model": model()}),
+        "rotate": (rotations.rotate, {"model": model(), "residual": torch.eye(24), "heads": False}),
+        "cayley": (rotations.cayley, {"free": x(8, 8)}),
+        "rounding_error": (rotations.rounding_error, {"x": real, "bits": 4}),
+        "learn_rotation": (rotations.learn_rotation, {"rows": [real], "start": torch.eye(8), "steps": 2}),
         "method_of": (methods.method_of, {"name": "rtn"}),
         "settings_of": (methods.settings_of, {"name": "rtn"}),
         "sensitivity": (mixed.sensitivity, on_model | {"bits": (4,), "group_size": 8, "progress": False}),
@@ -278,6 +291,7 @@ RIGHT |= {
     for door in ("perplexity", "divergence", "measure", "sensitivity")
 }
 RIGHT |= {("packed forward", "x", kind): "as nn.Linear" for kind in ("NaN", "inf", "3e38", "1e300")}
+RIGHT |= {("hadamard_transform", "x", "3e38"): "sums beyond float32, as in the product with the matrix"}
 RIGHT |= {("int8 forward", "x", "3e38"): "sums beyond float32, as in nn.Linear"}
 # TypeError: only of Python itself, at the call: an argument that is missing, or one that does not exist.
 OURS = (ValueError, FileNotFoundError, TypeError)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 import operator
 import re
 import threading
@@ -20,9 +21,11 @@ from quantlab.awq import scale_and_round, scales_of, search_scales
 from quantlab.blocks import PerAxis, PerGroup, PerTensor
 from quantlab.codebook import nf4_levels, quantize_codebook
 from quantlab.explorers import data
+from quantlab.explorers.rotations import block_sizes
 from quantlab.floats import FP4_E2M1, round_to
 from quantlab.gptq import gptq_quantize, gptq_steps
 from quantlab.granularity import quantize_tensor
+from quantlab.hadamard import hadamard
 from quantlab.hessian import Hessian
 from quantlab.linear import DynamicInt8Linear, StaticInt8Linear
 from quantlab.lm import DATA, generate, load_lm
@@ -30,6 +33,7 @@ from quantlab.metrics import mse, sqnr_db
 from quantlab.mixed import Sensitivity, greedy, knapsack
 from quantlab.observers import MSE, MinMax, Percentile
 from quantlab.outliers import LLMInt8Linear, smoothing_scales
+from quantlab.rotations import rounding_error
 from quantlab.train.few_levels import binary, pack_ternary, ternary
 from quantlab.train.lsq import LSQ
 
@@ -114,6 +118,11 @@ def loud_layers():
     channel, token = x * torch.ones(150).index_fill(0, torch.tensor([7]), 80.0), x.clone()
     token[0] *= 80
     return {"channel": (weight, channel), "token": (weight, token)}
+def loud_inputs(width=96):
+    """Inputs with one loud channel; 96 channels have Hadamard blocks of 1, 2, 4, 8, 12, 16 ..."""
+    x = values(40, width)
+    x[:, 11] *= 40
+    return x
 
 
 def sensitivity(blocks=3):
@@ -180,6 +189,8 @@ EXPLORERS = {
     "scaling": lambda: ex.explore_scaling(scaled_layers()),
     "training": lambda: ex.explore_training(*walk(), bits=2, group_size=48, step=5),
     "step": lambda: ex.explore_step(*layer_and_inputs(), group_size=50),
+    "angle": lambda: ex.explore_angle(10.0, 0.6),
+    "blocks": lambda: ex.explore_blocks(loud_inputs()),
 }
 
 # --- how it is looked at ----------------------------------------------------------------------------------------
@@ -1196,3 +1207,45 @@ def test_a_map_keeps_the_largest_value_of_each_field():
 def test_no_layers_to_explore_are_named():
     with pytest.raises(ValueError, match="layers is empty"):
         ex.explore_activations({})
+# --- notebook 17: rotations
+
+
+@pytest.mark.parametrize(("angle", "bits"), [(0, 4), (45, 4), (-30, 3), (90, 6)])
+def test_angle_numbers_are_a_turn_and_its_rounding(angle, bits):
+    explorer = put(ex.explore_angle(10.0, 0.6), angle=angle, bits=bits)
+    c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    turned = torch.tensor([[10 * c - 0.6 * s, 10 * s + 0.6 * c]], dtype=torch.float64)
+    shows(explorer, f"turned by {angle} degrees: ({turned[0, 0]:.2f}, {turned[0, 1]:.2f})")
+    shows(explorer, f"relative error {rounding_error(turned, bits=bits):.2e}")
+    shows(explorer, f"largest over length {turned.abs().max() / turned.norm():.3f}")
+
+
+def test_angle_refuses_a_point_that_cannot_turn():
+    with pytest.raises(ValueError, match="must not both be 0"):
+        ex.explore_angle(0, 0)
+    with pytest.raises(ValueError, match="x must be a finite number"):
+        ex.explore_angle(NAN, 1)
+
+
+@pytest.mark.parametrize(("block", "bits"), [(1, 4), (12, 4), (32, 3), (96, 8)])
+def test_block_numbers_are_those_of_the_matrix(block, bits):
+    x = loud_inputs()
+    explorer = put(ex.explore_blocks(x), block=block, bits=bits)
+    turned = (x.unflatten(1, (-1, block)) @ hadamard(block)).flatten(1)
+    shows(explorer, f"{rounding_error(x, bits=bits):.2e} -> {rounding_error(turned, bits=bits):.2e}")
+    uneven = [(y.abs().amax(1) / y.square().mean(1).sqrt()).mean().item() for y in (x, turned)]
+    shows(explorer, f"on average {uneven[0]:.1f} -> {uneven[1]:.1f}")
+    np.testing.assert_allclose(axes(explorer, 2).lines[1].get_ydata(), turned.abs().amax(0).numpy(), rtol=1e-4)
+
+
+def test_blocks_are_divisors_that_have_a_hadamard_matrix():
+    assert block_sizes(96) == [1, 2, 4, 8, 12, 16, 24, 32, 48, 96]
+    assert block_sizes(576) == [1, 2, 4, 8, 12, 16, 24, 32, 36, 48, 64, 72, 96, 144, 192, 288, 576]
+    assert block_sizes(30) == [1, 2]
+    assert 52 not in block_sizes(104)  # no construction known here gives 52
+    with pytest.raises(ValueError, match=r"x must be \(tokens, channels\), got \(8,\)"):
+        ex.explore_blocks(torch.ones(8))
+
+
+def test_blocks_of_silent_inputs_have_numbers():
+    assert "nan" not in put(ex.explore_blocks(torch.zeros(3, 8)), block=4).numbers()

@@ -20,4 +20,5 @@ CHAPTERS = {
     "15": "qlora",
     "16": "real_model",
     "18": "kv",
+    "17": "rotations",
 }

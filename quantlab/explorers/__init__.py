@@ -18,6 +18,7 @@ from quantlab.explorers.lora import explore_rank
 from quantlab.explorers.mixed import explore_budget
 from quantlab.explorers.model import explore_bits, explore_temperature
 from quantlab.explorers.ranges import clipping_curves, explore_affine, explore_clipping
+from quantlab.explorers.rotations import explore_angle, explore_blocks
 from quantlab.explorers.shift import explore_shift
 from quantlab.explorers.smoothing import explore_smoothing
 from quantlab.explorers.speed import explore_speed
@@ -31,7 +32,9 @@ __all__ = [
     "explore_accumulator",
     "explore_activations",
     "explore_affine",
+    "explore_angle",
     "explore_bits",
+    "explore_blocks",
     "explore_budget",
     "explore_cache",
     "explore_calibration",
