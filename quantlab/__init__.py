@@ -17,6 +17,7 @@ In reading order; each imports only from the lines above its own (tests/test_imp
     models       lm                                              load, measure, walk, save
     beyond       mixed ledger train                              bits by layer; the table; training
     doors        qat sweep                                       public names of training; many ways side by side
+    engines      export                                          files for other programs, one file an engine
 
 Beside the lines: plain (slow definitions of what is fast elsewhere), plots, explorers (what is dragged), exercises and
 checks (what is answered).
