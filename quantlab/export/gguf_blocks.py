@@ -45,6 +45,7 @@ TYPES = {
     "Q4_0": BlockType(2, 32, 18, simple.encode_q4_0, simple.decode_q4_0, "row"),
     "Q4_1": BlockType(3, 32, 20, simple.encode_q4_1, simple.decode_q4_1, "row"),
     "Q5_0": BlockType(6, 32, 22, simple.encode_q5_0, simple.decode_q5_0, "row"),
+    "Q5_1": BlockType(7, 32, 24, simple.encode_q5_1, simple.decode_q5_1, "row"),
     "Q4_K": BlockType(12, 256, 144, supers.encode_q4_k, supers.decode_q4_k, "block"),
     "Q5_K": BlockType(13, 256, 176, supers.encode_q5_k, supers.decode_q5_k, "block"),
     "Q6_K": BlockType(14, 256, 210, supers.encode_q6_k, supers.decode_q6_k),
@@ -86,12 +87,12 @@ def dequantize_gguf(packed: Tensor, kind: str) -> Tensor:
     Raises: ValueError if packed is not uint8, or its rows are no whole number of blocks.
 
     >>> dequantize_gguf(quantize_gguf(torch.arange(32.0), "Q8_0"), "Q8_0")[[0, 1, 31]]
-    tensor([ 0.0000,  0.9763, 31.0000])
+    tensor([ 0.0000,  0.9766, 31.0059])
     """
     kind, of = check_choice(kind, "kind", TYPES), TYPES[kind]
     if check_tensor(packed, "packed").dtype != torch.uint8 or packed.ndim == 0 or packed.shape[-1] % of.nbytes:
         raise ValueError(
-            f"{kind} needs rows of uint8, blocks of {of.nbytes} bytes; got {packed.dtype} of shape {tuple(packed.shape)}"
+            f"{kind} has blocks of {of.nbytes} bytes, uint8; got {packed.dtype} of shape {tuple(packed.shape)}"
         )
     values = of.decode(packed.reshape(-1, of.nbytes))
     return values.reshape(*packed.shape[:-1], packed.shape[-1] // of.nbytes * of.size)

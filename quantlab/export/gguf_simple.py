@@ -76,14 +76,18 @@ def decode_q4_0(raw: Tensor) -> Tensor:
     return floats(raw[:, :2]) * (from_nibbles(raw[:, 2:]).float() - 8)
 
 
+def _affine(x: Tensor, weights: Tensor | None, top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(scale, least value, codes 0..top)."""
+    if weights is not None:
+        codes, scale, offset = fit_affine(x, weights, top, _STARTS)
+        return scale, -offset, codes
+    least = x.amin(-1, keepdim=True)
+    scale = (x.amax(-1, keepdim=True) - least) / top
+    return scale, least, ((x - least) * inverse(scale) + 0.5).trunc().clamp(0, top)
+
+
 def encode_q4_1(x: Tensor, weights: Tensor | None) -> Tensor:
-    if weights is None:
-        least = x.amin(-1, keepdim=True)
-        scale = (x.amax(-1, keepdim=True) - least) / 15
-        codes = ((x - least) * inverse(scale) + 0.5).trunc().clamp(0, 15)
-    else:
-        codes, scale, offset = fit_affine(x, weights, 15, _STARTS)
-        least = -offset
+    scale, least, codes = _affine(x, weights, 15)
     return torch.cat([halves(scale), halves(least), nibbles(codes)], -1)
 
 
@@ -93,10 +97,26 @@ def decode_q4_1(raw: Tensor) -> Tensor:
 
 def encode_q5_0(x: Tensor, weights: Tensor | None) -> Tensor:
     scale, codes = _symmetric(x, weights, 16)
-    fifth = bit_planes(codes.view(-1, 4, 8).mT, 4)  # bit i of the four bytes is of code i
-    return torch.cat([halves(scale), fifth, nibbles(codes.to(torch.uint8) & 15)], -1)
+    return torch.cat([halves(scale), _fives(codes)], -1)
 
 
 def decode_q5_0(raw: Tensor) -> Tensor:
-    fifth = from_bit_planes(raw[:, 2:6], 8).mT.flatten(1)
-    return floats(raw[:, :2]) * (from_nibbles(raw[:, 6:]).float() + 16 * fifth - 16)
+    return floats(raw[:, :2]) * (_from_fives(raw[:, 2:]) - 16)
+
+
+def encode_q5_1(x: Tensor, weights: Tensor | None) -> Tensor:
+    scale, least, codes = _affine(x, weights, 31)
+    return torch.cat([halves(scale), halves(least), _fives(codes)], -1)
+
+
+def decode_q5_1(raw: Tensor) -> Tensor:
+    return floats(raw[:, :2]) * _from_fives(raw[:, 4:]) + floats(raw[:, 2:4])
+
+
+def _fives(codes: Tensor) -> Tensor:
+    """32 codes of 5 bits in 20 bytes: bit i of the first four is the highest of code i, then the low four bits."""
+    return torch.cat([bit_planes(codes.view(-1, 4, 8).mT, 4), nibbles(codes.to(torch.uint8) & 15)], -1)
+
+
+def _from_fives(raw: Tensor) -> Tensor:
+    return from_nibbles(raw[:, 4:]).float() + 16 * from_bit_planes(raw[:, :4], 8).mT.flatten(1)

@@ -50,7 +50,7 @@ def _affine_values(raw: Tensor, codes: Tensor) -> Tensor:
 
 
 def _twelve(s: Tensor, o: Tensor) -> Tensor:
-    """Eight scales and eight offsets of 6 bits in 12 bytes: the top two bits of the last four lie over the first four."""
+    """Eight scales and eight offsets of 6 bits in 12 bytes: the last four's top two bits lie over the first four."""
     s, o = s.to(torch.uint8), o.to(torch.uint8)
     first = torch.cat([s[:, :4] | s[:, 4:] >> 4 << 6, o[:, :4] | o[:, 4:] >> 4 << 6], -1)
     return torch.cat([first, s[:, 4:] & 15 | o[:, 4:] << 4], -1)
