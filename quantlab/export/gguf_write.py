@@ -12,7 +12,8 @@ from quantlab.files import write_whole
 def write_gguf(path, metadata: Mapping, tensors: Mapping[str, GGUFTensor], check: Callable | None = None) -> int:
     """Write a file, whole or not at all; returns its size. check(path) may raise before it takes its place.
 
-    A text is stored as one, True as a bool, an int as 4 bytes without sign, a float as float32; a list is of one kind.
+    A text is stored as one, True as a bool, an int as 4 bytes without sign, a float as float32. A list is of one kind;
+    its ints have a sign.
     """
 
     def write(part: Path) -> None:
@@ -47,16 +48,17 @@ def _text(text: str) -> bytes:
 
 
 def _value(value) -> bytes:
-    """A value with its type before it; of a list, that of its first."""
+    """A value with its type before it."""
     if isinstance(value, list):
-        inside = [_value(v) for v in value]
-        return (
-            struct.pack("<I", ARRAY)
-            + (inside[0][:4] if inside else struct.pack("<I", STRING))
-            + struct.pack("<Q", len(value))
-            + b"".join(v[4:] for v in inside)
-        )
-    if isinstance(value, str):
-        return struct.pack("<I", STRING) + _text(value)
-    number = 7 if isinstance(value, bool) else 4 if isinstance(value, int) else 6
-    return struct.pack("<I" + NUMBERS[number], number, value)
+        inside = 5 if all(isinstance(v, int) for v in value) else _number(value[0])  # 5: with a sign, as llama.cpp asks
+        return struct.pack("<IIQ", ARRAY, inside, len(value)) + b"".join(_bare(inside, v) for v in value)
+    return struct.pack("<I", _number(value)) + _bare(_number(value), value)
+
+
+def _number(value) -> int:
+    """The number of a value's type: text, bool, int of 4 bytes without sign, float32."""
+    return STRING if isinstance(value, str) else 7 if isinstance(value, bool) else 4 if isinstance(value, int) else 6
+
+
+def _bare(number: int, value) -> bytes:
+    return _text(value) if number == STRING else struct.pack("<" + NUMBERS[number], value)
