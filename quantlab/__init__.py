@@ -6,7 +6,7 @@ In reading order; each imports only from the lines above its own (tests/test_imp
     torch        modules                                         linear layers, hooks, modes
     the map      affine packing                                  reals to integer codes, codes to bytes
     blocks       blocks levels quantized metrics                 who shares a scale; tables of levels; the protocol
-    tensors      granularity floats codebook_fast                rounding to nearest; small floats
+    tensors      granularity floats codebook_fast superblocks    rounding to nearest; small floats; scales as codes
     choosing     codebook clipping observers                     NF4; which range, from data or without
     inputs       hessian                                         what a layer's output loses, without its inputs
     error        gptq                                            column by column
