@@ -9,14 +9,13 @@ import datetime
 import platform
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 
 from quantlab.export.gguf import save_gguf
 from quantlab.export.gguf_models import with_values_of
-from quantlab.export.llama_cpp import HOW, STORED, llama_cpp_here, llama_cpp_predictions, llama_cpp_speed
+from quantlab.export.llama_cpp import HOW, STORED, llama_cpp_here, llama_cpp_predictions, llama_cpp_speed, torch_speed
 from quantlab.files import write_json
 from quantlab.lm import DATA, load_lm, load_text, token_stream
 from quantlab.lm.smollm2 import packaged_gguf
@@ -62,21 +61,11 @@ def speeds(folder: Path) -> dict[str, float]:
     model, tokenizer = load_lm("smollm2")
     prompt, path, tokens = token_stream(tokenizer, ["The capital of France is"]), folder / "smollm2.gguf", 24
     save_gguf(model, tokenizer, path, mix="Q4_0")
-    theirs, ours = llama_cpp_speed(path, prompt, tokens=tokens), torch_speed(model, prompt, tokens)
+    theirs, ours = llama_cpp_speed(path, prompt, tokens=tokens), torch_speed(model, prompt, tokens=tokens)
     theirs = min(theirs.decode, llama_cpp_speed(path, prompt, tokens=tokens).decode)
-    ours = min(ours, torch_speed(model, prompt, tokens))
+    ours = min(ours, torch_speed(model, prompt, tokens=tokens))
     print(f"SmolLM2, tokens a CPU second: torch {1 / ours:.1f}, llama.cpp {1 / theirs:.1f}: {ours / theirs:.1f} times")
     return {"torch float32": 1 / ours, "llama.cpp Q4_0": 1 / theirs}
-
-
-def torch_speed(model, prompt: torch.Tensor, tokens: int) -> float:
-    """CPU seconds a token, the likeliest each time, with a cache."""
-    out = model(prompt[None], use_cache=True)
-    began = time.process_time()
-    for _ in range(tokens):
-        token = out.logits[:, -1:].argmax(-1)
-        out = model(token, past_key_values=out.past_key_values, use_cache=True)
-    return (time.process_time() - began) / tokens
 
 
 def _processor() -> str:

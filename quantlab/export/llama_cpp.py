@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantlab.arguments import check_codes, check_int, check_kind, check_path
+from quantlab.arguments import check_codes, check_int, check_kind, check_model, check_path
 from quantlab.export.gguf_file import read_gguf
 from quantlab.files import read_json
+from quantlab.modules import evaluating
 
 HOW = "llama.cpp is not here; `python -m recipes.llama_cpp` gets it (80 MB; Node 20 must be installed, no compiler)"
 FOLDER = Path(__file__).resolve().parent.parent.parent / ".llama_cpp"  # where the recipe puts it
@@ -66,6 +68,18 @@ def llama_cpp_speed(path, prompt: Tensor, *, tokens: int = 32, rounds: int = 2) 
     room = len(prompt) + tokens + 1
     got = _run(path, context=room, prompt=prompt.tolist(), tokens=tokens, rounds=rounds)
     return Speed(got["prefill"], got["decode"], tuple(got["said"]), got["written"])
+
+
+def torch_speed(model, prompt: Tensor, *, tokens: int = 32) -> float:
+    """CPU seconds that torch needs for each token it writes after the prompt: the likeliest, with a cache."""
+    tokens = check_int(tokens, "tokens", 1)
+    with torch.no_grad(), evaluating(check_model(model)):
+        out = model(prompt[None], use_cache=True)
+        began = time.process_time()
+        for _ in range(tokens):
+            token = out.logits[:, -1:].argmax(-1)
+            out = model(token, past_key_values=out.past_key_values, use_cache=True)
+    return (time.process_time() - began) / tokens
 
 
 def llama_cpp_tokens(path, text: str) -> list[int]:
