@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quantlab import PerAxis, PerGroup, quantize_tensor
 from quantlab.export import gguf as ours
-from quantlab.export.gguf import TYPES, blocks_of, dequantize_gguf, quantize_gguf, read_gguf, save_gguf, types_of
+from quantlab.export.gguf import TYPES, codes_to_gguf, dequantize_gguf, quantize_gguf, read_gguf, save_gguf, types_of
 from quantlab.export.gguf_fits import fit_affine, fit_scale
 from quantlab.export.gguf_mixes import MIXES, tensor_types
 from quantlab.export.gguf_write import write_gguf
@@ -167,7 +167,7 @@ def test_the_search_for_scale_and_offset_solves_for_both():
 @pytest.mark.parametrize(("bits", "symmetric", "kind"), [(8, True, "Q8_0"), (4, True, "Q4_0"), (4, False, "Q4_1")])
 def test_quantlabs_codes_in_llama_cpps_blocks(bits, symmetric, kind):
     q = quantize_tensor(weights(), bits=bits, granularity=PerGroup(32), symmetric=symmetric)
-    named, packed = blocks_of(q)
+    named, packed = codes_to_gguf(q)
     assert named == kind
     back = dequantize_gguf(packed, kind)
     assert torch.allclose(back, q.dequantize(), rtol=0, atol=2**-10 * q.dequantize().abs().max())
@@ -193,9 +193,9 @@ def test_quantlabs_codes_in_llama_cpps_blocks(bits, symmetric, kind):
         (lambda: quantize_gguf(torch.ones(2, 32), "Q4_0", importance=-torch.ones(32)), "not negative"),
         (lambda: dequantize_gguf(torch.ones(2, 17, dtype=torch.uint8), "Q4_0"), "18 bytes"),
         (lambda: dequantize_gguf(torch.ones(2, 18), "Q4_0"), "uint8"),
-        (lambda: blocks_of(quantize_tensor(torch.ones(2, 64), bits=3, granularity=PerGroup(32))), "3 bits"),
-        (lambda: blocks_of(quantize_tensor(torch.ones(2, 64), bits=4, granularity=PerAxis(0))), "PerAxis"),
-        (lambda: blocks_of(torch.ones(2, 32)), "got Tensor"),
+        (lambda: codes_to_gguf(quantize_tensor(torch.ones(2, 64), bits=3, granularity=PerGroup(32))), "3 bits"),
+        (lambda: codes_to_gguf(quantize_tensor(torch.ones(2, 64), bits=4, granularity=PerAxis(0))), "PerAxis"),
+        (lambda: codes_to_gguf(torch.ones(2, 32)), "got Tensor"),
     ],
 )
 def test_what_does_not_fit_is_refused(call, words):

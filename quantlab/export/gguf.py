@@ -8,16 +8,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantlab.arguments import check_choice, check_flag, check_model, check_path
+from quantlab.arguments import check_choice, check_flag, check_kind, check_model, check_path
 from quantlab.export.gguf_blocks import TYPES, BlockType, dequantize_gguf, quantize_gguf
-from quantlab.export.gguf_codes import blocks_of
+from quantlab.export.gguf_codes import codes_to_gguf
 from quantlab.export.gguf_file import GGUFFile, GGUFTensor, read_gguf
-from quantlab.export.gguf_mixes import MIXES, more_bits, tensor_types
+from quantlab.export.gguf_mixes import MIXES, tensor_types
 from quantlab.export.gguf_tokenizer import tokenizer_metadata
 from quantlab.export.gguf_write import write_gguf
 
 __all__ = [
-    "MIXES", "TYPES", "BlockType", "GGUFFile", "GGUFTensor", "blocks_of", "dequantize_gguf", "gguf_name", "more_bits",
+    "MIXES", "TYPES", "BlockType", "GGUFFile", "GGUFTensor", "codes_to_gguf", "dequantize_gguf", "gguf_name",
     "quantize_gguf", "read_gguf", "save_gguf", "tensor_types", "types_of",
 ]  # fmt: skip
 
@@ -47,7 +47,10 @@ def save_gguf(
     path, verify = check_path(path), check_flag(verify, "verify")
     metadata = {**_architecture(model, check_choice(mix, "mix", MIXES), path.stem)}
     metadata |= tokenizer_metadata(tokenizer, metadata["llama.vocab_size"])
-    tensors = _tensors(model, mix, dict(importance or {}), dict(qtensors or {}))
+    asked = [
+        {} if of is None else dict(check_kind(of, "importance or qtensors", Mapping)) for of in (importance, qtensors)
+    ]
+    tensors = _tensors(model, mix, *asked)
     return write_gguf(path, metadata, tensors, check=partial(_compare, metadata, tensors) if verify else None)
 
 
@@ -63,7 +66,7 @@ def gguf_name(name: str) -> str:
     >>> gguf_name("model.layers.2.self_attn.q_proj.weight")
     'blk.2.attn_q.weight'
     """
-    stem, _, ending = name.rpartition(".")
+    stem, _, ending = check_kind(name, "name", str).rpartition(".")
     if stem in _WHOLE:
         return f"{_WHOLE[stem]}.{ending}"
     found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
@@ -100,7 +103,7 @@ def _tensors(model, mix: str, importance: dict, qtensors: dict) -> dict[str, GGU
         layer, theirs = name.rpartition(".")[0], gguf_name(name)
         kind, weight = types[theirs], parameter.detach().cpu()
         if name == f"{layer}.weight" and layer in qtensors:
-            kind, packed = blocks_of(qtensors[layer])
+            kind, packed = codes_to_gguf(qtensors[layer])
             if qtensors[layer].shape != weight.shape:
                 raise ValueError(f"{layer} is {tuple(weight.shape)}, its codes are {tuple(qtensors[layer].shape)}")
         else:

@@ -99,12 +99,12 @@ def dequantize_gguf(packed: Tensor, kind: str) -> Tensor:
 
 
 def _checked_importance(importance: Tensor, columns: int) -> Tensor:
-    if check_real(importance, "importance").shape != (columns,) or importance.min() < 0:
+    importance = check_real(importance, "importance").detach().float()
+    if importance.shape != (columns,) or importance.min() < 0:
         raise ValueError(
             f"importance must be ({columns},) numbers that are not negative, the mean x² of each column's input; got "
             f"shape {tuple(importance.shape)}, least {importance.min():.3g}"
         )
-    importance = importance.detach().float()
     mean = importance.mean()  # a block whose errors cost nothing would get any scale, also 0
     return torch.where(importance > 0, importance, 1e-6 * mean if mean > 0 else 1.0)
 

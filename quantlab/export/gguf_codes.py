@@ -7,7 +7,7 @@ from quantlab.export.gguf_simple import halves, nibbles
 from quantlab.granularity import PerGroup, QTensor
 
 
-def blocks_of(q: QTensor) -> tuple[str, Tensor]:
+def codes_to_gguf(q: QTensor) -> tuple[str, Tensor]:
     """(type, bytes) of a quantized weight in groups of 32: quantlab's own codes, from GPTQ say, in llama.cpp's blocks.
 
     8 bits symmetric become Q8_0, 4 bits symmetric Q4_0, 4 bits with a zero point Q4_1. Codes stay as they are; scales

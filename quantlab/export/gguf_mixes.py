@@ -3,7 +3,9 @@
 Written from llama-quant.cpp. A mix is a type for most tensors, and better ones for those that matter more.
 """
 
-from quantlab.arguments import check_choice
+from collections.abc import Mapping
+
+from quantlab.arguments import check_choice, check_int, check_kind
 from quantlab.export.gguf_blocks import TYPES
 
 # The mix, the type of most of its matrices, and the number by which a file names it (llama_ftype).
@@ -27,7 +29,7 @@ def tensor_types(shapes: dict[str, tuple[int, ...]], mix: str, blocks: int) -> d
     {'blk.1.attn_v.weight': 'Q4_K', 'blk.1.ffn_down.weight': 'Q5_0'}
     """
     base, _ = MIXES[check_choice(mix, "mix", MIXES)]
-    tied = "output.weight" not in shapes
+    blocks, tied = check_int(blocks, "blocks", 0), "output.weight" not in check_kind(shapes, "shapes", Mapping)
     return {name: _type(name, shape, mix, base, blocks, tied) for name, shape in shapes.items()}
 
 

@@ -10,7 +10,7 @@ from quantlab.export.gguf import gguf_name
 from quantlab.export.gguf_file import read_gguf
 from quantlab.lm.layers import float_layers
 from quantlab.lm.measuring import checked_windows
-from quantlab.modules import evaluating, hooked
+from quantlab.modules import evaluating, hooked, weight_of
 
 
 def measure_importance(model, tokens: Tensor, *, window: int = 512) -> dict[str, Tensor]:
@@ -20,7 +20,7 @@ def measure_importance(model, tokens: Tensor, *, window: int = 512) -> dict[str,
     """
     window, _ = checked_windows(model, tokens, window, None)
     layers = float_layers(model)
-    sums = {name: torch.zeros(layer.in_features, dtype=torch.float64) for name, layer in layers.items()}
+    sums = {name: torch.zeros(weight_of(layer).shape[1], dtype=torch.float64) for name, layer in layers.items()}
 
     def note(name):
         def hook(_layer, inputs) -> None:
