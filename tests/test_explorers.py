@@ -140,6 +140,7 @@ def ranks():
 
 
 EXPLORERS = {
+    "hunt": lambda: ex.explore_hunt("integers"),
     "rank": lambda: ex.explore_rank(ranks()),
     "budget": lambda: ex.explore_budget(sensitivity()),
     "affine": lambda: ex.explore_affine(values()),
