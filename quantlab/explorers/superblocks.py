@@ -39,12 +39,14 @@ def explore_super_blocks(weight: Tensor, x: Tensor, *, block_size: int = 32, sca
     """
     weight, x = check_layer(weight, x)
     hessian, picture = Hessian(weight.shape[1]).add(x), _Picture()
-    picture.curves(_references(weight, hessian))
 
     @cache
     def point(block, bits, offset) -> _Point:
         rounded = round_in_superblocks(weight, block_size=block, scale_bits=bits, super_size=SUPER, offset=offset)
         return _measured(weight, rounded.values, rounded.bits_per_element, hessian)
+
+    point(block_size, scale_bits, True)  # first, since it says what weights do not fit
+    picture.curves(_references(weight, hessian))
 
     def update(block, scale, offset) -> str:
         now, plain = point(block, scale, offset), point(block, 16, offset)
@@ -118,7 +120,7 @@ class _Picture:
                 ax.plot([p.bits for p in points], heights, marker=marker, color=color, markersize=4, label=name)
         for ax, kind in ((self.left, "weight"), (self.right, "output")):
             every = [getattr(p, kind) for points in references.values() for p in points]
-            ax.set_ylim(min(every) / 2, max(every) * 3)
+            ax.set_ylim(max(min(every) / 2, 1e-9), max(*every, 1e-8) * 3)
         self.right.legend(loc="upper right", fontsize="small")
 
     def show(self, now: _Point, trail: list[_Point]) -> None:
