@@ -22,15 +22,19 @@ import quantlab as ql
 from quantlab import awq, floats, gptq, kv, kv_measuring, ledger, linear, lm, methods, mixed, outliers, qat, storage
 from quantlab import awq, floats, gptq, ledger, linear, lm, methods, mixed, outliers, qat, rotations, storage
 from quantlab.clipping import quantize_clipped
+from quantlab.export import gguf, gguf_models
 from quantlab.granularity import code_range
+from quantlab.superblocks import round_in_superblocks
 
 ROOT = Path(ql.__file__).resolve().parent
 ROOMS = ("", "floats", "metrics", "clipping", "gptq", "awq", "linear", "outliers", "methods", "mixed", "qat", "storage")
 ROOMS += ("lm", "ledger", "levels", "kv", "kv_measuring")
 ROOMS += ("lm", "ledger", "levels", "rotations")
+ROOMS += ("lm", "ledger", "levels", "superblocks", "export.gguf", "export.gguf_models")
 # Public names that are no doors, and why.
 RECORDS = {"Sensitivity", "Allocation", "Search", "Factor", "SplitError", "Divergence", "LayerReport", "Perplexity"}
-RECORDS |= {"QuantizeReport", "Row", "Latency", "Table", "PerTensor"}  # results, or nothing to ask
+RECORDS |= {"QuantizeReport", "Row", "Latency", "Table", "PerTensor", "Rounded"}  # results, or nothing to ask
+RECORDS |= {"BlockType", "GGUFFile", "GGUFTensor"}
 PARTS = {
     "Chunks",
     "KVLayer",
@@ -112,6 +116,8 @@ def good_calls(folder: Path) -> dict:
     entry = ledger.measure(model(), model(), tokens(), method="float", window=16)
     storage.save_tensors(folder / "x", {"x": real})
     lm.save_quantized(folder / "m", new, report.qtensors)
+    wide, (small, words) = x(4, 32), lm.load_lm(str(lm.DATA / "model"))
+    gguf.save_gguf(small, words, folder / "s.gguf", mix="F16")
     trained = qat.prepare_qat(model(), bits=4, group_size=8)
     past = model()(tokens()[None]).past_key_values
     return {
@@ -241,6 +247,17 @@ def good_calls(folder: Path) -> dict:
         "value_lengths": (kv_measuring.value_lengths, {"past": past}),
         "rounding_errors": (kv_measuring.rounding_errors, {"past": past, "bits": 3}),
         "keys_before_rope": (kv_measuring.keys_before_rope, {"model": model(), "tokens": tokens(), "past": past}),
+        "round_in_superblocks": (round_in_superblocks, {"x": x(4, 32), "super_size": 32, "block_size": 8}),
+        "quantize_gguf": (gguf.quantize_gguf, {"weight": wide, "kind": "Q4_0", "importance": wide[0].abs()}),
+        "dequantize_gguf": (gguf.dequantize_gguf, {"packed": gguf.quantize_gguf(wide, "Q4_0"), "kind": "Q4_0"}),
+        "codes_to_gguf": (gguf.codes_to_gguf, {"q": ql.quantize_tensor(wide, bits=4, granularity=ql.PerGroup(32))}),
+        "save_gguf": (gguf.save_gguf, {"model": small, "tokenizer": words, "path": folder / "z.gguf", "mix": "F16"}),
+        "read_gguf": (gguf.read_gguf, {"path": folder / "s.gguf"}),
+        "tensor_types": (gguf.tensor_types, {"shapes": {"blk.0.attn_v.weight": (8, 32)}, "mix": "Q4_0", "blocks": 1}),
+        "types_of": (gguf.types_of, {"model": model(), "mix": "Q4_K_M"}),
+        "gguf_name": (gguf.gguf_name, {"name": "model.norm.weight"}),
+        "measure_importance": (gguf_models.measure_importance, on_model),
+        "with_values_of": (gguf_models.with_values_of, {"model": small, "path": folder / "s.gguf"}),
         "compare": (ledger.compare, {"row": entry, "other": ledger.measure(model(), new, method="rtn", **reads)}),
     }  # fmt: skip
 

@@ -34,6 +34,7 @@ from quantlab.mixed import Sensitivity, greedy, knapsack
 from quantlab.observers import MSE, MinMax, Percentile
 from quantlab.outliers import LLMInt8Linear, smoothing_scales
 from quantlab.rotations import rounding_error
+from quantlab.superblocks import round_in_superblocks
 from quantlab.train.few_levels import binary, pack_ternary, ternary
 from quantlab.train.lsq import LSQ
 
@@ -135,6 +136,11 @@ def sensitivity(blocks=3):
     return Sensitivity(costs, costs, sizes, weights, 512)
 
 
+def wide_layer():
+    """A layer whose rows are super-blocks of 256, and its input."""
+    return values(12, 512), values(100, 512)
+
+
 def ranks():
     """Made-up adapters of a layer with 24 outputs and 16 inputs, and one with 8 outputs."""
     random = seeded()
@@ -191,6 +197,7 @@ EXPLORERS = {
     "step": lambda: ex.explore_step(*layer_and_inputs(), group_size=50),
     "angle": lambda: ex.explore_angle(10.0, 0.6),
     "blocks": lambda: ex.explore_blocks(loud_inputs()),
+    "super-blocks": lambda: ex.explore_super_blocks(*wide_layer()),
 }
 
 # --- how it is looked at ----------------------------------------------------------------------------------------
@@ -791,6 +798,37 @@ def test_outliers_of_odd_layers(explore):
         assert "nan" not in put(explore(weight, x, channels=[0]), factor=300).numbers()
     with pytest.raises(ValueError, match="a channel must be 0..7, got 8"):
         explore(torch.zeros(4, 8), torch.zeros(3, 8), channels=[8])
+
+
+# --- notebook 19: super-blocks
+
+
+def test_super_blocks_show_the_librarys_numbers():
+    weight, x = wide_layer()
+    explorer = put(ex.explore_super_blocks(weight, x), block=64, scale=4, offset=False)
+    rounded = round_in_superblocks(weight, block_size=64, scale_bits=4, offset=False)
+    plain = round_in_superblocks(weight, block_size=64, scale_bits=16, offset=False)
+    errors, output = [relative(r.values, weight) for r in (rounded, plain)], Hessian(512).add(x)
+    shows(explorer, f"{rounded.bits_per_element:.3f} true bits", f"need {plain.bits_per_element:.3f} bits")
+    shows(explorer, f"weight error {errors[0]:.2e} ({errors[0] / errors[1]:.3f} ×")
+    shows(explorer, f"output error {output.output_error(weight, rounded.values):.2e}")
+    for place, error in enumerate((errors[0], output.output_error(weight, rounded.values))):
+        dot = axes(explorer, place).lines[1]
+        assert [float(v[0]) for v in dot.get_data()] == pytest.approx([rounded.bits_per_element, error], rel=1e-5)
+
+
+def test_super_blocks_stand_beside_gptq():
+    weight, x = wide_layer()
+    line = next(line for line in axes(ex.explore_super_blocks(weight, x), 1).lines if line.get_label() == "GPTQ")
+    hessian = Hessian(512).add(x)
+    wanted = [gptq_quantize(weight, hessian, bits=4, group_size=n, symmetric=False) for n in (128, 64, 32, 16)]
+    assert line.get_xdata() == pytest.approx([q.bits_per_element for q in wanted])
+    assert line.get_ydata() == pytest.approx([hessian.output_error(weight, q.dequantize()) for q in wanted])
+
+
+def test_super_blocks_need_rows_of_256():
+    with pytest.raises(ValueError, match="does not go up"):
+        ex.explore_super_blocks(torch.ones(4, 96), torch.ones(5, 96))
 
 
 # --- notebook 10: GPTQ

@@ -21,4 +21,5 @@ CHAPTERS = {
     "16": "real_model",
     "18": "kv",
     "17": "rotations",
+    "19": "llamacpp",
 }

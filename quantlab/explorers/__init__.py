@@ -23,6 +23,7 @@ from quantlab.explorers.shift import explore_shift
 from quantlab.explorers.smoothing import explore_smoothing
 from quantlab.explorers.speed import explore_speed
 from quantlab.explorers.steps import explore_step
+from quantlab.explorers.superblocks import explore_super_blocks
 from quantlab.explorers.threshold import explore_threshold
 from quantlab.explorers.training import explore_training
 
@@ -52,6 +53,7 @@ __all__ = [
     "explore_smoothing",
     "explore_speed",
     "explore_step",
+    "explore_super_blocks",
     "explore_temperature",
     "explore_threshold",
     "explore_training",
