@@ -17,9 +17,10 @@ In reading order; each imports only from the lines above its own (tests/test_imp
     models       lm                                              load, measure, walk, save
     beyond       mixed ledger train                              bits by layer; the table; training
     doors        qat sweep                                       public names of training; many ways side by side
+    the end      capstone                                        fit the budget: recipes, scores, a leaderboard
 
 Beside the lines: plain (slow definitions of what is fast elsewhere), plots, explorers (what is dragged), exercises and
-checks (what is answered).
+checks (what is answered), progress (what is passed).
 A new method is a file in methods, a new quantized tensor a subclass of quantized.Quantized, a new chapter a file in
 notebooks/src with its exercises in exercises, a new engine a file in export.
 """

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from quantlab.exercises import CHAPTERS
+from quantlab.progress import remember
 
 
 class Wrong(Exception):
@@ -36,6 +37,7 @@ def check(name: str, answer) -> None:
     exercise = find(name)
     verdict = judge(exercise, answer)
     print(f"{name} {exercise.title}: {verdict}")
+    remember(name, passed=verdict.startswith("passed"))
 
 
 def judge(exercise: Exercise, answer) -> str:
