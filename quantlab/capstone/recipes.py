@@ -24,11 +24,14 @@ from quantlab.storage import load_tensors
 Made = tuple[torch.nn.Module, dict[str, Quantized]]  # what a recipe returns
 
 
-def quantize_embeddings(model, quantizer: Callable[[Tensor], Quantized]) -> Made:
-    """A new model whose embedding (and head, if that is a matrix of its own) is quantized; and the codes by name."""
+def quantize_embeddings(model, quantizer: Callable[..., Quantized], by_name: dict[str, dict] | None = None) -> Made:
+    """A new model whose embedding (and head, if that is a matrix of its own) is quantized; and the codes by name.
+
+    quantizer is called with a weight (vocabulary, width), and with what by_name has for that layer.
+    """
     new, codes = copy.deepcopy(model), {}
     for name, layer in embedding_layers(new).items():
-        codes[name] = quantizer(layer.weight.detach())
+        codes[name] = quantizer(layer.weight.detach(), **(by_name or {}).get(name, {}))
         layer.weight.data.copy_(codes[name].dequantize())
     return new, codes
 
@@ -72,15 +75,15 @@ def mixed_gptq(model, tokens, *, nbytes: int, choices=(2, 3, 4, 5, 6, 8), group_
     table = sensitivity(model, text, bits=choices, group_size=group_size, progress=False)
     costs, sizes = embedding_costs(model, text, choices, group_size)
     chosen = knapsack(table.costs | costs, table.sizes | sizes, nbytes - beside(model)).bits
-    most = max(chosen[name] for name in sizes)  # of embedding and head, where these are two
-    new, embeddings = quantize_embeddings(model, partial(in_groups, bits=most, group_size=group_size))
+    own = {name: {"bits": chosen[name]} for name in sizes}
+    new, embeddings = quantize_embeddings(model, partial(in_groups, group_size=group_size), own)
     bits = {name: chosen[name] for name in linear_layers(model)}
     new, report = quantize_lm(new, tokens, GPTQ(bits=bits, group_size=group_size), in_place=True, progress=False)
     return new, embeddings | dict(report.qtensors)
 
 
 def embedding_costs(model, text, choices, group_size: int) -> tuple[dict, dict]:
-    """What sensitivity() finds for linear layers, for the embedding: (KL with it alone quantized, bytes), by bits."""
+    """What sensitivity() finds for linear layers, for the embedding: its KL alone, and its bytes, by bits."""
     costs, sizes = {}, {}
     for bits in choices:
         new, codes = quantize_embeddings(model, partial(in_groups, bits=bits, group_size=group_size))
@@ -91,7 +94,7 @@ def embedding_costs(model, text, choices, group_size: int) -> tuple[dict, dict]:
 
 
 def beside(model) -> int:
-    """Bytes of a saved model beside linear layers and embedding: everything else in 16 bits, and room for the header."""
+    """Bytes of a saved model beside linear layers and embedding: all else in 16 bits, and room for the header."""
     layers = linear_layers(model) | embedding_layers(model)
     others = sum(p.numel() for name, p in model.named_parameters() if name.removesuffix(".weight") not in layers)
     return 2 * others + 800 * (len(layers) + 1)

@@ -18,7 +18,7 @@ CHEATS = {
     "smuggled tensors": "there are tensors that the model has not, such as floats in buffers; only its weights count",
     "changed tokenizer": "the tokenizer cuts text otherwise than the model's own, and would change what is measured",
     "changed configuration": "the configuration is not the model's own, and numbers hidden there would not be counted",
-    "code in the file": "there is a program in the folder, or a file that runs one when it is opened; only numbers count",
+    "code in the file": "the folder holds a program, or a file that runs one when it is opened; only numbers count",
     "other files": "the folder holds files beside the weights, whose bytes would not be counted",
 }
 _PROGRAMS = {".py", ".pyc", ".so", ".dll", ".pyd", ".sh", ".exe", ".bat", ".bin", ".pt", ".pth", ".ckpt", ".onnx"}

@@ -18,7 +18,9 @@ from quantlab.capstone.hidden import hidden_text
 from quantlab.capstone.refusing import check_folder, check_made, watched
 from quantlab.lm import QuantizeReport, chosen_model, divergence, load_lm, load_text, save_quantized, token_stream
 from quantlab.lm import budget as tokens_for
+from quantlab.lm.checkpoint import hash_tensors
 from quantlab.lm.saving import WEIGHTS
+from quantlab.storage import read_parts
 
 GIVEN = 16384  # tokens of the calibration text that a recipe is given
 HELD_OUT = 4096  # tokens at its end that practice() measures on
@@ -69,7 +71,7 @@ class Score:
     cpu_seconds: float
     memory: int  # bytes that it needed at its peak above those before it, sampled 50 times a second
     text: str  # the first 12 digits of the SHA-256 of the hidden text; scores on different ones do not compare
-    file: str  # likewise of the weights' file
+    weights: str  # likewise of what the weights' file holds
 
     @property
     def fits(self) -> bool:
@@ -109,7 +111,7 @@ def score(
         used.stop()
         folder = _as_folder(made, Path(work) / "entry", reference)
         new = check_folder(folder, reference, tokenizer)
-        nbytes, digest = (folder / WEIGHTS).stat().st_size, _digest((folder / WEIGHTS).read_bytes())
+        nbytes, digest = (folder / WEIGHTS).stat().st_size, _fingerprint(folder / WEIGHTS)
     documents = hidden_text(limits.text)
     tokens = token_stream(tokenizer, documents)
     found = divergence(reference, new, tokens[: tokens_for(reference, len(tokens), least=2048)])
@@ -128,7 +130,7 @@ def score(
         cpu_seconds=used.cpu_seconds,
         memory=used.memory,
         text=_digest("".join(documents).encode()),
-        file=digest,
+        weights=digest,
     )
 
 
@@ -196,6 +198,12 @@ def _as_folder(made, folder: Path, reference) -> Path:
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:12]
+
+
+def _fingerprint(path: Path) -> str:
+    """Of the tensors and their settings; the bytes of two such files may differ, as a header has no order."""
+    metadata, parts = read_parts(path)
+    return hash_tensors(dict(sorted(parts.items())), about=metadata["tensors"])[:12]
 
 
 class _Meter:
