@@ -82,3 +82,40 @@ def plot_bars(bars: dict[str, dict], *, ylabel: str, log: bool = False, ax: Axes
     if len(bars) > 1:
         ax.legend(loc="best", fontsize="small")
     return ax
+
+
+def plot_pareto(
+    points: dict[str, tuple[float, float]], *, xlabel: str, ylabel: str, limit: float | None = None,
+    mine: str | None = None, ax: Axes | None = None,
+) -> Axes:  # fmt: skip
+    """Sizes and losses, {name: (size, loss)}, and the line below which none of them lies; mine is drawn as a star.
+
+    The line is the Pareto front: at each size the least loss of whatever is no larger. limit: a size not to exceed.
+    """
+    ax = ax if ax is not None else plt.gca()
+    front = pareto_front(points.values())
+    if front:
+        ax.step(*zip(*front, strict=True), where="post", color="0.7", zorder=0, label="the best so far")
+    others = [name for name in points if name != mine]
+    for name, (color, marker) in zip(others, cycle(_LINES[1:]), strict=False):
+        ax.plot(*points[name], marker, color=color, markersize=8, linestyle="", label=name)
+    if mine is not None:
+        ax.plot(*points[mine], "*", color=ERROR, markersize=16, markeredgecolor="black", linestyle="", label=mine)
+    if limit is not None:
+        ax.axvline(limit, color="black", linestyle=":", label="the budget")
+    ax.set(xlabel=xlabel, ylabel=ylabel, yscale="log")
+    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small")
+    return ax
+
+
+def pareto_front(points) -> list[tuple[float, float]]:
+    """Those of the points (size, loss) that no other beats in one number without losing in the other, smallest first.
+
+    >>> pareto_front([(3, 1.0), (1, 5.0), (2, 6.0), (2, 2.0), (3, 2.0)])
+    [(1, 5.0), (2, 2.0), (3, 1.0)]
+    """
+    front = []
+    for size, loss in sorted(points):
+        if not front or loss < front[-1][1]:
+            front.append((size, loss))
+    return front

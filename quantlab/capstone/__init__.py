@@ -8,10 +8,12 @@ REFERENCE                    five recipes to beat, in quantlab/capstone/recipes.
 
 from quantlab.capstone.board import REFERENCES, Board, append, best, merge, read
 from quantlab.capstone.hidden import hidden_text, seal, unseal, write_hidden
+from quantlab.capstone.planning import Plans, plans
 from quantlab.capstone.recipes import (
     REFERENCE,
     beside,
     by_method,
+    by_part,
     gptq,
     in_groups,
     mixed_gptq,
@@ -24,7 +26,7 @@ from quantlab.capstone.refusing import CHEATS, Refused
 from quantlab.capstone.scoring import BUDGETS, Budget, Score, practice, score
 
 __all__ = [
-    "BUDGETS", "CHEATS", "REFERENCE", "REFERENCES", "Board", "Budget", "Refused", "Score", "append", "best", "beside",
-    "by_method", "gptq", "hidden_text", "in_groups", "merge", "mixed_gptq", "nearest", "nf4", "practice", "qat",
-    "quantize_embeddings", "read", "score", "seal", "unseal", "write_hidden",
+    "BUDGETS", "CHEATS", "REFERENCE", "REFERENCES", "Board", "Budget", "Plans", "Refused", "Score", "append",
+    "beside", "best", "by_method", "by_part", "gptq", "hidden_text", "in_groups", "merge", "mixed_gptq", "nearest",
+    "nf4", "plans", "practice", "qat", "quantize_embeddings", "read", "score", "seal", "unseal", "write_hidden",
 ]  # fmt: skip

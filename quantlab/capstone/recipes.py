@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quantlab.codebook import nf4_levels, quantize_codebook
 from quantlab.granularity import PerGroup, QTensor, quantize_tensor
-from quantlab.lm import DATA, divergence, embedding_layers, linear_layers, quantize_lm
+from quantlab.lm import DATA, divergence, embedding_layers, layers_of_role, linear_layers, quantize_lm
 from quantlab.lm import budget as tokens_for
 from quantlab.methods import GPTQ, NF4, RTN, Method
 from quantlab.mixed import knapsack, sensitivity
@@ -21,6 +21,7 @@ from quantlab.modules import put_weight
 from quantlab.quantized import Quantized
 from quantlab.storage import load_tensors
 
+ATTENTION = ("query", "key", "value", "attention output")  # roles
 Made = tuple[torch.nn.Module, dict[str, Quantized]]  # what a recipe returns
 
 
@@ -91,6 +92,16 @@ def embedding_costs(model, text, choices, group_size: int) -> tuple[dict, dict]:
             costs.setdefault(name, {})[bits] = divergence(model, new, text).kl / len(codes)
             sizes.setdefault(name, {})[bits] = q.nbytes
     return costs, sizes
+
+
+def by_part(model, tokens, *, method="gptq", embedding=4, attention=4, mlp=4, group_size: int = 128) -> Made:
+    """Bits for the embedding, the attention layers and the MLPs each: what explore_capstone shows, as a recipe."""
+    new, embeddings = quantize_embeddings(model, partial(in_groups, bits=embedding, group_size=group_size))
+    inside = {name for role in ATTENTION for name in layers_of_role(model, role)}
+    bits = {name: attention if name in inside else mlp for name in linear_layers(model)}
+    settings = {"bits": bits, "group_size": group_size, "progress": False}
+    new, report = quantize_lm(new, tokens, method, in_place=True, **settings)
+    return new, embeddings | dict(report.qtensors)
 
 
 def beside(model) -> int:
