@@ -2,26 +2,12 @@
 
 import importlib
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
 
 from quantlab.exercises import CHAPTERS
+from quantlab.judging import Exercise, Wrong, expect, judge
 from quantlab.progress import remember
 
-
-class Wrong(Exception):
-    """Raised by an exercise's test: the property that broke, what was got, and a likely cause."""
-
-
-@dataclass(frozen=True)
-class Exercise:
-    """One exercise: its test (raises Wrong), three hints from soft to strong, and a solution."""
-
-    title: str
-    test: Callable  # called with the learner's answer
-    hints: tuple[str, str, str]
-    solution: object  # a function, or a value
-
+__all__ = ["Exercise", "Wrong", "check", "expect", "find", "found", "hint", "judge", "solution"]
 
 _given: dict[str, int] = {}  # hints shown so far, by exercise
 
@@ -38,33 +24,6 @@ def check(name: str, answer) -> None:
     verdict = judge(exercise, answer)
     print(f"{name} {exercise.title}: {verdict}")
     remember(name, passed=verdict.startswith("passed"))
-
-
-def judge(exercise: Exercise, answer) -> str:
-    """What check says of an answer, as text; never a traceback from inside the checker."""
-    if answer is None or answer is ...:
-        return "not attempted yet"
-    if callable(exercise.solution) and not callable(answer):
-        return "not yet. Pass the function itself, without brackets: check(name, f), not check(name, f(...))"
-    try:
-        note = exercise.test(answer)
-    except NotImplementedError:
-        return "not attempted yet"
-    except Wrong as wrong:
-        return f"not yet. {wrong}"
-    except Exception as error:  # noqa: BLE001  the learner's own code failed, in any way it likes
-        if getattr(answer, "__code__", None) in _codes(error.__traceback__):
-            return f"not yet. Your code stopped with {type(error).__name__}: {error}"
-        return (
-            "not yet. What your code returned is not of the kind asked for "
-            f"({type(error).__name__}: {error}). Did it return, and everything?"
-        )
-    return "passed" if note is None else f"passed. {note}"
-
-
-def _codes(trace) -> list:
-    """The code objects that an error came through."""
-    return [] if trace is None else [trace.tb_frame.f_code, *_codes(trace.tb_next)]
 
 
 def hint(name: str) -> None:
@@ -115,9 +74,3 @@ def found(holds: bool, claim: str, *, of: str = "model") -> None:
     if of == "model" and chosen_model() == "bundled":
         raise AssertionError(f"not so, though it was found on this model: {claim}")
     print(f"Not so on this {of}: {claim}")
-
-
-def expect(true: bool, message: str) -> None:
-    """Raise Wrong(message) unless the property holds."""
-    if not true:
-        raise Wrong(message)

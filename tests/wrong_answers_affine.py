@@ -9,23 +9,23 @@ def clamp_round(x, scale, zero_point, qmin, qmax):
 
 WRONG = {
     "1.1": [
-        (lambda x, s, z, lo, hi: torch.round(x / s) + z, "stay in qmin..qmax"),
+        (lambda x, s, z, lo, hi: torch.round(x / s) + z, "clamp."),
         (lambda x, s, z, lo, hi: torch.clamp(torch.floor(x / s) + z, lo, hi), "floor is not round"),
-        (lambda x, s, z, lo, hi: torch.clamp(x / s + z, lo, hi), "whole numbers"),
-        (lambda x, s, z, lo, hi: torch.clamp(torch.round(x / s) - z, lo, hi), "code zero_point"),
-        (lambda x, s, z, lo, hi: torch.clamp(torch.round((x - z) / s), lo, hi), "code zero_point"),
-        (lambda x, s, z, lo, hi: torch.clamp(torch.round(x / s + z), lo, hi), "after rounding"),
-        (lambda x, s, z, lo, hi: clamp_round(x, s, z, lo, hi).tolist(), "Return a tensor"),
-        (lambda x, s, z, lo, hi: clamp_round(x, s, z, lo, hi + 1), "stay in qmin..qmax"),
+        (lambda x, s, z, lo, hi: torch.clamp(x / s + z, lo, hi), "Codes are whole numbers"),
+        (lambda x, s, z, lo, hi: torch.clamp(torch.round(x / s) - z, lo, hi), "Real 0 must get the code zero_point"),
+        (lambda x, s, z, lo, hi: torch.clamp(torch.round((x - z) / s), lo, hi), "not taken from x"),
+        (lambda x, s, z, lo, hi: torch.clamp(torch.round(x / s + z), lo, hi), "Add zero_point after rounding"),
+        (lambda x, s, z, lo, hi: torch.clamp(torch.trunc(x / s + 0.5) + z, lo, hi), "was expected"),
+        (lambda x, s, z, lo, hi: clamp_round(x, s, z, lo, hi + 1), "qmax itself"),
     ],
     "1.2": [
         (lambda lo, hi, b: ((hi - lo) / 2**b, round(-lo / ((hi - lo) / 2**b))), "steps between"),
-        (lambda lo, hi, b: ((hi - lo) / (2**b - 1), -lo / ((hi - lo) / (2**b - 1))), "whole number"),
+        (lambda lo, hi, b: ((hi - lo) / (2**b - 1), -lo / ((hi - lo) / (2**b - 1))), "a whole number"),
         (lambda lo, hi, b: ((hi - lo) / (2**b - 1), round(lo / ((hi - lo) / (2**b - 1)))), "Mind the sign"),
         (lambda lo, hi, b: ((hi - lo) / (2**b - 1), round(-lo / ((hi - lo) / (2**b - 1)))), "Widen the range"),
         (
             lambda lo, hi, b: ((hi - lo) / (2**b - 1), min(max(round(-lo / ((hi - lo) / (2**b - 1))), 0), 2**b - 1)),
-            "Widen",
+            "Clamping the zero point loses",
         ),
         (
             lambda lo, hi, b: ((hi - min(lo, 0)) / (2**b - 1), round(-min(lo, 0) / ((hi - min(lo, 0)) / (2**b - 1)))),
@@ -33,8 +33,8 @@ WRONG = {
         ),
     ],
     "1.3": [
-        (lambda q, s, z: (-z, -z), "multiply by scale"),
-        (lambda q, s, z: (s * z, -z), "off by"),
+        (lambda q, s, z: (-z, -z), "multiply the zero point by scale"),
+        (lambda q, s, z: (s * z, -z), "which sign"),
         (lambda q, s, z: (-s * z, z), "Which sign"),
     ],
     "1.4": [
@@ -45,8 +45,8 @@ WRONG = {
     ],
     "1.5": [
         (lambda x, bits: (x.min(), x.max()), "it should be less"),
-        (lambda x, bits: (x.min() * 0.9, x.max() * 0.9), "Try several fractions"),
+        (lambda x, bits: (x.min() * 0.9, x.max() * 0.9), "Try several factors"),
         (lambda x, bits: (-0.05, 0.05), "it should be less"),
-        (lambda x, bits: (x.max(), x.min()), "ValueError"),
+        (lambda x, bits: (x.max(), x.min()), "low must lie below high"),
     ],
 }

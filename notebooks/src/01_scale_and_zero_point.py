@@ -72,7 +72,9 @@ torch.round(torch.tensor(5.0) / scale) + zero_point
 # $$q = \mathrm{clamp}\big(\mathrm{round}(x / s) + z,\ q_{min},\ q_{max}\big) \qquad\qquad \hat x = s\,(q - z)$$
 #
 # ### Exercise 1.1: quantize (about 5 minutes)
-# Write it. `hint("1.1")` gives the first of three hints; ask again for the next.
+# Write it. `x` is a tensor, the others are numbers; return the codes in the shape of `x`, whole numbers of any
+# type. Leave ties such as 0.5 to `torch.round`, which sends them to the even number. `hint("1.1")` gives the
+# first of three hints; ask again for the next.
 # %% tags=["exercise"]
 def my_quantize(x, scale, zero_point, qmin, qmax):
     raise NotImplementedError
@@ -129,7 +131,8 @@ f"scale {qp.scale:.4f}, zero point {qp.zero_point}, largest error {error.max():.
 # that these data never use.
 #
 # ### Exercise 1.2: scale and zero point (about 10 minutes)
-# For unsigned codes 0 … 2ᵇ − 1, from `low` and `high`. The check tries ranges on either side of 0.
+# For unsigned codes 0 … 2ᵇ − 1, from two numbers `low < high`: return the scale, a real number, and the zero
+# point, a whole one. The check tries ranges on either side of 0.
 # %% tags=["exercise"]
 def my_parameters(low, high, bits):
     raise NotImplementedError  # return scale, zero_point
@@ -256,7 +259,8 @@ assert torch.allclose(mixed - x, torch.tensor(10 * (1 + 0.02)), atol=1e-5)
 # the *real offset* line: b need not be a multiple of s, and then real 0 has no code.
 #
 # ### Exercise 1.3: Rosetta (about 5 minutes)
-# Given our scale and zero point, return `(offset, plus)`: the b of the third line and the z′ of the second.
+# Given our scale and zero point, two numbers, return `(offset, plus)`: the b of the third line and the z′ of the
+# second. (`codes`, a tensor, is there to try them on; you may not need it.)
 # %% tags=["exercise"]
 def my_rosetta(codes, scale, zero_point):
     raise NotImplementedError  # return offset, plus
@@ -327,8 +331,9 @@ check("1.4", my_bits)
 # %% [markdown]
 # ### Exercise 1.5: a better range (about 30 minutes)
 # `x` has heavy tails: many values near 0, some far out. The error is that of `choose_qparams(low, high,
-# qmin=0, qmax=2**bits - 1)`. Return a `(low, high)` whose grid gives at most **0.6 times** the mean squared
-# error of the grid over the whole range.
+# qmin=0, qmax=2**bits - 1)`. Shrink the range from `x.min()` to `x.max()` by one factor for both ends: some
+# factor gives the least mean squared error. Return two numbers, `(low, high)`, with at most **1.1 times**
+# that error. The check tries several tensors, at 2 and 3 bits.
 # %% tags=["exercise"]
 def my_range(x, bits):
     raise NotImplementedError

@@ -5,7 +5,8 @@ import math
 import torch
 
 from quantlab.affine import choose_qparams, dequantize, fake_quantize, quantize
-from quantlab.checks import Exercise, expect
+from quantlab.exercises.material import off_ties, uniform
+from quantlab.judging import Exercise, as_number, expect
 
 
 def quantize_solution(x, scale, zero_point, qmin, qmax):
@@ -13,33 +14,16 @@ def quantize_solution(x, scale, zero_point, qmin, qmax):
     return torch.clamp(torch.round(x / scale) + zero_point, qmin, qmax).int()
 
 
-def _test_quantize(f):
-    x = torch.tensor([-1.0, -0.3, 0.0, 0.3, 0.74, 2.0])
-    codes = f(x, 0.5, 1, 0, 3)
-    expect(torch.is_tensor(codes), f"Return a tensor of codes; got {type(codes).__name__}.")
-    expect(
-        bool((codes == codes.float().round()).all()),
-        f"Codes must be whole numbers; got {codes.tolist()}. Did you round?",
-    )
-    expect(
-        codes.min() >= 0 and codes.max() <= 3,
-        f"Codes must stay in qmin..qmax = 0..3; got {codes.tolist()}. Did you clamp, and to these bounds?",
-    )
-    zero = f(torch.zeros(1), 0.5, 1, 0, 3).item()
-    expect(
-        zero == 1, f"Real 0 must get the code zero_point = 1; got {zero}. What happens to zero_point in your formula?"
-    )
-    expect(
-        codes.tolist() == [0, 0, 1, 2, 2, 3],
-        f"x = {[round(v, 2) for v in x.tolist()]} should give [0, 0, 1, 2, 2, 3]; got {codes.int().tolist()}. "
-        "Nearest means up as well as down: floor is not round.",
-    )
-    tie = f(torch.tensor([0.25]), 0.5, 1, 0, 3).item()
-    expect(
-        tie == 1,
-        f"0.25 / 0.5 is a tie, 0.5: it rounds to the even 0, plus 1 is 1; got {tie}. "
-        "Add zero_point after rounding, and let torch.round decide ties.",
-    )
+def _quantize_cases(random):
+    for zero_point, qmin, qmax in ((1, 0, 3), (-3, -8, 7), (100, 0, 255), (5, 1, 12)):
+        scale = uniform(random, 0.05, 2.0)
+        yield scale * off_ties(random, 12, qmin - zero_point - 4, qmax - zero_point + 4), scale, zero_point, qmin, qmax
+
+
+def _quantize_edges():
+    yield torch.tensor([-0.3, 0.0, 0.3, 0.74]), 0.5, 1, 0, 3
+    yield torch.tensor([-2.0, 9.0]), 0.5, 1, 0, 3
+    yield torch.tensor([0.25, 0.75, 1.25, -0.25]), 0.5, 3, 0, 7  # ties, in numbers that binary holds exactly
 
 
 def parameters_solution(low, high, bits):
@@ -49,31 +33,20 @@ def parameters_solution(low, high, bits):
     return scale, round(-low / scale)
 
 
-def _test_parameters(f):
-    for low, high, bits in ((-1.0, 3.0, 4), (-2.0, 0.5, 8), (0.0, 6.0, 2)):
-        scale, zero_point = f(low, high, bits)
-        steps = 2**bits - 1
-        expect(
-            abs(scale * steps - (high - low)) < 1e-4 * (high - low),
-            f"For [{low}, {high}] and {bits} bits the grid is {scale * steps:.4g} wide, not {high - low:.4g}: "
-            f"{2**bits} codes have {steps} steps between them.",
-        )
-        expect(float(zero_point).is_integer(), f"zero_point is a code, so a whole number; got {zero_point}.")
-        expect(
-            abs(zero_point + low / scale) <= 0.5001,
-            f"For [{low}, {high}] low should fall on code 0, so zero_point is about {-low / scale:.2f}; "
-            f"got {zero_point}. Mind the sign.",
-        )
-    scale, zero_point = f(10.0, 11.0, 8)
-    expect(
-        0 <= zero_point <= 255 and abs((255 - zero_point) * scale - 11) < 0.1,
-        f"Data in [10, 11] must come back as about 11, and real 0 needs a code; you gave scale {scale:.4g}, zero point "
-        f"{zero_point}. Widen the range to hold 0 before anything else.",
-    )
-    scale, zero_point = f(-11.0, -10.0, 8)
-    expect(
-        zero_point == 255, f"For data in [-11, -10] real 0 is the last code, 255; got {zero_point}. Widen upwards too."
-    )
+def _parameters_cases(random):
+    for bits in (2, 4, 8):
+        steps, scale = 2**bits - 1, uniform(random, 0.01, 1.0)
+        below = off_ties(random, 1, 1, steps - 1).item()  # of the steps; no tie, so one zero point is right
+        yield -below * scale, (steps - below) * scale, bits
+        yield uniform(random, 0.1, 9.0), uniform(random, 10.0, 11.0), bits
+        yield uniform(random, -11.0, -10.0), uniform(random, -9.0, -0.1), bits
+
+
+def _parameters_edges():
+    yield -1.0, 3.0, 4
+    yield 0.0, 6.0, 2
+    yield 10.0, 11.0, 8
+    yield -11.0, -10.0, 8
 
 
 def rosetta_solution(codes, scale, zero_point):
@@ -81,27 +54,19 @@ def rosetta_solution(codes, scale, zero_point):
     return -scale * zero_point, -zero_point
 
 
-def _test_rosetta(f):
-    for scale, zero_point in ((0.02, 10), (0.5, -3), (1.5, 0)):
-        codes = torch.arange(-4.0, 20.0)
-        offset, plus = f(codes, scale, zero_point)
-        real = scale * (codes - zero_point)
-        expect(
-            torch.allclose(scale * codes + offset, real, atol=1e-5),
-            f"scale·q + offset should be scale·(q − {zero_point}) for scale {scale}; with offset {offset} it is off by "
-            f"{(scale * codes + offset - real).abs().max():.3g}. The offset is a real number: multiply by scale.",
-        )
-        expect(
-            torch.allclose(scale * (codes + plus), real, atol=1e-5),
-            f"scale·(q + z') should be scale·(q − {zero_point}); with z' = {plus} it is not. "
-            "Which sign makes them equal?",
-        )
+def _rosetta_cases(random):
+    for zero_point in (10, -3, 128):
+        yield torch.arange(-4.0, 20.0), uniform(random, 0.01, 2.0), zero_point
+
+
+def _rosetta_edges():
+    yield torch.arange(-4.0, 20.0), 0.5, 10
+    yield torch.arange(-4.0, 20.0), 1.5, 0
 
 
 def bits_solution():
     """On even data the ratio is 20 log10(2**bits - 1): 29.8 dB at 5 bits, which is not enough."""
-    torch.manual_seed(0)
-    x = torch.rand(10_000) * 2 - 1
+    x = torch.rand(10_000, generator=torch.Generator().manual_seed(0)) * 2 - 1
     for bits in range(2, 9):
         qp = choose_qparams(x.min(), x.max(), qmin=0, qmax=2**bits - 1)
         error = (fake_quantize(x, qp) - x).square().mean()
@@ -109,21 +74,24 @@ def bits_solution():
             return bits
 
 
-def _test_bits(f):
-    bits, right = f(), bits_solution()
-    expect(isinstance(bits, int), f"Return a number of bits, an int; got {bits!r}.")
-    reached = f"{20 * math.log10(2**bits - 1):.2f} dB at {bits} bits"
+def _bits_rule(bits):
+    number = as_number(bits)
     expect(
-        bits >= right,
+        number is not None and float(number).is_integer() and 1 <= number <= 32,
+        f"Return a number of bits, an int; got {bits!r}.",
+    )
+    reached = f"{20 * math.log10(2**number - 1):.2f} dB at {number:g} bits"
+    expect(
+        number >= 6,
         f"{reached}, below the 30 dB asked for. 6.02 dB a bit is nearly true: the steps are 2**bits - 1, not 2**bits.",
     )
-    expect(bits <= right, f"{reached}: enough, but so are {right} bits. The least number was asked for.")
+    expect(number <= 6, f"{reached}: enough, but so are 6 bits. The least number was asked for.")
 
 
 def range_solution(x, bits):
     """Try ranges that stop short of the extremes; keep the one with the least error."""
     best = None
-    for part in torch.linspace(0.2, 1.0, 33):
+    for part in torch.linspace(0.05, 1.0, 39):
         qp = choose_qparams(x.min() * part, x.max() * part, qmin=0, qmax=2**bits - 1)
         error = (fake_quantize(x, qp) - x).square().mean().item()
         if best is None or error < best[0]:
@@ -131,83 +99,148 @@ def range_solution(x, bits):
     return best[1], best[2]
 
 
-def _test_range(f):
-    x = _heavy()
-    low, high = f(x.clone(), 4)
+def _range_cases(random):
+    """Heavy tails, of another size and number of bits in each case: no range fits them all."""
+    for bits in (2, 3):
+        tails = torch.rand(1000, generator=random).clamp(min=0.02).sqrt()
+        yield uniform(random, 0.1, 10.0) * torch.randn(1000, generator=random) / tails, bits
 
-    def error(a, b):
-        qp = choose_qparams(torch.tensor(float(a)), torch.tensor(float(b)), qmin=0, qmax=15)
+
+def _range_rule(ends, x, bits):
+    """At most 1.1 times the least error that shrinking both ends alike can reach."""
+    ends = ends.tolist() if hasattr(ends, "tolist") else ends
+    expect(isinstance(ends, tuple | list) and len(ends) == 2, f"Return two numbers, low and high; got {ends!r}.")
+    low, high = (as_number(end) for end in ends)
+    expect(None not in (low, high), f"Return two numbers, low and high; got {ends!r}.")
+    expect(low < high, f"low must lie below high; got {low:.3g} and {high:.3g}.")
+
+    def error(low, high):
+        qp = choose_qparams(torch.tensor(float(low)), torch.tensor(float(high)), qmin=0, qmax=2**bits - 1)
         return (dequantize(quantize(x, qp), qp) - x).square().mean().item()
 
-    mine, whole = error(low, high), error(x.min(), x.max())
+    mine, whole, best = error(low, high), error(x.min(), x.max()), error(*range_solution(x, bits))
     expect(
         mine < whole,
-        f"[{low:.3g}, {high:.3g}] gives mean squared error {mine:.4g}, the whole range {whole:.4g}: it should be "
-        "less. Which part of the range holds hardly any values?",
+        f"[{low:.3g}, {high:.3g}] gives mean squared error {mine:.4g} at {bits} bits, the whole range {whole:.4g}: it "
+        "should be less. Which part of the range holds hardly any values?",
     )
     expect(
-        mine <= 0.6 * whole,
-        f"Mean squared error {mine:.4g} is {mine / whole:.2f} of the whole range's; 0.6 can be reached. "
-        "Try several fractions of the range and keep the best.",
+        mine <= 1.1 * best,
+        f"Mean squared error {mine:.4g} at {bits} bits, {mine / best:.2f} times the least that one factor for both ends "
+        f"can reach; 1.1 was asked for (the whole range has {whole / best:.2f}). Try several factors, keep the best.",
     )
     return f"Mean squared error {mine / whole:.2f} of the whole range's."
-
-
-def _heavy():
-    """4,000 values with heavy tails, always the same."""
-    random = torch.Generator().manual_seed(0)
-    return torch.randn(4000, generator=random) / torch.rand(4000, generator=random).clamp(min=0.02).sqrt()
 
 
 EXERCISES = {
     "1.1": Exercise(
         "quantize",
-        _test_quantize,
-        (
+        hints=(
             "Three things happen to x, in this order: divide and round, shift, clamp.",
             "torch.round rounds to nearest; torch.clamp(t, qmin, qmax) cuts.",
             "torch.clamp(torch.round(x / scale) + zero_point, ?, ?)",
         ),
-        quantize_solution,
+        solution=quantize_solution,
+        cases=_quantize_cases,
+        edges=_quantize_edges,
+        slips={
+            "Codes are whole numbers: did you round?": ("torch.round(x / scale)", "x / scale", ".int()", ""),
+            "Codes must stay in qmin..qmax: clamp.": ("torch.clamp(", "(", ", qmin, qmax).int", ").int"),
+            "Clamp last, after zero_point was added.": (
+                "+ zero_point, qmin, qmax).int()", ", qmin, qmax) + zero_point"
+            ),
+            "Nearest means up as well as down: floor is not round.": ("torch.round", "torch.floor"),
+            "Nearest means down as well as up: ceil is not round.": ("torch.round", "torch.ceil"),
+            "Cutting off the decimals goes towards 0, not to the nearest code.": ("torch.round", "torch.trunc"),
+            "A tie, such as 0.5 steps, goes to the even number: let torch.round decide it.": (
+                "torch.round(x / scale)", "torch.floor(x / scale + 0.5)"
+            ),
+            "Add zero_point after rounding, and let torch.round decide ties.": (
+                "torch.round(x / scale) + zero_point", "torch.round(x / scale + zero_point)"
+            ),
+            "Real 0 must get the code zero_point: it is added.": ("+ zero_point", "- zero_point"),
+            "zero_point is a code: it is added after the division, not taken from x.": (
+                "torch.round(x / scale) + zero_point", "torch.round((x - zero_point) / scale)"
+            ),
+            "zero_point was left out.": (" + zero_point", ""),
+            "How many steps fit into x? Divide by the scale.": ("x / scale", "x * scale"),
+            "The largest code is qmax itself.": ("qmax).int", "qmax + 1).int"),
+            "The largest code is qmax itself, not one less.": ("qmax).int", "qmax - 1).int"),
+            "The bounds are qmin and qmax, not always 0 and 3.": ("qmin, qmax).int", "0, 3).int"),
+            "The smallest code is qmin, not always 0.": ("qmin, qmax).int", "0, qmax).int"),
+        },
     ),
     "1.2": Exercise(
         "scale and zero point",
-        _test_parameters,
-        (
+        hints=(
             "First make sure that 0 lies inside: low = min(low, 0), high = max(high, 0).",
             "2**bits codes have 2**bits - 1 steps between them.",
             "low must fall on code 0: 0 = round(low / scale) + zero_point.",
         ),
-        parameters_solution,
+        solution=parameters_solution,
+        cases=_parameters_cases,
+        edges=_parameters_edges,
+        slips={
+            "2**bits codes have 2**bits - 1 steps between them.": ("(2**bits - 1)", "2**bits"),
+            "zero_point is a code: a whole number.": ("round(-low / scale)", "-low / scale"),
+            "Mind the sign: low must fall on code 0.": ("round(-low", "round(low"),
+            "Widen the range to hold 0 before anything else.": ("min(low, 0.0), max(high, 0.0)", "low, high"),
+            "Clamping the zero point loses the data; widen the range to hold 0 instead.": (
+                "min(low, 0.0), max(high, 0.0)", "low, high",
+                "round(-low / scale)", "min(max(round(-low / scale), 0), 2**bits - 1)",
+            ),
+            "Widen upwards too: data below 0 need a code for 0 as well.": ("max(high, 0.0)", "high"),
+            "Widen downwards too: data above 0 need a code for 0 as well.": ("min(low, 0.0)", "low"),
+            "Widened downwards only, and the zero point clamped: data below 0 are lost.": (
+                "max(high, 0.0)", "high", "round(-low / scale)", "min(max(round(-low / scale), 0), 2**bits - 1)"
+            ),
+            "low must fall on code 0, whatever the size of high: no absolute values.": (
+                "round(-low / scale)", "round(abs(low) / scale) if low < 0 else round(low / scale)",
+                "min(low, 0.0), max(high, 0.0)", "abs(low), abs(high)",
+            ),
+            "Round to the nearest code; int() and // go down.": ("round(-low / scale)", "int(-low / scale)"),
+            "The order is scale, zero_point.": ("scale, round(-low / scale)", "round(-low / scale), scale"),
+        },
     ),
     "1.3": Exercise(
         "Rosetta",
-        _test_rosetta,
-        (
+        hints=(
             "Write scale·(q − z) without brackets.",
             "scale·q − scale·z: what is added is a real number, not a code.",
             "offset = −scale·z, and z' is z with its sign turned.",
         ),
-        rosetta_solution,
+        solution=rosetta_solution,
+        cases=_rosetta_cases,
+        edges=_rosetta_edges,
+        slips={
+            "The offset is a real number: multiply the zero point by scale.": ("-scale * zero_point", "-zero_point"),
+            "scale·(q − z) = scale·q − scale·z: which sign has what is added?": ("-scale *", "scale *"),
+            "Which sign makes scale·(q + z') equal?": (", -zero_point", ", zero_point"),
+            "z' is a code: it is not multiplied by scale.": (", -zero_point", ", -scale * zero_point"),
+            "Both signs are turned.": ("-scale * zero_point, -zero_point", "scale * zero_point, zero_point"),
+            "The order is offset, z'.": ("-scale * zero_point, -zero_point", "-zero_point, -scale * zero_point"),
+        },
     ),
     "1.4": Exercise(
         "bits for 30 dB",
-        _test_bits,
-        (
+        hints=(
             "Loop over bits, quantize, measure.",
             "10·log10(mean x² / mean error²) is the ratio in decibels.",
             "choose_qparams(x.min(), x.max(), qmin=0, qmax=2**bits - 1), then fake_quantize.",
         ),
-        bits_solution,
+        solution=bits_solution,
+        rule=_bits_rule,
+        edges=lambda: [()],
     ),
     "1.5": Exercise(
         "a better range",
-        _test_range,
-        (
+        hints=(
             "Rounding error grows with the range, clipping error shrinks. Where is their sum least?",
             "Shrink both ends by the same factor and try some twenty factors between 0.2 and 1.",
             "Keep the smallest (fake_quantize(x, qp) - x).square().mean() seen so far.",
         ),
-        range_solution,
+        solution=range_solution,
+        cases=_range_cases,
+        rule=_range_rule,
     ),
-}
+}  # fmt: skip

@@ -89,3 +89,22 @@ def layer_to_train() -> tuple[Tensor, Tensor, Tensor]:
     mix = torch.randn(64, 64, generator=random) / 8 * torch.arange(1, 65) ** -0.6 * 4
     inputs = torch.randn(3072, 64, generator=random) @ mix + 0.1 * torch.randn(3072, 64, generator=random)
     return torch.randn(32, 64, generator=random) * 0.05, inputs[:1536], inputs[1536:]
+
+
+def uniform(random: torch.Generator, low: float, high: float) -> float:
+    """A number between two others.
+
+    >>> 2 < uniform(torch.Generator().manual_seed(0), 2.0, 3.0) < 3
+    True
+    """
+    return low + (high - low) * torch.rand(1, generator=random, dtype=torch.float64).item()
+
+
+def off_ties(random: torch.Generator, count: int, low: int, high: int) -> Tensor:
+    """Numbers (count,) that no right answer rounds differently: whole ones of low..high, up to 0.4 to either side.
+
+    >>> off_ties(torch.Generator().manual_seed(0), 5, -1, 1).abs().max() <= 1.4
+    tensor(True)
+    """
+    whole = torch.randint(low, high + 1, (count,), generator=random)
+    return whole + 0.8 * torch.rand(count, generator=random) - 0.4
