@@ -199,9 +199,9 @@ def test_practice_makes_the_same_file_and_measures_it_elsewhere(toy):
     scored = capstone.score(rounded, on=toy)
     assert nbytes == scored.nbytes
     assert found.kl != scored.kl
-    given = scoring.given_tokens(toy[1], capstone.BUDGETS["2.2 MB"])
+    given = scoring.given_tokens(*toy, capstone.BUDGETS["2.2 MB"])
     held_out = lm.token_stream(toy[1], lm.load_text("calibration"))[-scoring.HELD_OUT :]
-    assert len(given) == scoring.GIVEN
+    assert len(given) == 600  # as few_tokens has it
     assert not any(torch.equal(held_out[:50], part) for part in given.unfold(0, 50, 1))
 
 
@@ -483,7 +483,7 @@ def test_a_reference_row_comes_out_again(budget, name, monkeypatch):
 
 def test_gptq_and_mixed_recipes_fit_what_they_are_told_to(toy):
     model, tokenizer = toy
-    tokens = scoring.given_tokens(tokenizer, capstone.BUDGETS["2.2 MB"])[:512]
+    tokens = scoring.given_tokens(*toy, capstone.BUDGETS["2.2 MB"])[:512]
     limit = capstone.BUDGETS["2.2 MB"].limit(model)
     settings = {"nbytes": limit, "choices": (2, 3, 4, 8), "group_size": 32}
     mixed = capstone.score(lambda model, _: capstone.mixed_gptq(model, tokens, **settings), on=toy)

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from quantlab.arguments import check_flag, check_int, check_list
+from quantlab.arguments import check_choice, check_flag, check_int, check_list
 from quantlab.capstone.recipes import ATTENTION, in_groups, quantize_embeddings
 from quantlab.hessian import Hessian
 from quantlab.lm import (
@@ -27,6 +27,7 @@ from quantlab.methods import GPTQ, RTN
 from quantlab.modules import put_weight
 
 PARTS = ("embedding", "attention", "MLP")
+METHODS = {"nearest": RTN, "GPTQ": GPTQ}
 
 
 @dataclass(frozen=True)
@@ -66,25 +67,24 @@ def part_layers(model) -> dict[str, list[str]]:
 
 def plans(
     model, tokens: Tensor, calibration: Tensor, *, bits: Sequence[int] = (2, 3, 4, 5, 6),
-    groups: Sequence[int] = (128, 256), progress: bool = True,
+    groups: Sequence[int] = (128, 256), methods: Sequence[str] = tuple(METHODS), progress: bool = True,
 ) -> Plans:  # fmt: skip
-    """The KL on tokens with one part quantized, for nearest and GPTQ (which looks at calibration), and all bytes.
+    """The KL on tokens with one part quantized, to nearest and by GPTQ (which looks at calibration), and all bytes.
 
     The embedding is rounded to nearest in both. Each setting is one reading of the tokens by the whole model.
     Raises: ValueError for bits or groups that a grid cannot have, or tokens that the model cannot read.
     """
     bits = tuple(check_int(b, "bits", 2, 8) for b in check_list(bits, "bits"))
     groups = tuple(check_int(g, "groups", 1) for g in check_list(groups, "groups"))
-    hessians = _hessians(model, calibration)
+    methods = tuple(check_choice(method, "methods", METHODS) for method in check_list(methods, "methods"))
+    hessians = _hessians(model, calibration) if "GPTQ" in methods else {}
     settings = [(group, b) for group in groups for b in bits]
     costs, codes, sides = {}, {}, {}
     for group, b in tqdm(settings, desc="trying", leave=False, disable=not check_flag(progress, "progress")):
-        for method in (RTN(bits=b, group_size=group), GPTQ(bits=b, group_size=group)):
-            for part, q in _rounded(model, method, hessians).items():
-                nearest = ("nearest", group, part, b)
-                word = "GPTQ" if method.needs_data else "nearest"
-                known = part == "embedding" and nearest in costs
-                costs[word, group, part, b] = costs[nearest] if known else _kl_with(model, q, tokens)
+        for word in methods:
+            for part, q in _rounded(model, METHODS[word](bits=b, group_size=group), hessians).items():
+                known = costs.get((methods[0], group, part, b)) if part == "embedding" else None
+                costs[word, group, part, b] = _kl_with(model, q, tokens) if known is None else known
                 codes[part, b] = sum(one.packed().nbytes for one in q.values())
                 sides[group, part, b] = sum(one.nbytes for one in q.values()) - codes[part, b]
     everything = {}
@@ -93,7 +93,7 @@ def plans(
     others = model_bytes(model, everything) - sum(q.nbytes for q in everything.values())
     header = _file_bytes(model, everything) - model_bytes(model, everything)
     count = sum(p.numel() for p in model.parameters())
-    return Plans(costs, codes, sides, others, header, count, ("nearest", "GPTQ"), groups, bits)
+    return Plans(costs, codes, sides, others, header, count, methods, groups, bits)
 
 
 def _hessians(model, tokens: Tensor) -> dict[str, Hessian]:

@@ -22,7 +22,7 @@ from quantlab.lm.checkpoint import hash_tensors
 from quantlab.lm.saving import WEIGHTS
 from quantlab.storage import read_parts
 
-GIVEN = 16384  # tokens of the calibration text that a recipe is given
+GIVEN = 16384  # tokens of the calibration text that a recipe is given; fewer for a large model
 HELD_OUT = 4096  # tokens at its end that practice() measures on
 
 
@@ -172,15 +172,15 @@ def _run(recipe, reference, tokenizer, limits: Budget):
         return recipe
     if not callable(recipe):
         raise ValueError(f"a recipe is a function of (model, tokens) or a folder, got {kind(recipe)}")
-    model, tokens = copy.deepcopy(reference), given_tokens(tokenizer, limits)
+    model, tokens = copy.deepcopy(reference), given_tokens(reference, tokenizer, limits)
     with watched():
         return recipe(model, tokens)
 
 
-def given_tokens(tokenizer, limits: Budget) -> Tensor:
+def given_tokens(model, tokenizer, limits: Budget) -> Tensor:
     """What a recipe is given: the first tokens of the calibration text, none of those that practice() measures on."""
     tokens = token_stream(tokenizer, load_text(limits.calibration))
-    return tokens[: min(GIVEN, len(tokens) - HELD_OUT)]
+    return tokens[: min(tokens_for(model, GIVEN, least=HELD_OUT), len(tokens) - HELD_OUT)]
 
 
 def _as_folder(made, folder: Path, reference) -> Path:

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from quantlab.capstone import REFERENCE, Refused, best, by_part, read, score
+from quantlab.capstone import Refused, best, by_part, read, score
 from quantlab.exercises.material import uniform
 from quantlab.granularity import PerGroup, QTensor, quantize_tensor
 from quantlab.judging import Exercise, Wrong, expect
@@ -146,7 +146,9 @@ EXERCISES = {
         cases=_front_cases,
         edges=_front_edges,
         slips={
-            "As good as a smaller file is not good enough: nothing speaks for the larger one.": ("[1] < least", "[1] <= least"),
+            "As good as a smaller file is not good enough: nothing speaks for the larger one.": (
+                "[1] < least", "[1] <= least"
+            ),
             "Of two files of one size only the better one can be on the front.": (
                 "key=lambda name: rows[name])", "key=lambda name: (rows[name][0], -rows[name][1]))"
             ),
@@ -178,8 +180,8 @@ EXERCISES = {
         "fit 2.2 MB",
         test=_test_entry,
         hints=(
-            "by_part takes bits for the embedding, the attention layers and the MLPs; the explorer shows what each costs.",
-            "The embedding is a seventh of the weights, and it is the head as well: it deserves more bits than the rest.",
+            "by_part takes bits for the embedding, the attention layers and the MLPs; the explorer shows their costs.",
+            "The embedding is a seventh of the weights, and it is the head as well: give it more bits than the rest.",
             "return by_part(model, tokens, method=\"gptq\", embedding=..., attention=..., mlp=...)",
         ),
         solution=entry_solution,
