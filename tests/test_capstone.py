@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from quantlab import capstone, lm
 from quantlab.capstone import refusing, scoring
 from quantlab.capstone.__main__ import main
+from quantlab.capstone.controls import shuffled, with_half_scales
 from quantlab.capstone.hidden import FOLDER, TEXTS, path_of
 from quantlab.granularity import PerGroup, quantize_tensor
 from quantlab.lm.saving import WEIGHTS
@@ -243,6 +244,31 @@ def test_bad_budgets_and_what_a_recipe_raises(toy):
 
     with pytest.raises(KeyError, match="mine"):
         capstone.score(breaks, on=toy)
+
+
+def test_shuffled_codes_have_the_bytes_and_say_nothing(toy):
+    model, _ = toy
+    new, codes = rounded(model, None)
+    mixed, dealt = shuffled(model, codes)
+    assert sum(q.nbytes for q in dealt.values()) == sum(q.nbytes for q in codes.values())
+    for name, q in codes.items():
+        assert torch.equal(q.codes.flatten().sort().values, dealt[name].codes.flatten().sort().values)
+    ids = torch.arange(60)[None]
+    off, on = ((m(ids).logits - model(ids).logits).norm() for m in (mixed, new))
+    assert off > 5 * on
+    with pytest.raises(ValueError, match="must be a QTensor"):
+        shuffled(model, {"lm_head": torch.zeros(3)})
+
+
+def test_half_scales_halve_the_scales_and_hardly_move_a_weight(toy):
+    model, _ = toy
+    new, codes = rounded(model, None)
+    halved, fewer = with_half_scales(model, codes)
+    for name, q in codes.items():
+        assert fewer[name].nbytes == q.nbytes - 2 * q.qparams.scale.numel()
+        assert torch.allclose(fewer[name].dequantize(), q.dequantize(), rtol=2**-9)
+    found = capstone.score(lambda model, tokens: (halved, fewer), on=toy)
+    assert found.kl == pytest.approx(capstone.score(rounded, on=toy).kl, rel=0.05)
 
 
 # --- cheats
@@ -493,18 +519,11 @@ def test_gptq_and_mixed_recipes_fit_what_they_are_told_to(toy):
     assert mixed.kl < capstone.score(lambda model, _: capstone.gptq(model, tokens, **plain), on=toy).kl
 
 
-def half_scales(codes: dict) -> dict:
-    """The same codes, their scales in 16 bits instead of 32."""
-    return {name: replace(q, qparams=replace(q.qparams, scale=q.qparams.scale.half())) for name, q in codes.items()}
-
-
 def trained_and_halved(model, tokens):
     """Notebook 14's trained 3 bits, a 3-bit embedding, and scales in 16 bits, which is what makes them fit."""
-    codes = half_scales(load_tensors(lm.DATA / "checkpoints/lsq/lsq3_finer.safetensors"))
-    new, embedding = capstone.quantize_embeddings(model, lambda w: half_scales({"": capstone.in_groups(w, bits=3)})[""])
-    for name, layer in lm.linear_layers(new).items():
-        layer.weight.data.copy_(codes[name].dequantize())
-    return new, codes | embedding
+    _, embedding = capstone.quantize_embeddings(model, partial(capstone.in_groups, bits=3))
+    trained = load_tensors(lm.DATA / "checkpoints/lsq/lsq3_finer.safetensors")
+    return with_half_scales(model, embedding | trained)
 
 
 @pytest.mark.skipif(lm.chosen_model() != "bundled", reason="the checkpoint is the bundled model's")

@@ -1,6 +1,5 @@
 """Where the bytes go, and what each part costs: the embedding, the attention layers and the MLPs, at each setting."""
 
-import copy
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from quantlab.arguments import check_choice, check_flag, check_int, check_list
-from quantlab.capstone.recipes import ATTENTION, in_groups, quantize_embeddings
+from quantlab.capstone.recipes import ATTENTION, in_groups, quantize_embeddings, with_codes
 from quantlab.hessian import Hessian
 from quantlab.lm import (
     capture_inputs,
@@ -24,7 +23,6 @@ from quantlab.lm import (
     weight_of,
 )
 from quantlab.methods import GPTQ, RTN
-from quantlab.modules import put_weight
 
 PARTS = ("embedding", "attention", "MLP")
 METHODS = {"nearest": RTN, "GPTQ": GPTQ}
@@ -114,22 +112,9 @@ def _rounded(model, method: RTN | GPTQ, hessians: dict) -> dict[str, dict]:
 
 def _kl_with(model, qtensors: dict, tokens: Tensor) -> float:
     """KL(float || float with these layers quantized)."""
-    new = _with(model, qtensors)
-    return divergence(model, new, tokens).kl
-
-
-def _with(model, qtensors: dict):
-    """A copy of the model with these weights."""
-    new = copy.deepcopy(model)
-    embeddings, layers = embedding_layers(new), linear_layers(new)
-    for name, q in qtensors.items():
-        if name in embeddings:
-            embeddings[name].weight.data.copy_(q.dequantize())
-        else:
-            put_weight(layers[name], q.dequantize())
-    return new
+    return divergence(model, with_codes(model, qtensors)[0], tokens).kl
 
 
 def _file_bytes(model, qtensors: dict) -> int:
     with tempfile.TemporaryDirectory() as work:
-        return save_quantized(Path(work) / "m", _with(model, qtensors), qtensors)
+        return save_quantized(Path(work) / "m", *with_codes(model, qtensors))

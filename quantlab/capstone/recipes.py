@@ -5,12 +5,13 @@ budget. The embedding comes first, so that a method that looks at data sees what
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from quantlab.arguments import check_kind, check_model
 from quantlab.codebook import nf4_levels, quantize_codebook
 from quantlab.granularity import PerGroup, QTensor, quantize_tensor
 from quantlab.lm import DATA, divergence, embedding_layers, layers_of_role, linear_layers, quantize_lm
@@ -35,6 +36,20 @@ def quantize_embeddings(model, quantizer: Callable[..., Quantized], by_name: dic
         codes[name] = quantizer(layer.weight.detach(), **(by_name or {}).get(name, {}))
         layer.weight.data.copy_(codes[name].dequantize())
     return new, codes
+
+
+def with_codes(model, codes: Mapping[str, Quantized]) -> Made:
+    """A copy of the model that holds these quantized weights, of linear layers and embeddings by name; and they."""
+    new = copy.deepcopy(check_model(model))
+    embeddings, layers = embedding_layers(new), linear_layers(new)
+    for name, q in check_kind(codes, "codes", Mapping, "a recipe gives").items():
+        if name in embeddings:
+            embeddings[name].weight.data.copy_(q.dequantize())
+        elif name in layers:
+            put_weight(layers[name], q.dequantize())
+        else:
+            raise ValueError(f"the model has no linear layer {name!r}, nor an embedding of that name")
+    return new, dict(codes)
 
 
 def in_groups(weight: Tensor, *, bits: int, group_size: int = 128) -> QTensor:
@@ -114,10 +129,8 @@ def beside(model) -> int:
 def qat(model, tokens, *, checkpoint: str, embedding_bits: int) -> Made:
     """The weights of notebook 13, trained while they were rounded (data/checkpoints/minmax; minutes of training)."""
     trained = load_tensors(DATA / f"checkpoints/minmax/{checkpoint}.safetensors")
-    new, embeddings = quantize_embeddings(model, partial(in_groups, bits=embedding_bits))
-    for name, layer in linear_layers(new).items():
-        put_weight(layer, trained[name].dequantize())
-    return new, embeddings | trained
+    _, embeddings = quantize_embeddings(model, partial(in_groups, bits=embedding_bits))
+    return with_codes(model, embeddings | trained)
 
 
 # What the leaderboard's reference rows were made with: data/capstone.jsonl, by python -m recipes.capstone.
