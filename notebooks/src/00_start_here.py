@@ -353,6 +353,13 @@ print(f"the cast model says the token that it has just read: {repeats:.0%}")
 # the scale.
 # %% [markdown]
 # ## 9. Map
+# What you have passed in each chapter, a square for each exercise. A file beside the folder of notebooks remembers
+# it (`progress.json`); nothing leaves the machine, and deleting the file begins anew.
+# %% tags=["nbval-ignore-output"]
+from quantlab.progress import progress
+
+progress()
+# %% [markdown]
 # Linked notebooks are there (✓); the others are being written.
 #
 # | notebook | about |

@@ -150,8 +150,8 @@ REFERENCE: dict[str, dict[str, Callable]] = {
         "qat": partial(qat, checkpoint="w2", embedding_bits=8),
     },
     "70 MB": {
-        "nearest": partial(nearest, bits=4, embedding_bits=3),
+        "nearest": partial(nearest, bits=4, embedding_bits=4, group_size=576),
         "nf4": nf4,
-        "gptq": partial(gptq, bits=4, embedding_bits=3),
+        "gptq": partial(gptq, bits=4, embedding_bits=4, group_size=576),
     },
 }

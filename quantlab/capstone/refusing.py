@@ -31,7 +31,7 @@ class Refused(ValueError):
     """An entry that is refused. cheat is the name, a key of CHEATS."""
 
     def __init__(self, cheat: str, detail: str):
-        super().__init__(f"refused: {cheat} ({detail}). {CHEATS[cheat]}.")
+        super().__init__(f"refused: {cheat} ({detail}): {CHEATS[cheat]}")
         self.cheat = cheat
 
 
