@@ -46,9 +46,9 @@ class Exercise:
 
     cases(random) draws argument tuples from a torch.Generator, as many and as different as tell right from wrong;
     edges() has those that are always tried, and tried first. rule(result, *arguments) raises Wrong, and may return a
-    sentence to say after "passed". slips maps what to say to the slip: a function, a value, or an edit of the solution's
-    source, ("torch.round", "torch.floor"); a learner's results that equal a slip's on every case get its message.
-    test(answer), for what needs more than that, does the whole judging.
+    sentence to say after "passed". slips maps what to say to the slip: a function, a value, or an edit of the
+    solution's source, ("torch.round", "torch.floor"); a learner's results that equal a slip's on every case get its
+    message. test(answer), for what needs more than that, does the whole judging.
     """
 
     title: str
@@ -147,7 +147,7 @@ def _makes(exercise: Exercise, message: str, results: list) -> bool:
 
 
 def slip(exercise: Exercise, message: str):
-    """The slip behind a message, as a function or value; edits are made in the solution's source, all of which occur."""
+    """The slip behind a message, as a function or value; an edit is made in the solution's source."""
     found = exercise.slips[message]
     edits = found if isinstance(found, tuple) and found and all(isinstance(text, str) for text in found) else None
     return found if edits is None or not callable(exercise.solution) else edited(exercise.solution, edits)
@@ -200,7 +200,7 @@ def call(exercise: Exercise, answer, arguments: tuple):
 
 @contextmanager
 def within(seconds: float):
-    """Stop what runs here after so many seconds, with a word. A cell's code runs in the main thread; elsewhere no limit."""
+    """Stop what runs here after so many seconds, with a word. No limit outside the main thread, where cells run."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -226,13 +226,13 @@ def within(seconds: float):
 @contextmanager
 def untouched_state():
     """Random states, number of threads, default dtype and gradient mode: afterwards as before."""
-    states = python_random.getstate(), np.random.get_state(), torch.get_rng_state()
+    states = python_random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002  learners use it
     threads, dtype, grad = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
     try:
         yield
     finally:
         python_random.setstate(states[0])
-        np.random.set_state(states[1])
+        np.random.set_state(states[1])  # noqa: NPY002
         torch.set_rng_state(states[2])
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)

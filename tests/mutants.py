@@ -45,7 +45,8 @@ COMPARISONS = {
     ast.Eq: [ast.NotEq], ast.NotEq: [ast.Eq], ast.Is: [ast.IsNot], ast.IsNot: [ast.Is], ast.In: [ast.NotIn],
 }  # fmt: skip
 NAMES = {
-    "round": ["floor", "ceil", "trunc"], "floor": ["round", "ceil"], "ceil": ["floor"], "mean": ["sum", "amax", "median"],
+    "round": ["floor", "ceil", "trunc"], "floor": ["round", "ceil"], "ceil": ["floor"],
+    "mean": ["sum", "amax", "median"],
     "sum": ["mean", "amax"], "amax": ["amin", "mean"], "amin": ["amax"], "max": ["min"], "min": ["max"],
     "std": ["var"], "log2": ["log", "log10"], "log": ["log2"], "log10": ["log"], "exp": ["exp2"], "abs": ["neg"],
     "argmax": ["argmin"], "argmin": ["argmax"], "log_softmax": ["softmax"], "softmax": ["log_softmax"],
@@ -248,14 +249,22 @@ def _negated(result):
     )
 
 
+def _wrapped(result):
+    return result[None] if isinstance(result, Tensor) and result.numel() > 1 else result
+
+
+def _doubled(result):
+    return 2 * result if isinstance(result, int | float | Tensor) and not isinstance(result, bool) else result
+
+
 RESULTS = {
     "the result is nothing": lambda result: None,
     "the sign is turned": _negated,
     "the first row for all": _rows,
     "rows and columns are swapped": _turned,
-    "a dimension too many": lambda result: result[None] if isinstance(result, Tensor) and result.numel() > 1 else result,
+    "a dimension too many": _wrapped,
     "one result too many": lambda result: (*result, 0) if isinstance(result, tuple) else result,
-    "doubled": lambda result: 2 * result if isinstance(result, int | float | Tensor) and not isinstance(result, bool) else result,
+    "doubled": _doubled,
 }  # fmt: skip
 
 

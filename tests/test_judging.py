@@ -1,4 +1,6 @@
-"""How answers are judged: containers and number types, errors shown as the learner's, arguments, state, endless loops."""
+"""How answers are judged: containers, number types, errors shown as the learner's, arguments, state, endless loops."""
+
+# ruff: noqa: NPY002  learners seed numpy's old generator
 
 import functools
 import math
@@ -10,7 +12,17 @@ import torch
 from torch import nn
 
 from quantlab.judging import (
-    Exercise, Wrong, as_tensor, call, copied, difference, expect, is_changed, judge, shown, with_gradient,
+    Exercise,
+    Wrong,
+    as_tensor,
+    call,
+    copied,
+    difference,
+    expect,
+    is_changed,
+    judge,
+    shown,
+    with_gradient,
 )  # fmt: skip
 
 
@@ -129,7 +141,8 @@ NAN = float("nan")
         (3, 3, True), (3.0, 3, True), (np.int64(3), 3, True), (torch.tensor([3]), 3, True), (3.5, 3, False),
         (True, 1, False), (True, True, True), (np.bool_(True), True, True), (torch.tensor(True), True, True),
         (1, True, False), (NAN, NAN, True), (math.inf, math.inf, True), (math.inf, -math.inf, False), (NAN, 1.0, False),
-        (1.00001, 1.0, True), (1.001, 1.0, False), ("a", "a", True), ("a", "b", False), (None, None, True), (0, None, False),
+        (1.00001, 1.0, True), (1.001, 1.0, False), ("a", "a", True), ("a", "b", False), (None, None, True),
+        (0, None, False),
         ([1, 2], (1, 2), True), (torch.tensor([1, 2]), (1, 2), True), ((1, 2, 3), (1, 2), False), (3, (1, 2), False),
         ({"a": 1}, {"a": 1.0}, True), ({"b": 1}, {"a": 1}, False), ([("a", 1)], {"a": 1}, False),
         ([[1, 2], [3, 4]], torch.tensor([[1.0, 2.0], [3.0, 4.0]]), True), ([[1], [3, 4]], torch.zeros(2, 2), False),

@@ -1,4 +1,4 @@
-"""Each exercise under attack: every mutant of its solution is refused or equivalent, every form of a right answer passes,
+"""Each exercise under attack: its solution's mutants are refused or equivalent, every form of a right answer passes,
 and each slip that it knows gets its own message."""
 
 import importlib

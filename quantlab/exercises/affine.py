@@ -126,8 +126,8 @@ def _range_rule(ends, x, bits):
     )
     expect(
         mine <= 1.1 * best,
-        f"Mean squared error {mine:.4g} at {bits} bits, {mine / best:.2f} times the least that one factor for both ends "
-        f"can reach; 1.1 was asked for (the whole range has {whole / best:.2f}). Try several factors, keep the best.",
+        f"Mean squared error {mine:.4g} at {bits} bits, {mine / best:.2f} times the least that one factor for both "
+        f"ends can reach; 1.1 was asked for (the whole range: {whole / best:.2f}). Try several factors, keep the best.",
     )
     return f"Mean squared error {mine / whole:.2f} of the whole range's."
 
