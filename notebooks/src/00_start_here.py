@@ -386,7 +386,7 @@ progress()
 # | 16 KV cache | quantize the memory of the text |
 # | 17 From notebook to deployment | files and engines, compared |
 # | 18 Bug hunt | published code that looks right |
-# | 19 Capstone: fit the budget | the best model under N bytes |
+# | [22 Capstone: fit the budget](22_capstone.ipynb) ✓ | the best model in so many bytes |
 # %% [markdown]
 # ## 10. Glossary
 #

@@ -22,8 +22,11 @@
 # %% [markdown]
 # ## 1. What broke
 # The budget is 2.2 MB. "Four bits are a quarter of sixteen", says the myth: the bundled model has 7.3 MB in
-# 16 bits, so at 4 bits it should fit easily. **Predict** the size of its file with all linear layers at 4
-# bits. Is it a quarter?
+# 16 bits, so at 4 bits it should fit easily.
+# %%
+from quantlab.predictions import predict
+
+guess = predict("All linear layers at 4 bits: how many times smaller is the file?", [1, 5], near=0.3)
 # %%
 from quantlab.capstone import BUDGETS
 from quantlab.checks import check, found, hint, solution
@@ -35,7 +38,8 @@ four_bits, report = quantize_lm(model, bits=4, progress=False)
 ratio = model_bytes(model) / report.nbytes
 found(report.nbytes > limit, f"over the budget: {report.nbytes:,} bytes")
 found(ratio < 3, f"{ratio:.2f} times smaller, where the myth says 4")
-f"{report.nbytes:,} bytes, {ratio:.2f} times smaller than in 16 bits; {limit:,} are allowed"
+print(guess.reveal(ratio))
+f"{report.nbytes:,} bytes of {model_bytes(model):,}, and {limit:,} are allowed"
 # %% [markdown]
 # It does not fit. Something that is no linear layer keeps its 16 bits. What is it?
 # %%
@@ -109,8 +113,9 @@ print(path_of("stories").read_text()[:303])
 # who wants to read it needs two lines. The fence keeps out glances and accidents. What a score is worth depends
 # on you, as it does with any test set whose answers are on the internet.
 #
-# Some things are refused, though, by name. **Predict:** this recipe reads the text and hides the error that it
-# gets. Does it come through?
+# Some things are refused, though, by name. A recipe reads the text, and catches the error that it gets.
+# %%
+guess = predict("Does it come through?", ["yes, with a score", "no, it is refused"])
 # %%
 from quantlab.capstone import Refused, hidden_text, score
 
@@ -124,7 +129,7 @@ def curious(model, tokens):
 try:
     score(curious, on=(model, tokenizer))
 except Refused as cheat:
-    print(cheat)
+    print(cheat, guess.reveal("no, it is refused"), sep="\n")
 # %% [markdown]
 # Python tells a program which asks for it of every file that is opened, before it is opened. Whoever tried is
 # refused, with or without the error. The other names:
@@ -289,20 +294,22 @@ append(first, board)
 Board(append(second, board) + ranked)
 # %% [markdown]
 # ### The control that must fail
-# Is it the *bytes* that make a model good? The same codes, in the same number of bytes, but shuffled in each
-# matrix. **Predict** the KL: about as before, near 1, or above 3?
+# Is it the *bytes* that make a model good? Take the same codes, and the same number of bytes, but shuffle them
+# within each matrix.
+# %%
+guess = predict("The KL of shuffled codes?", ["about as before", "about 1", "above 3"])
 # %% tags=["nbval-ignore-output"]
 from quantlab.capstone.controls import shuffled
 
 useless = score(lambda model, tokens: shuffled(model, codes), name="shuffled")
 assert abs(useless.nbytes - first.nbytes) < 500  # but for the table of contents
-found(useless.kl > 20 * first.kl, f"shuffled codes have a KL of {useless.kl:.1f}")
-print(useless)
+found(useless.kl > 3, f"shuffled codes have a KL of {useless.kl:.1f}")
+print(useless, guess.reveal("above 3") if useless.kl > 3 else "", sep="\n")
 # %% [markdown]
 # It has every byte, and nothing in them.
 #
 # ## 7. Bytes that nobody looks at
-# Now 1.5 MB. Three bits everywhere, groups of 128: **predict**, does it fit?
+# Now 1.5 MB. Three bits everywhere, in groups of 128: does it fit?
 # %%
 tight = BUDGETS["1.5 MB"].limit(model)
 three_bits = table.nbytes(128, same[3])
