@@ -18,6 +18,8 @@ from quantlab.capstone import refusing, scoring
 from quantlab.capstone.__main__ import main
 from quantlab.capstone.controls import shuffled, with_half_scales
 from quantlab.capstone.hidden import FOLDER, TEXTS, path_of
+from quantlab.capstone.planning import PARTS, part_layers
+from quantlab.capstone.recipes import with_codes
 from quantlab.granularity import PerGroup, quantize_tensor
 from quantlab.lm.saving import WEIGHTS
 from quantlab.methods import RTN
@@ -238,6 +240,10 @@ def test_bad_recipes(toy, recipe, message):
 def test_bad_budgets_and_what_a_recipe_raises(toy):
     with pytest.raises(ValueError, match="budget must be one of 2.2 MB, 1.5 MB, 70 MB"):
         capstone.score(rounded, "9 MB", on=toy)
+
+    for on in ("bundled", toy[0], (toy[0], None), ("bundled", toy[1])):
+        with pytest.raises(ValueError, match="must be"):
+            capstone.score(rounded, on=on)
 
     def breaks(model, tokens):
         raise KeyError("mine")
@@ -533,3 +539,48 @@ def test_the_best_reference_can_be_beaten(monkeypatch):
     mine = capstone.score(trained_and_halved, "1.5 MB")
     assert mine.fits
     assert mine.kl < best.kl - 3 * (mine.kl_error**2 + best.kl_error**2) ** 0.5
+
+
+# --- plans
+
+
+def test_plans_count_the_bytes_of_the_file_and_cost_what_a_part_costs_alone(toy):
+    model, tokenizer = toy
+    tokens = lm.token_stream(tokenizer, lm.load_text("calibration"))[:600]
+    table = capstone.plans(model, tokens, tokens, bits=(2, 4), groups=(16, 32), progress=False)
+    assert set(table.costs) == {
+        (m, g, part, b) for m in ("nearest", "GPTQ") for g in (16, 32) for part in PARTS for b in (2, 4)
+    }
+    for group, bits, method in ((32, (4, 2, 4), "rtn"), (16, (2, 4, 2), "gptq")):
+        own = dict(zip(("embedding", "attention", "mlp"), bits, strict=True))
+        recipe = partial(capstone.by_part, method=method, group_size=group, **own)
+        size = capstone.score(recipe, on=toy).nbytes
+        assert abs(table.nbytes(group, dict(zip(PARTS, bits, strict=True))) - size) < 200  # numbers of other lengths
+    whole = {
+        name: capstone.in_groups(lm.weight_of(m), bits=2, group_size=32) for name, m in lm.linear_layers(model).items()
+    }
+    for part, names in part_layers(model).items():
+        if part != "embedding":
+            new, _ = with_codes(model, {name: whole[name] for name in names})
+            assert table.costs["nearest", 32, part, 2] == pytest.approx(lm.divergence(model, new, tokens).kl, rel=1e-4)
+    chosen = dict(zip(PARTS, (2, 4, 4), strict=True))
+    assert table.kl("GPTQ", 16, chosen) == sum(table.costs["GPTQ", 16, part, b] for part, b in chosen.items())
+
+
+def test_parts_hold_every_layer_once(toy):
+    names = [name for part in part_layers(toy[0]).values() for name in part]
+    assert sorted(names) == sorted([*lm.linear_layers(toy[0]), *lm.embedding_layers(toy[0])])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bits": (1,)}, "bits must be 2..8"),
+        ({"groups": (0,)}, "groups must be"),
+        ({"methods": ("awq",)}, "methods must"),
+    ],
+)
+def test_bad_plans(toy, settings, message):
+    tokens = torch.arange(100)
+    with pytest.raises(ValueError, match=message):
+        capstone.plans(toy[0], tokens, tokens, progress=False, **settings)

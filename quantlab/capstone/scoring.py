@@ -105,7 +105,7 @@ def score(
     """
     limits = BUDGETS[check_choice(budget, "budget", BUDGETS)]
     name, who = _name_of(recipe, name), check_kind(who, "who", str)
-    reference, tokenizer = load_lm(limits.model) if on is None else on
+    reference, tokenizer = _model_of(limits, on)
     with tempfile.TemporaryDirectory() as work, _Meter() as used:
         made = _run(recipe, reference, tokenizer, limits)
         used.stop()
@@ -141,13 +141,22 @@ def practice(recipe: Callable, budget: str = "2.2 MB", *, on=None):
     calibration text, which it is not given. Nothing is recorded. Raises: Refused and ValueError as score does.
     """
     limits = BUDGETS[check_choice(budget, "budget", BUDGETS)]
-    reference, tokenizer = load_lm(limits.model) if on is None else on
+    reference, tokenizer = _model_of(limits, on)
     made = _run(recipe, reference, tokenizer, limits)
     with tempfile.TemporaryDirectory() as work:
         folder = _as_folder(made, Path(work) / "entry", reference)
         new, nbytes = check_folder(folder, reference, tokenizer), (folder / WEIGHTS).stat().st_size
     held_out = token_stream(tokenizer, load_text(limits.calibration))[-HELD_OUT:]
     return nbytes, divergence(reference, new, held_out[: tokens_for(reference, len(held_out), least=1024)])
+
+
+def _model_of(limits: Budget, on) -> tuple:
+    """(model, tokenizer) to score on."""
+    if on is None:
+        return load_lm(limits.model)
+    if not isinstance(on, tuple) or len(on) != 2:
+        raise ValueError(f"on must be (model, tokenizer), as load_lm gives, got {kind(on)}")
+    return check_model(on[0]), on[1]
 
 
 def _name_of(recipe, name: str | None) -> str:
