@@ -261,7 +261,7 @@ def test_shuffled_codes_have_the_bytes_and_say_nothing(toy):
         assert torch.equal(q.codes.flatten().sort().values, dealt[name].codes.flatten().sort().values)
     ids = torch.arange(60)[None]
     off, on = ((m(ids).logits - model(ids).logits).norm() for m in (mixed, new))
-    assert off > 5 * on
+    assert off > 2 * on
     with pytest.raises(ValueError, match="must be a QTensor"):
         shuffled(model, {"lm_head": torch.zeros(3)})
 
