@@ -146,6 +146,7 @@ def planned():
 
 
 EXPLORERS = {
+    "hunt": lambda: ex.explore_hunt("integers"),
     "rank": lambda: ex.explore_rank(ranks()),
     "budget": lambda: ex.explore_budget(sensitivity()),
     "capstone": lambda: ex.explore_capstone(planned(), 60_000, references={"a": (50_000, 0.2), "b": (70_000, 0.01)}),

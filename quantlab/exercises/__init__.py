@@ -18,5 +18,6 @@ CHAPTERS = {
     "13": "qat",
     "14": "learned_steps",
     "15": "qlora",
+    "16": "real_model",
     "22": "capstone",
 }
