@@ -12,7 +12,7 @@ from torch import Tensor
 from quantlab.affine import choose_qparams, fake_quantize
 from quantlab.arguments import check_kind, check_real
 from quantlab.explorers.base import Explorer, bind, figure
-from quantlab.explorers.data import relative_error
+from quantlab.explorers.data import check_layer, relative_error
 from quantlab.plots import OTHER, QUANTIZED
 
 ROWS, COLUMNS = 64, 96  # of the map; each field shows the largest of the values that fall into it
@@ -58,7 +58,7 @@ def explore_activations(layers: Mapping[str, tuple[Tensor, Tensor]]) -> Explorer
     """
     if not check_kind(dict(layers), "layers", dict):
         raise ValueError("layers is empty")
-    known = {name: _measure(weight, check_real(x, "x")) for name, (weight, x) in layers.items()}
+    known = {name: _measure(weight, x) for name, (weight, x) in layers.items()}
     slider = widgets.SelectionSlider(options=list(known), description="layer", style={"description_width": "initial"})
     slider.layout.width = "28em"
     picture = _Picture(list(known.values()))
@@ -80,6 +80,7 @@ class _Layer(NamedTuple):
 
 
 def _measure(weight: Tensor, x: Tensor) -> _Layer:
+    weight, x = check_layer(weight, x)
     y, size = x @ weight.T, x.abs()
     errors = {}
     for name, dims in SHARES.items():
@@ -103,8 +104,9 @@ class _Picture:
 
     def __init__(self, known: list[_Layer]):
         fig, (self.map_axes, ax) = figure(columns=2, height=3.2, gridspec_kw={"width_ratios": [3, 2]})
-        low, high = min(k.map[k.map > 0].min(initial=1e30) for k in known), max(k.map.max() for k in known)
-        norm = LogNorm(max(low, high / 1e5), high)
+        high = max(k.map.max() for k in known) or 1.0
+        low = min(k.map[k.map > 0].min(initial=high / 2) for k in known)
+        norm = LogNorm(min(max(low, high / 1e5), high / 2), high)
         self.map = self.map_axes.imshow(known[0].map, aspect="auto", cmap="viridis", norm=norm, extent=(0, 1, 1, 0))
         self.map_axes.set(xticks=[], yticks=[], xlabel="channels", ylabel="tokens, the first on top", title="|x|")
         fig.colorbar(self.map, ax=self.map_axes, fraction=0.05, pad=0.02)
