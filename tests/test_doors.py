@@ -211,6 +211,7 @@ def good_calls(folder: Path) -> dict:
         "activation_scales": (lm.activation_scales, {"model": model(), **reads}),
         "blocks_of": (lm.blocks_of, {"model": model()}),
         "linear_layers": (lm.linear_layers, {"model": model()}),
+        "embedding_layers": (lm.embedding_layers, {"model": model()}),
         "layers_of_role": (lm.layers_of_role, {"model": model(), "role": "query"}),
         "budget": (lm.budget, {"model": model(), "tokens": 40, "least": 20}),
         "begin_token": (lm.begin_token, {"tokenizer": lm.load_lm()[1]}),

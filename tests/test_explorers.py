@@ -19,6 +19,7 @@ from quantlab import explorers as ex
 from quantlab.affine import choose_qparams, fake_quantize, quantize
 from quantlab.awq import scale_and_round, scales_of, search_scales
 from quantlab.blocks import PerAxis, PerGroup, PerTensor
+from quantlab.capstone import Plans
 from quantlab.codebook import nf4_levels, quantize_codebook
 from quantlab.explorers import data
 from quantlab.explorers.rotations import block_sizes
@@ -168,6 +169,15 @@ def caches():
     """Made-up KLs that fall by 4 for each bit of the keys and by 3 for each of the values."""
     settings = [(k, v, sinks) for k in (8, 4, 2) for v in (8, 4, 2) for sinks in (0, 4)]
     return {(k, v, sinks): (4.0**-k + 0.3 * 3.0**-v) / (1 + sinks) for k, v, sinks in settings}
+def planned():
+    """Made-up costs that fall by 4 for each bit, and bytes of three parts."""
+    parts, bits, groups = {"embedding": 30_000, "attention": 20_000, "MLP": 60_000}, (2, 3, 4), (32, 64)
+    scale = {"nearest": 2.0, "GPTQ": 1.0}
+    each = [(group, part, b) for group in groups for part in parts for b in bits]
+    costs = {(m, g, part, b): s * g / parts[part] * 4.0**-b * 1e4 for m, s in scale.items() for g, part, b in each}
+    codes = {(part, b): count * b // 8 for part, count in parts.items() for b in bits}
+    sides = {(g, part, b): parts[part] // g * 4 for g, part, b in each}
+    return Plans(costs, codes, sides, 500, 700, 110_000, tuple(scale), groups, bits)
 
 
 EXPLORERS = {
@@ -177,6 +187,7 @@ EXPLORERS = {
     "hunt": lambda: ex.explore_hunt("integers"),
     "rank": lambda: ex.explore_rank(ranks()),
     "budget": lambda: ex.explore_budget(sensitivity()),
+    "capstone": lambda: ex.explore_capstone(planned(), 60_000, references={"a": (50_000, 0.2), "b": (70_000, 0.01)}),
     "affine": lambda: ex.explore_affine(values()),
     "clipping": lambda: ex.explore_clipping(values()),
     "gptq": lambda: ex.explore_gptq(*layer()),
@@ -994,6 +1005,30 @@ def test_budget_of_many_blocks_has_no_digits():
     explorer = ex.explore_budget(sensitivity(blocks=30), steps=5)
     assert len(explorer.ax.texts) == 0
     assert explorer.ax.images[0].get_array().shape == (3, 30)
+
+
+# --- notebook 22: the capstone
+
+
+def test_capstone_shows_every_byte_and_the_sum_of_the_costs():
+    plans, limit = planned(), 60_000
+    explorer = ex.explore_capstone(plans, limit, references={"a": (50_000, 0.2)}, bits=3)
+    for method, group, bits in (("nearest", 32, (3, 3, 3)), ("GPTQ", 64, (4, 2, 3)), ("nearest", 64, (2, 4, 4))):
+        chosen = dict(zip(("embedding", "attention", "MLP"), bits, strict=True))
+        put(explorer, method=method, group=group, **chosen)
+        codes = [plans.codes[part, b] for part, b in chosen.items()]
+        sides = sum(plans.sides[group, part, b] for part, b in chosen.items())
+        size, kl = sum(codes) + sides + 1200, sum(plans.costs[method, group, part, b] for part, b in chosen.items())
+        assert plans.nbytes(group, chosen) == size
+        left = f"{limit - size:,} left" if size <= limit else f"{size - limit:,} OVER"
+        shows(explorer, f"{size:,} bytes of 60,000: {left}", f"predicted KL {kl:.4f}", f"scales {sides:,}")
+        bars = [bar.get_height() for bar in explorer.ax.patches]
+        assert bars == pytest.approx([count / 1e6 for count in (*codes, sides, 500, 700)])
+        assert explorer.ax.patches[-1].get_y() + bars[-1] == pytest.approx(size / 1e6)
+        ring = axes(explorer, 1).lines[-1]
+        assert (ring.get_xdata()[0], ring.get_ydata()[0]) == pytest.approx((size / 1e6, kl))
+    with pytest.raises(ValueError, match="bits must be one of 2, 3, 4, got 5"):
+        ex.explore_capstone(plans, limit, bits=5)
 
 
 # --- notebook 13: training

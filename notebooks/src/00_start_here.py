@@ -353,6 +353,13 @@ print(f"the cast model says the token that it has just read: {repeats:.0%}")
 # the scale.
 # %% [markdown]
 # ## 9. Map
+# What you have passed in each chapter, a square for each exercise. A file beside the folder of notebooks remembers
+# it (`progress.json`); nothing leaves the machine, and deleting the file begins anew.
+# %% tags=["nbval-ignore-output"]
+from quantlab.progress import progress
+
+progress()
+# %% [markdown]
 # Linked notebooks are there (✓); the others are being written.
 #
 # | notebook | about |
@@ -379,7 +386,7 @@ print(f"the cast model says the token that it has just read: {repeats:.0%}")
 # | 16 KV cache | quantize the memory of the text |
 # | 17 From notebook to deployment | files and engines, compared |
 # | 18 Bug hunt | published code that looks right |
-# | 19 Capstone: fit the budget | the best model under N bytes |
+# | [22 Capstone: fit the budget](22_capstone.ipynb) ✓ | the best model in so many bytes |
 # %% [markdown]
 # ## 10. Glossary
 #

@@ -22,4 +22,5 @@ CHAPTERS = {
     "18": "kv",
     "17": "rotations",
     "19": "llamacpp",
+    "22": "capstone",
 }

@@ -8,6 +8,7 @@ from quantlab.explorers.activations import explore_activations, loudness
 from quantlab.explorers.awq import explore_scaling
 from quantlab.explorers.base import Explorer
 from quantlab.explorers.calibration import explore_calibration
+from quantlab.explorers.capstone import explore_capstone
 from quantlab.explorers.codebook import explore_codebook
 from quantlab.explorers.floats import explore_float_format
 from quantlab.explorers.gptq import explore_columns, explore_gptq
@@ -39,6 +40,7 @@ __all__ = [
     "explore_budget",
     "explore_cache",
     "explore_calibration",
+    "explore_capstone",
     "explore_clipping",
     "explore_codebook",
     "explore_columns",
