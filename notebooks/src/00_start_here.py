@@ -20,7 +20,7 @@
 # Each notebook ends with something that breaks, and the next one mends it. In each you **predict**, then
 # **drag** or run, then **explain**. Do not skip the prediction: a surprise that you have bet on stays with
 # you.
-# %% [markdown]
+#
 # ## 1. Does everything work?
 # Run a cell with Shift+Enter. This one looks for all that the workbook needs. Where something is missing,
 # it says in one sentence what to install where.
@@ -383,7 +383,7 @@ print(f"the cast model says the token that it has just read: {repeats:.0%}")
 # **Open question.** Multiply all weights by 100 before the cast and divide by 100 after it. Does the model
 # speak again? Which factor is best for a layer, and what limits it? Whoever can answer that has invented
 # the scale.
-# %% [markdown]
+#
 # ## 9. How to read the code here
 # Some ways to write things come back in every notebook. Here they are, once, on small numbers. Read each
 # line, say what it will give, then run the cell. First tensors:
@@ -429,6 +429,13 @@ hook.remove()
 box.calls, y.requires_grad, y.detach().tolist()
 # %% [markdown]
 # ## 10. Map
+# What you have passed in each chapter, a square for each exercise. A file beside the folder of notebooks remembers
+# it (`progress.json`); nothing leaves the machine, and deleting the file begins anew.
+# %% tags=["nbval-ignore-output"]
+from quantlab.progress import progress
+
+progress()
+# %% [markdown]
 # Linked notebooks are there (✓); the others are being written.
 #
 # | notebook | about |
@@ -455,7 +462,7 @@ box.calls, y.requires_grad, y.detach().tolist()
 # | 16 KV cache | quantize the memory of the text |
 # | 17 From notebook to deployment | files and engines, compared |
 # | 18 Bug hunt | published code that looks right |
-# | 19 Capstone: fit the budget | the best model under N bytes |
+# | [22 Capstone: fit the budget](22_capstone.ipynb) ✓ | the best model in so many bytes |
 # %% [markdown]
 # ## 11. Glossary
 #
