@@ -19,8 +19,22 @@ from test_lm import random_model
 from torch import Tensor, nn
 
 import quantlab as ql
-from quantlab import awq, floats, gptq, kv, kv_measuring, ledger, linear, lm, methods, mixed, outliers, qat, storage
-from quantlab import awq, floats, gptq, ledger, linear, lm, methods, mixed, outliers, qat, rotations, storage
+from quantlab import (
+    awq,
+    floats,
+    gptq,
+    kv,
+    kv_measuring,
+    ledger,
+    linear,
+    lm,
+    methods,
+    mixed,
+    outliers,
+    qat,
+    rotations,
+    storage,
+)
 from quantlab.clipping import quantize_clipped
 from quantlab.export import gguf, gguf_models
 from quantlab.granularity import code_range
@@ -28,9 +42,8 @@ from quantlab.superblocks import round_in_superblocks
 
 ROOT = Path(ql.__file__).resolve().parent
 ROOMS = ("", "floats", "metrics", "clipping", "gptq", "awq", "linear", "outliers", "methods", "mixed", "qat", "storage")
-ROOMS += ("lm", "ledger", "levels", "kv", "kv_measuring")
-ROOMS += ("lm", "ledger", "levels", "rotations")
-ROOMS += ("lm", "ledger", "levels", "superblocks", "export.gguf", "export.gguf_models")
+ROOMS += ("lm", "ledger", "levels", "rotations", "kv", "kv_measuring", "superblocks", "export.gguf")
+ROOMS += ("export.gguf_models",)
 # Public names that are no doors, and why.
 RECORDS = {"Sensitivity", "Allocation", "Search", "Factor", "SplitError", "Divergence", "LayerReport", "Perplexity"}
 RECORDS |= {"QuantizeReport", "Row", "Latency", "Table", "PerTensor", "Rounded"}  # results, or nothing to ask
