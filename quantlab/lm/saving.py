@@ -15,6 +15,7 @@ from quantlab.linear import PackedLinear, packed_layers
 from quantlab.lm.layers import embedding_layers, linear_layers
 from quantlab.modules import weight_of
 from quantlab.quantized import smallest_exact
+from quantlab.rotations import OnlineHadamard
 from quantlab.storage import load_tensors, save_tensors
 
 WEIGHTS = "quantized.safetensors"
@@ -114,6 +115,8 @@ def _stored(model, qtensors: Mapping | None) -> dict:
     """What goes into the file: the quantized weights by layer name, everything else by its own."""
     if qtensors is not None:
         check_kind(qtensors, "qtensors", Mapping, "the report of quantize_lm has")
+    if online := next((name for name, m in model.named_modules() if isinstance(m, OnlineHadamard)), None):
+        raise ValueError(f"{online} turns activations, which no configuration says; rotate(online=False) can be saved")
     own, layers = _own_tensors(model), packed_layers(model)
     _check_layers(model, qtensors or {})
     quantized = dict(qtensors or {}) | {name: layer.q for name, layer in layers.items()}
