@@ -191,7 +191,9 @@ EXERCISES = {
         cases=_int_product_cases,
         edges=_int_product_edges,
         slips={
-            "8 bits are not wide enough for q − z, products and sums: use .int() or .long() first.": _in_bits(torch.int8),
+            "8 bits are not wide enough for q − z, products and sums: use .int() or .long() first.": _in_bits(
+                torch.int8
+            ),
             "16 bits are not wide enough for such sums: use .int() or .long() first.": _in_bits(torch.int16),
             "float32 holds whole numbers only up to 2**24; sums of products go beyond.": (".long()", ".float()"),
             "That is the first term alone. Codes equal to their zero point stand for real 0, and must add nothing.": (
@@ -235,7 +237,12 @@ EXERCISES = {
         edges=_largest_k_edges,
         slips={
             "More would fit: unsigned codes of b bits end at 2**b − 1, not at 2**b.": ("(2**x_bits - 1)", "2**x_bits"),
-            "Too many: the accumulator has a sign, and one bit is the sign.": ("(accumulator_bits - 1)", "accumulator_bits"),
+            "More would fit: the largest unsigned code is 2**b − 1, one less than 2**b.": (
+                "(2**x_bits - 1)", "2**x_bits", "2 ** (accumulator_bits - 1) //", "(2 ** (accumulator_bits - 1) - 1) //"
+            ),
+            "Too many: the accumulator has a sign, and one bit is the sign.": (
+                "(accumulator_bits - 1)", "accumulator_bits"
+            ),
             "Too many: signed codes begin at −2**(b−1), which is farther from 0 than the last one.": (
                 "2 ** (w_bits - 1)\n", "(2 ** (w_bits - 1) - 1)\n"
             ),

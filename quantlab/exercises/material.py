@@ -52,10 +52,10 @@ def correlated_layer(rows: int, columns: int, tokens: int) -> tuple[Tensor, Tens
     return weight, x + 0.05 * torch.randn(tokens, columns, generator=random)
 
 
-def layer_with_hessian() -> tuple[Tensor, Hessian]:
-    """(weight, hessian), (256, 256) both, of correlated inputs (10.4)."""
-    weight, x = correlated_layer(256, 256, 2048)
-    return weight, Hessian(256).add(x)
+def layer_with_hessian(*, fresh: bool = False) -> tuple[Tensor, Hessian]:
+    """(weight, hessian), (256, 256) both, of correlated inputs; fresh: of 2048 other tokens of the same kind (10.5)."""
+    weight, x = correlated_layer(256, 256, 4096)
+    return weight, Hessian(256).add(x[2048:] if fresh else x[:2048])
 
 
 def layer_with_peaks() -> tuple[Tensor, Tensor]:
