@@ -29,16 +29,8 @@
 import torch
 
 from quantlab.checks import check, found, hint, solution
-from quantlab.lm import (
-    budget,
-    capture_inputs,
-    layers_of_role,
-    linear_layers,
-    load_lm,
-    load_text,
-    token_stream,
-    weight_of,
-)
+from quantlab.lm import (budget, capture_inputs, layers_of_role, linear_layers, load_lm, load_text,
+    token_stream, weight_of)
 
 model, tokenizer = load_lm()
 calibration = token_stream(tokenizer, load_text("calibration"))
@@ -62,8 +54,7 @@ together = 1 - 1 / torch.linalg.inv(C + 1e-9 * torch.eye(len(C))).diagonal()
 from_one = C[0, 1:].square()  # the first input, from each other alone
 plt.rcParams["figure.figsize"] = 7, 2.6
 plt.hist(
-    [from_one, together], bins=40, label=["from one other input", "from all the others together"]
-)
+    [from_one, together], bins=40, label=["from one other input", "from all the others together"])
 plt.gca().set(xlabel="part of the variance that can be told", ylabel="inputs")
 plt.legend()
 plt.show()
@@ -161,10 +152,8 @@ slope.tolist()
 U2 = torch.linalg.cholesky(inverse2, upper=True)
 first, second = (torch.outer(row, row) for row in U2)
 assert torch.allclose(first + second, inverse2, atol=1e-6)
-[
-    [[round(value, 2) + 0.0 for value in row] for row in matrix.tolist()]
-    for matrix in (U2, first, second)
-]
+[[[round(value, 2) + 0.0 for value in row] for row in matrix.tolist()]
+    for matrix in (U2, first, second)]
 # %% [markdown]
 # The second outer product is 0 but for its last entry, ½: just what elimination left. That is how GPTQ will use it.
 #
@@ -274,11 +263,8 @@ of_rows = {way: hessian.output_error(rows, q) for way, q in rounded.items()}
 plot_bars({"3 bits, 16 rows": of_rows}, ylabel="output error")
 plt.show()
 plain, greedy, in_order, act_order = of_rows.values()
-found(
-    greedy < in_order < 1.3 * greedy,
-    "left to right is a little worse than OBQ: "
-    f"{in_order / greedy:.2f} times its error (the bundled model: 1.1)",
-)
+found(greedy < in_order < 1.3 * greedy, "left to right is a little worse than OBQ: "
+    f"{in_order / greedy:.2f} times its error (the bundled model: 1.1)")
 found(in_order < 0.5 * plain, "and has less than half of rounding's error")
 found(act_order < in_order, f"act-order is better: {act_order / greedy:.2f} times OBQ's error")
 grown = in_order / greedy
@@ -369,20 +355,16 @@ f"the same codes: {same:.2%}"
 # %% tags=["nbval-ignore-output"]
 from tqdm.auto import tqdm
 
-roles = {
-    role: list(layers_of_role(model, role))
-    for role in ("query", "key", "value", "attention output", "gate", "up", "down")
-}
+roles = {role: list(layers_of_role(model, role))
+    for role in ("query", "key", "value", "attention output", "gate", "up", "down")}
 some = slice(None, None, -(-len(roles["down"]) // 7))
 kinds = {key: role for role, keys in reversed(roles.items()) for key in keys[some]}
 half = budget(model, 8192, least=4096) // 2
 inputs = capture_inputs(model, calibration[: 2 * half], list(kinds))
 paradox = {}
 for key in tqdm(kinds, leave=False):
-    W, (seen, fresh) = (
-        layers[key],
-        (Hessian(inputs[key].shape[1]).add(x) for x in inputs[key].split(half)),
-    )
+    W, (seen, fresh) = (layers[key],
+        (Hessian(inputs[key].shape[1]).add(x) for x in inputs[key].split(half)))
     plain = quantize_tensor(W, bits=3, granularity=PerAxis(0), symmetric=False).dequantize()
     q = gptq_quantize(W, seen, bits=3).dequantize()
     of_weight = (W - q).square().sum() / (W - plain).square().sum()
@@ -399,11 +381,9 @@ plt.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
 least = max(paradox, key=lambda key: paradox[key][1])
 of_weight, of_output = zip(*paradox.values(), strict=True)
-found(
-    min(of_weight) > 1.1 and max(of_output) < 1,
-    f"every layer's weight error rises (at least {min(of_weight):.2f} times), its output error falls "
-    f"(the least to {max(of_output):.2f})",
-)
+found(min(of_weight) > 1.1 and max(of_output) < 1,
+    f"every weight error rises (at least {min(of_weight):.2f} times), every output error falls "
+    f"(the least to {max(of_output):.2f})")
 found(kinds[least] == "down", f"a layer that leads down from the MLP gains least; here {least}")
 middle = torch.tensor(list(paradox.values())).median(0).values
 "medians: weight error {:.2f} times, output error {:.2f} times".format(*middle)
@@ -457,10 +437,8 @@ close = predict("The measured error of GPTQ is off from (s²/12)·Σ 1/Uᵢᵢ²
 U = torch.linalg.cholesky(torch.linalg.inv(few), upper=True)
 fine = step / 8  # a finer grid: errors spread evenly over a step
 lost = some - column_solution(some, U, fine)
-measured, formula = (
-    ((lost @ few) * lost).sum(1).mean(),
-    fine**2 / 12 * (1 / U.diagonal().square()).sum(),
-)
+measured, formula = (((lost @ few) * lost).sum(1).mean(),
+    fine**2 / 12 * (1 / U.diagonal().square()).sum())
 off = abs(measured / formula - 1).item()
 found(off < 0.1, f"the formula is off by {off:.1%}, less than a tenth")
 print(f"measured over the formula: {measured / formula:.3f}")
@@ -481,14 +459,10 @@ from quantlab.explorers import explore_columns, explore_gptq
 
 some, seen = weight[:, :48], Hessian(48).add(x[:, :48])
 first, second, third = (
-    seen.output_error(some, q) for q in gptq_steps(some, seen, bits=3)[[16, 32, 48]]
-)
+    seen.output_error(some, q) for q in gptq_steps(some, seen, bits=3)[[16, 32, 48]])
 added = [first, second - first, third - second]
-found(
-    added == sorted(added),
-    "each third of the columns adds more error than the one before: "
-    + ", ".join(f"{error:.1e}" for error in added),
-)
+found(added == sorted(added), "each third of the columns adds more error than the one before: "
+    + ", ".join(f"{error:.1e}" for error in added))
 explore_columns(some, seen, column=16, row=3)
 # %% [markdown]
 # **What you saw.** Left of the line, rounding noise. Right of it, faint colours before any rounding has
@@ -516,8 +490,7 @@ explorer
 # better on the calibration tokens themselves, which on fresh ones? Which needs more damping?
 # %%
 fresh = Hessian(weight.shape[1]).add(
-    capture_inputs(model, calibration[count : 2 * count], [name])[name]
-)
+    capture_inputs(model, calibration[count : 2 * count], [name])[name])
 
 def of_plain(seen, judge=fresh, **options):  # output error, times rounding's
     q = gptq_quantize(weight, seen, bits=3, **options).dequantize()
@@ -529,39 +502,26 @@ dampings = [1e-4, 1e-3, 1e-2, 1e-1, 1, 10, 100]
 calibrated = {size: Hessian(weight.shape[1]).add(x[:size]) for size in sizes}
 flattered = [of_plain(seen, judge=seen) for seen in calibrated.values()]
 honest = [of_plain(seen) for seen in calibrated.values()]
-by_damping = {
-    size: [of_plain(calibrated[size], damping=d) for d in dampings]
-    for size in (sizes[0], sizes[len(sizes) // 3], sizes[-1])
-}
+by_damping = {size: [of_plain(calibrated[size], damping=d) for d in dampings]
+    for size in (sizes[0], sizes[len(sizes) // 3], sizes[-1])}
 # %% tags=["nbval-ignore-output"]
 from quantlab.plots import plot_curves
 
 _, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained", sharey=True)
-plot_curves(
-    {"on fresh tokens": (sizes, honest), "on the calibration tokens": (sizes, flattered)},
-    xlabel="calibration tokens, damping 0.01",
-    ylabel="output error, times rounding's",
-    log="x",
-    ax=left,
-)
-plot_curves(
-    {f"{size} tokens": (dampings, errors) for size, errors in by_damping.items()},
-    xlabel="damping (fresh tokens)",
-    ylabel="",
-    log="x",
-    ax=right,
-)
+plot_curves({"on fresh tokens": (sizes, honest), "on the calibration tokens": (sizes, flattered)},
+    xlabel="calibration tokens, damping 0.01", ylabel="output error, times rounding's", log="x",
+    ax=left)
+plot_curves({f"{size} tokens": (dampings, errors) for size, errors in by_damping.items()},
+    xlabel="damping (fresh tokens)", ylabel="", log="x", ax=right)
 left.set_ylim(0, 1.3)
 plt.show()
 # %% tags=["nbval-ignore-output"]
 few, many = by_damping[sizes[0]], by_damping[sizes[-1]]
 spectrum = torch.linalg.eigvalsh(calibrated[sizes[0]].matrix)
 assert (spectrum < 1e-6 * spectrum.sum()).sum() >= width - sizes[0]
-found(
-    flattered[0] < 0.8 * flattered[-1],
+found(flattered[0] < 0.8 * flattered[-1],
     f"few tokens look better on themselves: {flattered[0]:.2f} "
-    f"times rounding's error, {sizes[-1]} tokens {flattered[-1]:.2f}",
-)
+    f"times rounding's error, {sizes[-1]} tokens {flattered[-1]:.2f}")
 found(honest[-1] < 0.8 * honest[0], f"and serve worse: {honest[0]:.2f} against {honest[-1]:.2f}")
 found(
     few[0] > 1, f"few tokens, hardly any damping: {few[0]:.2f} times rounding's error"
@@ -585,12 +545,9 @@ f"{sizes[-1]} tokens, damping 0.01: {many[2]:.2f}"
 # times; and for a control, normal noise of the same shape in place of the layer's inputs.
 # %% tags=["nbval-ignore-output"]
 random, story = torch.Generator().manual_seed(0), calibration[: budget(model, 4096)]
-texts = {
-    "stories": story,
-    "shuffled": story[torch.randperm(len(story), generator=random)],
+texts = {"stories": story, "shuffled": story[torch.randperm(len(story), generator=random)],
     "random": torch.randint(3, model.config.vocab_size, (len(story),), generator=random),
-    f"{len(story) // 16} x 16": story[: len(story) // 16].repeat(16),
-}
+    f"{len(story) // 16} x 16": story[: len(story) // 16].repeat(16)}
 seen = {kind: capture_inputs(model, text, [name])[name] for kind, text in texts.items()}
 seen["noise"] = torch.randn(len(story), weight.shape[1], generator=random)
 of_text = {kind: of_plain(Hessian(weight.shape[1]).add(read)) for kind, read in seen.items()}
@@ -599,8 +556,7 @@ plt.show()
 stories, shuffled, chance, repeated, noise = of_text.values()
 found(shuffled < 1.2 * stories, f"shuffled stories serve as well: {shuffled:.2f} and {stories:.2f}")
 found(
-    1.2 * stories < chance < 0.7, f"random tokens serve less, but more than a little: {chance:.2f}"
-)
+    1.2 * stories < chance < 0.7, f"random tokens serve less, but more than a little: {chance:.2f}")
 found(1.2 * stories < repeated < 0.95, f"repeated text helps less: {repeated:.2f}")
 found(noise > 0.95, f"noise does not help: {noise:.2f}")
 # %% [markdown]
@@ -625,23 +581,15 @@ for size in (None, 128, 64, 32, 16):
 ordered, unordered = curves["GPTQ, act-order"], curves["GPTQ"]
 assert abs(ordered[0][-1] - unordered[0][-1] - 32 / len(weight)) < 1e-6  # the index of groups of 16
 # %% tags=["nbval-ignore-output"]
-plot_curves(
-    curves,
-    xlabel="true bits per weight (row, groups of 128, 64, 32, 16)",
-    ylabel="output error",
-    log="y",
-)
+plot_curves(curves, xlabel="true bits per weight (row, groups of 128, 64, 32, 16)",
+    ylabel="output error", log="y")
 plt.show()
 coarse = unordered[1][0] / curves["round to nearest"][1][-1]
-found(
-    coarse < 1,
-    f"GPTQ with one scale a row beats rounding in groups of 16: {coarse:.2f} times its error",
-)
+found(coarse < 1,
+    f"GPTQ with one scale a row beats rounding in groups of 16: {coarse:.2f} times its error")
 gains = [a / b for a, b in zip(ordered[1], unordered[1], strict=True)]
-found(
-    max(gains) < 1,
-    f"act-order lowers every error; it leaves {min(gains):.2f} to {max(gains):.2f} of them",
-)
+found(max(gains) < 1,
+    f"act-order lowers every error; it leaves {min(gains):.2f} to {max(gains):.2f} of them")
 f"GPTQ, a scale a row: {unordered[0][0]:.2f} bits; groups of 16: {unordered[0][-1]:.2f} bits"
 # %% [markdown]
 # GPTQ with one scale a row (3.14 bits) beats rounding in groups of 16 (5.19 bits). Act-order gains a tenth:
@@ -656,12 +604,10 @@ f"GPTQ, a scale a row: {unordered[0][0]:.2f} bits; groups of 16: {unordered[0][-
 # %% tags=["nbval-ignore-output"]
 alone = Hessian(width).add(torch.eye(width))
 same = (
-    gptq_quantize(weight, alone, bits=3).dequantize() - nearest
-).abs() < 1e-6 * weight.abs().max()
+    gptq_quantize(weight, alone, bits=3).dequantize() - nearest).abs() < 1e-6 * weight.abs().max()
 assert same.double().mean() > 0.999  # all but ties
 wrong = of_plain(
-    Hessian(width).add(x[:, torch.randperm(width, generator=torch.Generator().manual_seed(0))])
-)
+    Hessian(width).add(x[:, torch.randperm(width, generator=torch.Generator().manual_seed(0))]))
 found(wrong > 1.2, f"the wrong correlations cost {wrong:.2f} times rounding's error")
 f"output error, times rounding's: right inputs {of_plain(hessian):.2f}, shuffled inputs {wrong:.2f}"
 # %% [markdown]
@@ -684,11 +630,9 @@ ways = {"rtn": {}, "gptq": {}, "gptq act-order": {"act_order": True}}
 models, rows = {}, {("float", 32): ledger.measure(model, model, text, method="float")}
 for way, bits in tqdm(list(product(ways, (4, 3, 2))), leave=False):
     new, report = quantize_lm(
-        model, read, method=way.split()[0], bits=bits, progress=False, **ways[way]
-    )
+        model, read, method=way.split()[0], bits=bits, progress=False, **ways[way])
     rows[way, bits] = ledger.measure(
-        model, new, text, method=way, bits=bits, group="128", report=report
-    )
+        model, new, text, method=way, bits=bits, group="128", report=report)
     models[way, bits] = new
     ledger.append(rows[way, bits])
 ledger.Table(list(rows.values()))
@@ -719,17 +663,13 @@ bar = rows["rtn", 4].perplexity_error
 found(gap < bar, f"at 4 bits the perplexities are {gap:.2f} apart, less than a bar of {bar:.2f}")
 # %% tags=["nbval-ignore-output"]
 kl = {key: row.kl for key, row in rows.items()}
-plot_bars(
-    {way: {f"{b} bits": kl[way, b] / kl["rtn", b] for b in (4, 3, 2)} for way in ways},
-    ylabel="KL to float,\ntimes rounding's",
-)
+plot_bars({way: {f"{b} bits": kl[way, b] / kl["rtn", b] for b in (4, 3, 2)} for way in ways},
+    ylabel="KL to float,\ntimes rounding's")
 plt.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
 left = {b: min(kl["gptq", b], kl["gptq act-order", b]) / kl["rtn", b] for b in (4, 3)}
-found(
-    max(left.values()) < 0.6,
-    f"GPTQ leaves less than 0.6 of the damage: {left[4]:.2f} at 4 bits, {left[3]:.2f} at 3",
-)
+found(max(left.values()) < 0.6,
+    f"GPTQ leaves less than 0.6 of the damage: {left[4]:.2f} at 4 bits, {left[3]:.2f} at 3")
 found(
     kl["gptq", 2] > 4 * kl["gptq", 3],
     f"2 bits cost over four times what 3 bits cost: {kl['gptq', 2] / kl['gptq', 3]:.1f} times",
@@ -755,18 +695,15 @@ plt.gca().set(xlabel="column, in the order of rounding", ylabel="weight error,\n
 plt.legend(fontsize="small")
 plt.show()
 of_place, of_loudness = torch.corrcoef(torch.stack([moved, torch.arange(len(moved)), loudness]))[
-    0, 1:
-]
+    0, 1:]
 around = torch.stack(
     [moved[max(0, i - 12) : i + 13].median() for i in range(len(moved))]
 )  # 25 columns
 beside = (moved / around)[loudest].mean()
 found(of_place > 0.7, f"the ratio goes with place: correlation {of_place:.2f}")
 found(abs(of_loudness) < 0.35, f"it does not go with loudness: correlation {of_loudness:.2f}")
-found(
-    moved[loudest].mean() > 1.2,
-    f"the loud end {moved[loudest].mean():.2f} times as far as by rounding",
-)
+found(moved[loudest].mean() > 1.2,
+    f"the loud end {moved[loudest].mean():.2f} times as far as by rounding")
 found(beside < 1, f"but nearer than the columns around, {beside:.2f} times as far")
 # %% [markdown]
 # The same scales, zero points and bits for every weight: with one scale a row, GPTQ chooses *which* grid
@@ -780,8 +717,7 @@ moved = (ordered - weight).square().sum(0) / (nearest - weight).square().sum(0)
 others = torch.ones(len(moved), dtype=torch.bool).index_fill(0, loudest, False)
 loud, quiet = moved[loudest].mean(), moved[others].mean()
 found(
-    loud < 1.3, f"with act-order the loudest end {loud:.2f} times as far as by rounding, below 1.3"
-)
+    loud < 1.3, f"with act-order the loudest end {loud:.2f} times as far as by rounding, below 1.3")
 found(quiet > 1.3 * loud, f"the others end {quiet:.2f} times as far")
 f"times rounding's weight error: the {len(loudest)} loudest {loud:.2f}, the others {quiet:.2f}"
 # %% [markdown]
