@@ -312,8 +312,8 @@ assert list(shares.values()) == sorted(shares.values())
 {f"{n} tokens": f"{share:.1%}" for n, share in shares.items()}
 # %% [markdown]
 # In the bundled model these are no outliers in the paper's sense, only values that pass a fixed number, in a layer
-# that the paper left out of its count. The more tokens one call reads, the more columns leave the integers. So all tokens
-# of a call choose the columns together. Notebook 08 praised scales per token because no token sees another one.
+# that the paper left out of its count. The more tokens one call reads, the more columns leave the integers. So all
+# tokens of a call choose the columns together. Notebook 08 praised scales per token because no token sees another one.
 # %% tags=["nbval-ignore-output"]
 answers = ["no, each token has its own scale", "yes"]
 beside_guess = predict(

@@ -302,7 +302,8 @@ for i in range(4):
 #
 # ### Exercise 10.3: the loop (about 12 minutes)
 # `W` is (rows, n), `U` (n, n) upper triangular, `scale` a number. Round column after column to the nearest multiple of
-# `scale` (no ends: nothing is clamped) and pass the errors on by (4). Return Q, (rows, n), on the grid; leave W as it is.
+# `scale` (no ends: nothing is clamped) and pass the errors on by (4). Return Q, (rows, n), on the grid; leave W as
+# it is.
 # %% tags=["exercise"]
 def my_gptq(W, U, scale):
     raise NotImplementedError
@@ -423,9 +424,9 @@ assert differ.double().mean() < 0.001  # none, but where last digits decide
 f"{int(differ.sum())} of {differ.numel()} elements differ"
 # %% [markdown]
 # GPTQ, last column first, *is* Babai's algorithm (found in 2025, independently by Birnick and by Chen et al.): what
-# looked like a trick has a geometry. It also says how large the error must be. A row's error is the sum of the squares of
-# e = (wᵢ − qᵢ)/Uᵢᵢ. As long as nothing is clamped, wᵢ − qᵢ lies anywhere within half a step, and has the mean
-# square of notebook 01, s²/12. So the mean error of a row should be
+# looked like a trick has a geometry. It also says how large the error must be. A row's error is the sum of the
+# squares of e = (wᵢ − qᵢ)/Uᵢᵢ. As long as nothing is clamped, wᵢ − qᵢ lies anywhere within half a step, and has the
+# mean square of notebook 01, s²/12. So the mean error of a row should be
 #
 # $$\frac{s^2}{12}\sum_i \frac{1}{U_{ii}^2}$$
 #
@@ -727,8 +728,8 @@ f"times rounding's weight error: the {len(loudest)} loudest {loud:.2f}, the othe
 # ## 14. Exercises
 # ### Exercise 10.5: fit the budget (about 15 minutes)
 # For this practice layer, return the settings, a dict, for `gptq_quantize(weight, hessian, **settings)` that reach, on
-# tokens which were *not* calibrated on, an output error of at most **1/8 of round-to-nearest's at 4 bits per row**, with
-# at most **4.5 bits** for each weight, scales included.
+# tokens which were *not* calibrated on, an output error of at most **1/8 of round-to-nearest's at 4 bits per row**,
+# with at most **4.5 bits** for each weight, scales included.
 # %% tags=["exercise"]
 from quantlab.exercises.material import layer_with_hessian
 
