@@ -728,7 +728,7 @@ f"times rounding's weight error: the {len(loudest)} loudest {loud:.2f}, the othe
 # ## 14. Exercises
 # ### Exercise 10.5: fit the budget (about 15 minutes)
 # For this practice layer, return the settings, a dict, for `gptq_quantize(weight, hessian, **settings)` that reach, on
-# tokens which were *not* calibrated on, an output error of at most **1/8 of round-to-nearest's at 4 bits per row**,
+# tokens which were *not* calibrated on, an output error of at most **0.14 times round-to-nearest's at 4 bits per row**,
 # with at most **4.5 bits** for each weight, scales included.
 # %% tags=["exercise"]
 from quantlab.exercises.material import layer_with_hessian
