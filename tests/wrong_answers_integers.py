@@ -101,9 +101,9 @@ WRONG = {
             lambda x, w, s, kernel: scaled(x, w, s, kernel, x.abs().amax(1, keepdim=True) / 127, by_rows=False),
             "both scales",
         ),
-        (lambda x, w, s, kernel: kernel(x.round().int(), 0, w) * s, "8 bits"),
-        (lambda x, w, s, kernel: scaled(x, w, s, kernel, x.abs().amax(1, keepdim=True) / 15), "0.006 for each"),
-        (lambda x, w, s, kernel: scaled(x, w, s, kernel, x.abs().amax(1, keepdim=True) / 63), "0.006 for each"),
+        (lambda x, w, s, kernel: kernel(x.round().int(), 0, w) * s, "others lost"),
+        (lambda x, w, s, kernel: scaled(x, w, s, kernel, x.abs().amax(1, keepdim=True) / 15), "0.0075 for each"),
+        (lambda x, w, s, kernel: scaled(x, w, s, kernel, x.abs().amax(1, keepdim=True) / 63), "0.0075 for each"),
         (
             lambda x, w, s, kernel: scaled(x, w, s, kernel, x.abs().amax(1, keepdim=True) / 127)[0],
             "shape (tokens, rows)",

@@ -396,7 +396,7 @@ worst, least = max(token_kl.values()), min(follows.values())
 found(
     worst < least, f"per token's largest KL, {worst:.1e}, is below per tensor's least, {least:.1e}"
 )
-f"calibrated on Chinese: stories cost {away['stories'] / away['Chinese']:.0f} times the KL of Chinese"
+f"calibrated on Chinese: stories cost {away['stories'] / away['Chinese']:.0f} times Chinese's KL"
 # %% [markdown]
 # On stories the clipped static grid beats dynamic per tensor. On every other text static is behind, by far
 # where Chinese alone was calibrated on. Clipping is the worse choice on CAPITALS and code, the better one

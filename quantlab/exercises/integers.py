@@ -119,7 +119,7 @@ def per_token_solution(x, w_codes, w_scale, kernel):
 
 def _per_token_cases(random):
     """Tokens of very different size, some of whose extremes are negative only."""
-    for tokens, outputs in ((6, 40), (3, 64)):
+    for tokens, outputs in ((6, 128), (3, 160)):
         x = 2 * torch.rand(tokens, 128, generator=random) - 1
         x[0], x[1] = torch.where(x[0] > 0, x[0] / 1.5, x[0]), torch.where(x[1] < 0, x[1] / 1.5, x[1])
         x = x * 10 ** (6 * torch.rand(tokens, 1, generator=random) - 3)
@@ -150,7 +150,7 @@ def _with_kernel(answer, x, w_codes, w_scale):
 
 
 def _per_token_rule(result, x, w_codes, w_scale):
-    """Each token's outputs within 0.006 of the float product's: the whole 8-bit grid, rounded to nearest."""
+    """Each token's outputs within 0.0075 of the float product's: the whole 8-bit grid, rounded to nearest."""
     y, calls = as_tensor(result[0]), result[1]
     right = x.double() @ (w_scale[:, None] * w_codes.double()).T
     expect(calls > 0, "The kernel was never called: the product must be one of integers.")
@@ -172,8 +172,8 @@ def _per_token_rule(result, x, w_codes, w_scale):
         "token's; and the largest value of a token may be negative.",
     )
     expect(
-        errors.max().item() <= 0.006,
-        f"Relative errors of the tokens {shown}; 0.006 for each can be reached. Is the grid of 8 bits used fully, and "
+        errors.max().item() <= 0.0075,
+        f"Relative errors of the tokens {shown}; 0.0075 for each can be reached. Is the grid of 8 bits used fully, and "
         "rounded to nearest?",
     )
     return f"Largest relative error of a token {errors.max():.4f}."
@@ -274,9 +274,6 @@ EXERCISES = {
         slips={
             "A sum that does not fit in 16 bits with a sign came back all the same: clamp each pair.": (
                 ".clamp(-(2**15), 2**15 - 1)", ""
-            ),
-            "Single products always fit; it is the pairs that saturate.": (
-                "products.view(-1, 2).sum(1)", "products"
             ),
             "Converting to int16 wraps around: clamp before you convert.": (
                 ".clamp(-(2**15), 2**15 - 1)", ".to(torch.int16)"
