@@ -154,7 +154,7 @@ found(short > middle > long, "longer windows lower the perplexity")
 found(middle > overlapping, "windows that overlap lower it as well")
 found(first > middle, "a begin token before every window raises it")
 found(without > long, "leaving the begin tokens out raises it")
-forced_guess.reveal(directions[1 + (first > middle) - (first < middle)])
+forced_guess.reveal("rises" if first > middle else "falls")
 # %% tags=["nbval-ignore-output"]
 import matplotlib.pyplot as plt
 

@@ -626,7 +626,7 @@ from quantlab.lm import longest_context, quantize_lm
 text = token_stream(tokenizer, load_text("eval"))[
     : budget(model, 4096)
 ]  # all, or fewer on a large model
-read = calibration[: budget(model, 16384, least=4096)]
+read = calibration[: budget(model, 8192, least=4096)]
 ways = {"rtn": {}, "gptq": {}, "gptq act-order": {"act_order": True}}
 models, rows = {}, {("float", 32): ledger.measure(model, model, text, method="float")}
 for way, bits in tqdm(list(product(ways, (4, 3, 2))), leave=False):
