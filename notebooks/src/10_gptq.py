@@ -201,7 +201,7 @@ f"output error {error(w + delta):.3f}; the first weight alone: {error([1, 0.4, 0
 # %% [markdown]
 # The solver agrees. A hundredth of the error is left: the second weight takes over most of the loss. The third
 # hardly moves: it alone feeds the fourth output, which was right.
-#
+# %% [markdown]
 # ## 6. Step two: one after the other (OBQ)
 # Round all four, each time the cheapest by (2) (Optimal Brain Quantization, Frantar & Alistarh 2022). Why may (2) be
 # used again? A further move δ makes the error
@@ -273,7 +273,7 @@ by_order.reveal(min(growths, key=lambda choice: abs(growths[choice] - grown)))
 # %% [markdown]
 # Here one order for all rows adds about a tenth; a wisely chosen one (*act-order*, section 11) gives most of
 # it back.
-#
+# %% [markdown]
 # ## 7. Step three: all rows at once (GPTQ)
 # Left to right, (2) needs the first row of what (3) has left of the inverse. GPTQ's second insight: one
 # **Cholesky factor** has them all. Let U be upper triangular with UᵀU = H⁻¹; then, row by row of U,
@@ -392,7 +392,7 @@ middle = torch.tensor(list(paradox.values())).median(0).values
 # Every layer is further from W, and nearer to what W *does*. Round-to-nearest is the nearest point of the grid;
 # GPTQ leaves it on purpose. Judging it by the weights' error is measuring the wrong thing. (In the bundled model
 # a `down_proj` gains least: its inputs can least be told from each other.)
-#
+# %% [markdown]
 # ## 9. An old problem, and the error that it predicts
 # Write H = RᵀR with R upper triangular. Then the error of a row is the squared length of R·(w − q): one number for each
 # line of R, and line i holds column i and those after it. To find q is to find the point of a *lattice* nearest to a

@@ -193,18 +193,13 @@ EXERCISES = {
         solution=column_solution,
         cases=_column_cases,
         slips={
-            "This is round-to-nearest: no column has heard of the errors before it.": (
+            "This is round-to-nearest: no column has heard of the errors before it. (Row i of U, not column i?)": (
                 "        W[:, i + 1 :] -= error[:, None] * U[i, i + 1 :]\n", ""
             ),
             "Which sign does the update have? By (4) the columns to the right move by −e·U.": ("-= error", "+= error"),
             "The error is divided by U[i, i] before it is passed on.": (" / U[i, i]", ""),
             "The error is divided by U[i, i] once: (4) has no square of it.": ("/ U[i, i]", "/ U[i, i] ** 2"),
-            "Use row i of U, to the right of i: column i of U is 0 below the diagonal.": (
-                "U[i, i + 1 :]", "U[i + 1 :, i]"
-            ),
-            "Q holds the rounded columns; yours holds moved ones that were not rounded.": (
-                "scale * torch.round(W[:, i] / scale)", "W[:, i]"
-            ),
+            "Q holds the rounded columns; yours holds moved ones that were not rounded.": ("return Q", "return W"),
             "W must move as you go: round the moved column, not the one that came in.": (
                 "    W, Q = W.clone()", "    given = W\n    W, Q = W.clone()",
                 "torch.round(W[:, i] /", "torch.round(given[:, i] /"
@@ -239,10 +234,11 @@ EXERCISES = {
             "Start with the last column: line i of R·(w − q) holds column i and those after it.": (
                 "reversed(range(W.shape[1]))", "range(W.shape[1])"
             ),
-            "This is round-to-nearest: what the later columns owe is missing.": ("(W[:, i] + owed)", "W[:, i]"),
+            "This is round-to-nearest: what the later columns owe is missing. (Row i of R, not column i?)": (
+                "(W[:, i] + owed)", "W[:, i]"
+            ),
             "Which sign makes line i small? R_ii (w_i − q_i) is to cancel the rest.": ("+ owed", "- owed"),
             "What is owed counts in units of R_ii: divide.": (" / R[i, i]", ""),
-            "Use row i of R, to the right of i.": ("R[i, i + 1 :] / R[i, i]", "R[i + 1 :, i] / R[i, i]"),
             "Owed is w − q of the later columns, not w.": ("(W[:, i + 1 :] - Q[:, i + 1 :])", "W[:, i + 1 :]"),
             "Q lies on the grid: round to a multiple of scale.": (
                 "scale * torch.round((W[:, i] + owed) / scale)", "W[:, i] + owed"
