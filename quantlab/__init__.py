@@ -18,8 +18,13 @@ In reading order; each imports only from the lines above its own (tests/test_imp
     beyond       mixed ledger train                              bits by layer; the table; training
     doors        qat sweep                                       public names of training; many ways side by side
 
+<<<<<<< HEAD
+Beside the lines: plain (slow definitions of what is fast elsewhere), plots, explorers (what is dragged), exercises and
+checks (what is answered), hunt (what is wrong on purpose).
+=======
 Beside the lines: plain (slow definitions of what is fast elsewhere), plots, explorers (what is dragged), exercises,
 judging and checks (what is answered), predictions (what is guessed first).
+>>>>>>> main
 A new method is a file in methods, a new quantized tensor a subclass of quantized.Quantized, a new chapter a file in
 notebooks/src with its exercises in exercises, a new engine a file in export.
 """

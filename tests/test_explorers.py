@@ -108,6 +108,14 @@ def scaled_layers():
     return {name: (weight, Hessian(150).add(values)) for name, values in (("even", x), ("loud", loud))}
 
 
+def loud_layers():
+    """A layer with a loud channel, and one with a loud token."""
+    weight, x = layer_and_inputs()
+    channel, token = x * torch.ones(150).index_fill(0, torch.tensor([7]), 80.0), x.clone()
+    token[0] *= 80
+    return {"channel": (weight, channel), "token": (weight, token)}
+
+
 def sensitivity(blocks=3):
     """Made-up costs that fall by 4 for each bit, of layers of two sizes."""
     random, kinds = seeded(), {"attn.q_proj": 4096, "attn.v_proj": 4096, "mlp.up_proj": 12288}
@@ -134,6 +142,8 @@ def ranks():
 
 
 EXPLORERS = {
+    "activations": lambda: ex.explore_activations(loud_layers()),
+    "hunt": lambda: ex.explore_hunt("integers"),
     "rank": lambda: ex.explore_rank(ranks()),
     "budget": lambda: ex.explore_budget(sensitivity()),
     "affine": lambda: ex.explore_affine(values()),
@@ -299,6 +309,7 @@ def test_a_move_costs_less_than_half_of_a_full_redraw(name):
 
 NAN = float("nan")
 LAYERS = {  # explorers of a layer, by (weight, x)
+    "activations": lambda weight, x: ex.explore_activations({"layer": (weight, x)}),
     "groups": ex.explore_groups,
     "codebook": ex.explore_codebook,
     "threshold": ex.explore_threshold,
@@ -1078,3 +1089,37 @@ def test_rank_0_is_no_update_and_bad_results_are_refused():
     for rows in ([], [*ranks(), *ranks()], ranks()[:1] + [ranks()[1] | {"updates": {}}]):
         with pytest.raises(ValueError, match="need one result for each rank"):
             ex.explore_rank(rows)
+
+
+# --- activations ------------------------------------------------------------------------------------------------
+
+
+def test_who_is_loud_is_said_and_8_bits_are_the_librarys():
+    layers = loud_layers()
+    explorer = ex.explore_activations(layers)
+    for name, (weight, x) in layers.items():
+        put(explorer, layer=name)
+        loud, y = ex.loudness(x), x @ weight.T
+        qp = choose_qparams(x.amin(1, keepdim=True), x.amax(1, keepdim=True), qmin=0, qmax=255)
+        error = ((fake_quantize(x, qp) @ weight.T - y).square().sum() / y.square().sum()).item()
+        shows(explorer, f"at token {loud.token}, channel {loud.channel}", f"a scale a token {error:.1e}")
+    channel, token = (ex.loudness(x) for _, x in layers.values())
+    assert channel.channel == 7
+    assert channel.of_channels > 10 * channel.of_tokens
+    assert token.token == 0
+    assert token.of_tokens > 5 * ex.loudness(layer_and_inputs()[1]).of_tokens
+
+
+def test_a_map_keeps_the_largest_value_of_each_field():
+    layers = loud_layers()
+    explorer = ex.explore_activations(layers)
+    for name, (_, x) in layers.items():
+        put(explorer, layer=name)
+        shown = explorer.ax.images[0].get_array()
+        assert shown.max() == pytest.approx(x.abs().max().item())
+        assert shown.shape == (64, 96)
+
+
+def test_no_layers_to_explore_are_named():
+    with pytest.raises(ValueError, match="layers is empty"):
+        ex.explore_activations({})

@@ -21,7 +21,7 @@ def layers() -> dict[str, int]:
 
 LAYERS = layers()
 # no layer, but rules of their own
-ABOVE = {"__init__", "plain", "plots", "explorers", "checks", "judging", "predictions", "exercises"}
+ABOVE = {"__init__", "plain", "plots", "explorers", "checks", "judging", "predictions", "exercises", "hunt"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

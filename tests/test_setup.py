@@ -149,7 +149,7 @@ def test_options_of_test_go_to_pytest_alone():
     }
     names = list(run.steps("test", []))
     assert (names[0], names[-1]) == ("ruff", "tests")
-    assert {"notebooks", "notebooks on another model", "notebooks on another processor"} <= set(names)
+    assert {"notebooks", "another model", "notebooks on another processor"} <= set(names)
 
 
 def test_another_processor_is_played_by_other_kernels():

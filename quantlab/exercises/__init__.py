@@ -18,4 +18,5 @@ CHAPTERS = {
     "13": "qat",
     "14": "learned_steps",
     "15": "qlora",
+    "16": "real_model",
 }

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from quantlab.hessian import Hessian
+from quantlab.metrics import kl_divergence
 
 # Two children's stories: one to calibrate on, one to measure on.
 CHINESE = (
@@ -114,6 +115,37 @@ def off_ties(random: torch.Generator, count: int, low: int, high: int) -> Tensor
     """
     whole = torch.randint(low, high + 1, (count,), generator=random)
     return whole + 0.8 * torch.rand(count, generator=random) - 0.4
+
+
+class Yardstick:
+    """KL of many quantized models to one float model, whose logits are kept (chapter 16).
+
+    tokens (n,) are read in windows of 128, and the calibration tokens too; n is a multiple of 128.
+    """
+
+    def __init__(self, model, tokens: Tensor, calibration: Tensor):
+        self.model, self.tokens, self.calibration = model, tokens, calibration
+        self.logits, self.known = self._read(model), {}
+
+    def _read(self, model) -> Tensor:
+        with torch.no_grad():
+            return model(self.tokens.view(-1, 128), use_cache=False).logits.float()
+
+    def quantized(self, method):
+        """The model quantized by a method of quantlab.methods."""
+        from quantlab.lm import quantize_lm  # here: most exercises need no language model, whose import takes seconds
+
+        return quantize_lm(self.model, self.calibration, method, window=128, progress=False)[0]
+
+    def kl(self, method, model=None, *, keep=()) -> float:
+        """Mean KL after this method, measured once; model: what it gave already; keep: layers that stay float."""
+        key = (method, *keep)
+        if key not in self.known:
+            model = self.quantized(method) if model is None else model
+            for name in keep:
+                model.set_submodule(name, self.model.get_submodule(name))
+            self.known[key] = kl_divergence(self.logits, self._read(model))
+        return self.known[key]
 
 
 # Other kernels on our codes (chapter 7)

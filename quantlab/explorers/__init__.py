@@ -4,6 +4,7 @@ All quantizing is the library's: a file here chooses settings, compares and coun
 """
 
 from quantlab.explorers.accumulator import explore_accumulator
+from quantlab.explorers.activations import explore_activations, loudness
 from quantlab.explorers.awq import explore_scaling
 from quantlab.explorers.base import Explorer
 from quantlab.explorers.calibration import explore_calibration
@@ -11,6 +12,7 @@ from quantlab.explorers.codebook import explore_codebook
 from quantlab.explorers.floats import explore_float_format
 from quantlab.explorers.gptq import explore_columns, explore_gptq
 from quantlab.explorers.granularity import explore_groups
+from quantlab.explorers.hunt import explore_hunt
 from quantlab.explorers.lora import explore_rank
 from quantlab.explorers.mixed import explore_budget
 from quantlab.explorers.model import explore_bits, explore_temperature
@@ -26,6 +28,7 @@ __all__ = [
     "Explorer",
     "clipping_curves",
     "explore_accumulator",
+    "explore_activations",
     "explore_affine",
     "explore_bits",
     "explore_budget",
@@ -36,6 +39,7 @@ __all__ = [
     "explore_float_format",
     "explore_gptq",
     "explore_groups",
+    "explore_hunt",
     "explore_rank",
     "explore_scaling",
     "explore_shift",
@@ -45,4 +49,5 @@ __all__ = [
     "explore_temperature",
     "explore_threshold",
     "explore_training",
+    "loudness",
 ]

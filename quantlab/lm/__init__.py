@@ -2,8 +2,8 @@
 
 from quantlab.arguments import longest_context
 from quantlab.lm.layers import activation_scales, blocks_of, capture_inputs, layers_of_role, linear_layers
-from quantlab.lm.loading import chosen_model, load_lm
-from quantlab.lm.measuring import Divergence, Perplexity, budget, divergence, generate, perplexity
+from quantlab.lm.loading import chosen_model, load_lm, real_lm
+from quantlab.lm.measuring import Divergence, Perplexity, answer, budget, divergence, generate, perplexity
 from quantlab.lm.report import LayerReport, QuantizeReport, model_bytes
 from quantlab.lm.saving import load_quantized, save_quantized
 from quantlab.lm.texts import DATA, SEPARATOR, begin_token, load_text, read_documents, token_stream
@@ -18,6 +18,7 @@ __all__ = [
     "Perplexity",
     "QuantizeReport",
     "activation_scales",
+    "answer",
     "begin_token",
     "blocks_of",
     "budget",
@@ -36,6 +37,7 @@ __all__ = [
     "quantize_lm",
     "quantize_weights",
     "read_documents",
+    "real_lm",
     "save_quantized",
     "token_stream",
     "weight_of",

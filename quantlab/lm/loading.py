@@ -46,6 +46,23 @@ def chosen_model() -> str:
     return os.environ.get("QUANTLAB_MODEL") or "bundled"
 
 
+def real_lm():
+    """(model, tokenizer, name): SmolLM2, "smollm2", for the chapters on a real model; or what stands in for it.
+
+    Where it cannot be had, or is not wanted (QUANTLAB_SMOLLM2=0), the stand-in is the model that the workbook runs on,
+    and the name is chosen_model()'s. Raises: as load_lm.
+    """
+    name = "smollm2"
+    if os.environ.get("QUANTLAB_SMOLLM2") == "0":
+        name = chosen_model()
+    else:
+        try:
+            smollm2_folder()
+        except FileNotFoundError:
+            name = chosen_model()
+    return *load_lm(name), name
+
+
 def _folder_of(name: str) -> Path:
     folder = Path(name).expanduser()
     if name in WORDS and not folder.is_dir():
