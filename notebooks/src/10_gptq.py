@@ -125,22 +125,22 @@ inverse2.tolist(), cost([1.0, 0.0])
 # costs 4, H's entry (1, 1). **Predict**: the second weight may now move as it likes. How little can it cost?
 # %%
 by_second = {v2: cost([1.0, v2]) for v2 in (0.0, -0.5, -1.0, -1.5)}
-assert min(by_second.values()) == by_second[-1.0] == 1 / inverse2[0, 0]
+assert min(by_second.values()) == by_second[-1.0]
+assert abs(by_second[-1.0] - 1 / inverse2[0, 0]) < 1e-5
 by_second
 # %% [markdown]
 # It costs 2, which is 1 over entry (1, 1) of the *inverse*. So H's diagonal tells what a move costs when nobody helps,
 # the inverse's what it costs when everybody does.
 #
 # **A Lagrange multiplier** finds such a least value under a condition. At the best place the slope of the cost can only
-# point along what the condition forbids: every other direction is still free, and one would roll down it. The slope
-# of v H vᵀ is 2Hv; at v = (1, −1) it must be 0 for the free second weight:
+# point along what the condition forbids: along any other direction one could still move, and would do better. The
+# multiplier is the size of that slope. The slope of v H vᵀ is 2Hv; at v = (1, −1) it must be 0 for the free second
+# weight:
 # %%
 v = torch.tensor([1.0, -1.0])
 slope = 2 * H2 @ v
-assert slope[1] == 0
-assert torch.equal(
-    v, inverse2[:, 0] / inverse2[0, 0]
-)  # the first column of the inverse, made 1 at the first weight
+assert abs(slope[1]) < 1e-6
+assert torch.allclose(v, inverse2[:, 0] / inverse2[0, 0])  # column 1 of the inverse, scaled
 slope.tolist()
 # %% [markdown]
 # **Elimination** takes a weight out of an inverse: what is left for the second weight, once the first may no longer
@@ -192,9 +192,8 @@ inverse = torch.linalg.inv(H)
 delta = -(w[0] - 1) / inverse[0, 0] * inverse[:, 0]
 [round(v, 2) for v in (w + delta).tolist()]
 # %%
-solved = torch.linalg.lstsq(
-    X[:, 1:], X @ w - X[:, 0]
-).solution  # the other three make up for what is missing
+missing = X @ w - X[:, 0]  # what the other three must make up for
+solved = torch.linalg.lstsq(X[:, 1:], missing).solution
 assert torch.allclose(solved.double(), (w + delta)[1:], atol=1e-4)
 assert torch.isclose(delta @ H @ delta, (w[0] - 1).double() ** 2 / inverse[0, 0])
 f"output error {error(w + delta):.3f}; the first weight alone: {error([1, 0.4, 0.1, 3]):.2f}"
