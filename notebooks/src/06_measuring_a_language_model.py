@@ -239,15 +239,12 @@ measured = perplexity(model, tokens, window=128)
 if bos in (None, tokenizer.eos_token_id):  # else ours counts begin tokens, and the library does not
     assert abs(measured.value * standard_error(nll) / measured.stderr - 1) < 1e-3
 count = len(nll)
-halves = [
-    torch.randperm(count, generator=torch.Generator().manual_seed(i))[: count // 2]
-    for i in range(200)
-]
+halves = [torch.randperm(count, generator=torch.Generator().manual_seed(i))[: count // 2]
+    for i in range(200)]
 bars = torch.tensor([standard_error(nll[half]) for half in halves])
 ratio = bars.mean().item() / standard_error(nll)
 found(
-    1.25 < ratio < 1.6, f"with half of the windows the bar is {ratio:.2f} times as long, about √2"
-)
+    1.25 < ratio < 1.6, f"with half of the windows the bar is {ratio:.2f} times as long, about √2")
 f"{measured.value:.2f} ± {measured.stderr:.2f}; with half of the windows {ratio:.2f} times that"
 # %% [markdown]
 # √2 times, as for every mean: a bar half as long takes four times the text.
@@ -332,9 +329,8 @@ from quantlab import kl_divergence
 from quantlab.lm import divergence
 
 rest = tokens[1:window]
-text = torch.cat(
-    [tokens[:1], rest if bos is None else rest[rest != bos]]
-)  # a begin token only in front
+# A begin token only in front.
+text = torch.cat([tokens[:1], rest if bos is None else rest[rest != bos]])
 with torch.no_grad():
     p_logits, q_logits = (m(text[None]).logits[0, :-1] for m in (model, quantized[4]))
 log_p, log_q = (logits.double().log_softmax(-1) for logits in (p_logits, q_logits))
@@ -496,12 +492,10 @@ perplexities = torch.tensor(
 # %% tags=["nbval-ignore-output"]
 fig, axes = plt.subplots(1, 2, figsize=(9.5, 3), layout="constrained", sharey=True)
 for ax, numbers, title in zip(
-    axes, (perplexities, kl / kl[-1]), ("perplexity", "KL / KL of the rounded"), strict=True
-):
+    axes, (perplexities, kl / kl[-1]), ("perplexity", "KL / KL of the rounded"), strict=True):
     ax.imshow(numbers / numbers.amax(0), cmap="Blues_r", aspect="auto", vmin=0.4, vmax=1.15)
     for (i, j), value in zip(
-        torch.cartesian_prod(torch.arange(4), torch.arange(4)), numbers.flatten(), strict=True
-    ):
+        torch.cartesian_prod(torch.arange(4), torch.arange(4)), numbers.flatten(), strict=True):
         ax.text(j, i, f"{value:.2f}" if value < 3 else f"{value:.1f}", ha="center", va="center")
     ax.set(xticks=range(4), yticks=range(4), yticklabels=suspects, title=title)
     ax.set_xticklabels([name.replace(", ", "\n") for name in texts], fontsize="small")
@@ -514,8 +508,7 @@ found(guilty.max() < 0.75 * relative.min(), "each model betrays its text")
 found(kl[3].max() < 1.15 * kl[3].min(), "how easy a text is moves the KL by less than 15 %")
 gap, bar = perplexities[1, 0] - perplexities[0, 0], perplexity(leaked, read, window=128).stderr
 found(
-    0 < gap < bar, f"by perplexity the leaked model is {gap:.2f} better, within a bar of {bar:.2f}"
-)
+    0 < gap < bar, f"by perplexity the leaked model is {gap:.2f} better, within a bar of {bar:.2f}")
 # %% [markdown]
 # On the right each model betrays its text: the cell on its own text is darkest in its row. The proof lies in a
 # *comparison of comparisons*: this text against others, divided by a model that has read nothing, which takes out

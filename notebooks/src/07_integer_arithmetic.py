@@ -298,9 +298,8 @@ else:
 # %% tags=["nbval-ignore-output"]
 seven = DynamicInt8Linear.from_linear(layer, activation_bits=7)
 few = quantize(x, seven.input_qparams(x))
-assert torch.equal(
-    saturating_linear(few, int8.codes)[0], int_linear(few, 0, int8.codes)
-)  # none saturates
+# None saturates.
+assert torch.equal(saturating_linear(few, int8.codes)[0], int_linear(few, 0, int8.codes))
 errors = [relative(made(x), exact) for made in (int8, seven)]
 times = errors[1] / errors[0]
 found(1.2 < times < 2.5, f"7 bits make {times:.1f} times the error, 1.2 to 2.5 times")
@@ -339,9 +338,8 @@ fake = F.linear(x_hat, w_hat)
 assert torch.equal(packed.weight, w_hat)  # packed bytes: the last bit
 assert relative(packed(x_hat), fake) < 1e-6
 from_kernel = torch.round(int8(x) / (qp.scale * int8.weight_scale)).int()
-assert (
-    from_kernel - sums
-).abs().max() <= sums.abs().max() / 2**21  # integers: every sum, up to 2²¹
+# Integers: every sum, up to 2²¹.
+assert (from_kernel - sums).abs().max() <= sums.abs().max() / 2**21
 assert relative(int8(x), int8.exact(x)) < 1e-6  # floats: rounding
 assert relative(fake, int8(x)) < 1e-5
 apart = relative(fake, int8(x))

@@ -41,9 +41,8 @@ layers = {n: as_linear(layer) for n, layer in linear_layers(model).items()}
 calibration = token_stream(tokenizer, load_text("calibration"))[: budget(model, 4096)]
 stories = token_stream(tokenizer, load_text("eval"))
 seen = capture_inputs(model, calibration, layers)  # what each layer reads on the calibration text
-live = capture_inputs(
-    model, stories[: budget(model, 1024, least=512)], layers
-)  # and on other stories
+# And on other stories.
+live = capture_inputs(model, stories[: budget(model, 1024, least=512)], layers)
 # %% tags=["nbval-ignore-output"]
 import matplotlib.pyplot as plt
 
@@ -127,9 +126,8 @@ w_codes, w_scale, bias = (static.codes, static.weight_scale,
     0 if layer.bias is None else layer.bias.detach())
 y = find("8.1").solution(x, w_codes, w_scale, static.input_scale, static.input_zero_point)
 assert off(static(x), y + bias) < 2e-3
-scale = (
-    2 * x.abs().amax(1, keepdim=True) / 255
-)  # the library's symmetric map; exercise 8.2 has 254 steps
+# The library's symmetric map; exercise 8.2 has 254 steps.
+scale = 2 * x.abs().amax(1, keepdim=True) / 255
 y = torch.round(x * (1 / scale)).clamp(-128, 127) @ w_codes.float().T * scale * w_scale
 assert off(token(x), y + bias) < 2e-3
 # %% [markdown]
@@ -386,16 +384,13 @@ full, clipped, follows, token_kl, away = rows.values()
 found(clipped["stories"] < min(follows["stories"], full["stories"]), "on stories clipping is best")
 others = list(texts)[1:]
 ahead = [kind for kind in others if follows[kind] < min(clipped[kind], full[kind], away[kind])]
-found(
-    ahead == others,
-    f"dynamic per tensor is ahead of static on {len(ahead)} of {len(others)} others",
-)
+found(ahead == others,
+    f"dynamic per tensor is ahead of static on {len(ahead)} of {len(others)} others")
 harm = [clipped[kind] / full[kind] for kind in ("CAPITALS", "code")]
 found(min(harm) > 1.5, "clipping is far worse than min-max on CAPITALS and code")
 worst, least = max(token_kl.values()), min(follows.values())
 found(
-    worst < least, f"per token's largest KL, {worst:.1e}, is below per tensor's least, {least:.1e}"
-)
+    worst < least, f"per token's largest KL, {worst:.1e}, is below per tensor's least, {least:.1e}")
 f"calibrated on Chinese: stories cost {away['stories'] / away['Chinese']:.0f} times Chinese's KL"
 # %% [markdown]
 # On stories the clipped static grid beats dynamic per tensor. On every other text static is behind, by far
@@ -572,9 +567,8 @@ with torch.no_grad():
 network, ours = (torch.nn.Sequential(linear),
     torch.nn.Sequential(DynamicInt8Linear.from_linear(linear)))
 quantize_dynamic = getattr(getattr(torch.ao, "quantization", None), "quantize_dynamic", None)
-with warnings.catch_warnings(
-    action="ignore"
-):  # it is deprecated: notebook 17 is about what replaced it
+# It is deprecated: notebook 17 is about what replaced it.
+with warnings.catch_warnings(action="ignore"):
     theirs = (
         quantize_dynamic(copy.deepcopy(network), {torch.nn.Linear}) if quantize_dynamic else ours)
 whole = {"model": model, "int8 model": int8_models["dynamic, tensor"]}
@@ -672,9 +666,8 @@ check("8.5", my_calibration)
 from quantlab.outliers import plant_outliers
 
 width = model.config.hidden_size
-planted = plant_outliers(
-    model, channels=range(0, width * 15 // 16, width * 5 // 32), factor=100
-)  # six
+# Six channels.
+planted = plant_outliers(model, channels=range(0, width * 15 // 16, width * 5 // 32), factor=100)
 ruined = {"float": divergence(model, planted, short).kl}
 for per in ("tensor", "token"):
     new, _ = quantize_lm(planted, method="w8a8_dynamic", per=per, progress=False)

@@ -72,9 +72,8 @@ from_others.reveal(parts[sum(together.median().item() > limit for limit in (0.1,
 # %%
 w = torch.tensor([1.4, 0.4, 0.1, 3.0])
 X = torch.tensor([[2.0, 2, 2, 1], [1, 2, 0, 2], [2, 1, 1, 0], [0, 0, 2, 0]])
-[
-    [round(v, 1) for v in y.tolist()] for y in (w.round(), X @ w, X @ w.round())
-]  # rounded; outputs before, after
+# Rounded; outputs before, after.
+[[round(v, 1) for v in y.tolist()] for y in (w.round(), X @ w, X @ w.round())]
 # %% [markdown]
 # All three errors point the same way, and so they add up in the output. **Predict:** is 1, 0, 0, 3 still
 # the row with the best *output*? If not, how many times less can the squared error be? Only 256 rows of
@@ -411,10 +410,8 @@ check("10.4", my_nearest_plane)
 from quantlab.exercises.gptq import babai_solution, column_solution
 
 few = hessian.matrix[:64, :64] + 0.01 * hessian.matrix.diagonal().mean() * torch.eye(64)
-some, step = (
-    weight[:, :64].double(),
-    weight.abs().max().item() / 3.5,
-)  # a grid of 3 bits for all rows
+# A grid of 3 bits for all rows.
+some, step = (weight[:, :64].double(), weight.abs().max().item() / 3.5)
 plane = babai_solution(some, torch.linalg.cholesky(few, upper=True), step)
 U = torch.linalg.cholesky(torch.linalg.inv(few.flip(0, 1)), upper=True)
 backwards = column_solution(some.flip(1), U, step).flip(1)
@@ -523,9 +520,8 @@ found(flattered[0] < 0.8 * flattered[-1],
     f"few tokens look better on themselves: {flattered[0]:.2f} "
     f"times rounding's error, {sizes[-1]} tokens {flattered[-1]:.2f}")
 found(honest[-1] < 0.8 * honest[0], f"and serve worse: {honest[0]:.2f} against {honest[-1]:.2f}")
-found(
-    few[0] > 1, f"few tokens, hardly any damping: {few[0]:.2f} times rounding's error"
-)  # the control
+# The control.
+found(few[0] > 1, f"few tokens, hardly any damping: {few[0]:.2f} times rounding's error")
 found(
     min(few) < 0.8 * few[2], f"few tokens want more than 0.01: {few[2]:.2f} falls to {min(few):.2f}"
 )
@@ -622,9 +618,8 @@ f"output error, times rounding's: right inputs {of_plain(hessian):.2f}, shuffled
 from quantlab import ledger
 from quantlab.lm import longest_context, quantize_lm
 
-text = token_stream(tokenizer, load_text("eval"))[
-    : budget(model, 4096)
-]  # all, or fewer on a large model
+# All, or fewer on a large model.
+text = token_stream(tokenizer, load_text("eval"))[: budget(model, 4096)]
 read = calibration[: budget(model, 8192, least=4096)]
 ways = {"rtn": {}, "gptq": {}, "gptq act-order": {"act_order": True}}
 models, rows = {}, {("float", 32): ledger.measure(model, model, text, method="float")}
@@ -670,10 +665,9 @@ plt.show()
 left = {b: min(kl["gptq", b], kl["gptq act-order", b]) / kl["rtn", b] for b in (4, 3)}
 found(max(left.values()) < 0.6,
     f"GPTQ leaves less than 0.6 of the damage: {left[4]:.2f} at 4 bits, {left[3]:.2f} at 3")
-found(
-    kl["gptq", 2] > 4 * kl["gptq", 3],
-    f"2 bits cost over four times what 3 bits cost: {kl['gptq', 2] / kl['gptq', 3]:.1f} times",
-)  # far from saved
+# Far from saved.
+found(kl["gptq", 2] > 4 * kl["gptq", 3],
+    f"2 bits cost over four times what 3 bits cost: {kl['gptq', 2] / kl['gptq', 3]:.1f} times")
 {f"{b} bits": f"KL {kl['gptq', b] / kl['rtn', b]:.2f} times that of rounding" for b in (4, 3, 2)}
 # %% [markdown]
 # At the same bits, GPTQ takes away more than half of the bundled model's damage. At 2 bits too, but what is
@@ -696,9 +690,8 @@ plt.legend(fontsize="small")
 plt.show()
 of_place, of_loudness = torch.corrcoef(torch.stack([moved, torch.arange(len(moved)), loudness]))[
     0, 1:]
-around = torch.stack(
-    [moved[max(0, i - 12) : i + 13].median() for i in range(len(moved))]
-)  # 25 columns
+# 25 columns.
+around = torch.stack([moved[max(0, i - 12) : i + 13].median() for i in range(len(moved))])
 beside = (moved / around)[loudest].mean()
 found(of_place > 0.7, f"the ratio goes with place: correlation {of_place:.2f}")
 found(abs(of_loudness) < 0.35, f"it does not go with loudness: correlation {of_loudness:.2f}")
