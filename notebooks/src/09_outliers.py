@@ -444,7 +444,7 @@ ways = {"w8a8 tensor": {"method": "w8a8_dynamic"},
     "smooth static": {"method": "smoothquant", "per": "static"}}
 rows, text = {}, tokens[: budget(model, 4096, least=512)]
 for kind, way in tqdm([(kind, way) for kind in models for way in ways], leave=False):
-    new, report = quantize_lm(models[kind], calibration[:2048], progress=False, **ways[way])
+    new, report = quantize_lm(models[kind], calibration[:512], progress=False, **ways[way])
     short, per = way.split()
     title = ways[way]["method"] if kind == "plain" else f"planted {short}"
     rows[kind, way] = ledger.measure(

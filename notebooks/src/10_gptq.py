@@ -411,7 +411,7 @@ from quantlab.exercises.gptq import babai_solution, column_solution
 
 few = hessian.matrix[:64, :64] + 0.01 * hessian.matrix.diagonal().mean() * torch.eye(64)
 # A grid of 3 bits for all rows.
-some, step = (weight[:, :64].double(), weight.abs().max().item() / 3.5)
+some, step = weight[:, :64].double(), weight.abs().max().item() / 3.5
 plane = babai_solution(some, torch.linalg.cholesky(few, upper=True), step)
 U = torch.linalg.cholesky(torch.linalg.inv(few.flip(0, 1)), upper=True)
 backwards = column_solution(some.flip(1), U, step).flip(1)
@@ -665,7 +665,7 @@ plt.show()
 left = {b: min(kl["gptq", b], kl["gptq act-order", b]) / kl["rtn", b] for b in (4, 3)}
 found(max(left.values()) < 0.6,
     f"GPTQ leaves less than 0.6 of the damage: {left[4]:.2f} at 4 bits, {left[3]:.2f} at 3")
-# Far from saved.
+# At 2 bits the model is far from saved.
 found(kl["gptq", 2] > 4 * kl["gptq", 3],
     f"2 bits cost over four times what 3 bits cost: {kl['gptq', 2] / kl['gptq', 3]:.1f} times")
 {f"{b} bits": f"KL {kl['gptq', b] / kl['rtn', b]:.2f} times that of rounding" for b in (4, 3, 2)}
@@ -690,7 +690,7 @@ plt.legend(fontsize="small")
 plt.show()
 of_place, of_loudness = torch.corrcoef(torch.stack([moved, torch.arange(len(moved)), loudness]))[
     0, 1:]
-# 25 columns.
+# The median of 25 columns around each.
 around = torch.stack([moved[max(0, i - 12) : i + 13].median() for i in range(len(moved))])
 beside = (moved / around)[loudest].mean()
 found(of_place > 0.7, f"the ratio goes with place: correlation {of_place:.2f}")
