@@ -200,10 +200,6 @@ EXERCISES = {
             "The error is divided by U[i, i] before it is passed on.": (" / U[i, i]", ""),
             "The error is divided by U[i, i] once: (4) has no square of it.": ("/ U[i, i]", "/ U[i, i] ** 2"),
             "Q holds the rounded columns; yours holds moved ones that were not rounded.": ("return Q", "return W"),
-            "W must move as you go: round the moved column, not the one that came in.": (
-                "    W, Q = W.clone()", "    given = W\n    W, Q = W.clone()",
-                "torch.round(W[:, i] /", "torch.round(given[:, i] /"
-            ),
             "The error of a column is that of the moved column, not of the one that came in.": (
                 "    W, Q = W.clone()", "    given = W\n    W, Q = W.clone()",
                 "(W[:, i] - Q[:, i])", "(given[:, i] - Q[:, i])"
@@ -231,7 +227,7 @@ EXERCISES = {
         solution=babai_solution,
         cases=_babai_cases,
         slips={
-            "Start with the last column: line i of R·(w − q) holds column i and those after it.": (
+            "Start with the last column: what the later ones owe is w − q, and their q must be known.": (
                 "reversed(range(W.shape[1]))", "range(W.shape[1])"
             ),
             "This is round-to-nearest: what the later columns owe is missing. (Row i of R, not column i?)": (
@@ -239,7 +235,6 @@ EXERCISES = {
             ),
             "Which sign makes line i small? R_ii (w_i − q_i) is to cancel the rest.": ("+ owed", "- owed"),
             "What is owed counts in units of R_ii: divide.": (" / R[i, i]", ""),
-            "Owed is w − q of the later columns, not w.": ("(W[:, i + 1 :] - Q[:, i + 1 :])", "W[:, i + 1 :]"),
             "Q lies on the grid: round to a multiple of scale.": (
                 "scale * torch.round((W[:, i] + owed) / scale)", "W[:, i] + owed"
             ),
