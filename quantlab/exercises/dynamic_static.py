@@ -40,7 +40,7 @@ def _static_cases(random):
 def _static_edges():
     """A token of ordinary values, then one of zeros: it gives zeros, and exactly those."""
     weight = torch.tensor([[1, 2, 3], [-4, 5, 127]], dtype=torch.int8), torch.tensor([0.1, 0.2])
-    yield torch.tensor([[0.5, -0.33, 0.11]]), *weight, 0.02, 100
+    yield torch.tensor([[0.5, -0.334, 0.108]]), *weight, 0.02, 100
     yield torch.zeros(2, 3), *weight, 0.02, 100
 
 
@@ -119,7 +119,10 @@ def _alarm_cases(random):
         changed.view(-1)[torch.randperm(1024, generator=random)[:count]] = float(at)
         return scale * changed
 
+    yield scale * inside, scale, zero_point, 0.0
+    yield beside(9, at=low - 1.5), scale, zero_point, 1 / 128
     for end in (low - 0.7, high + 0.7):
+        yield beside(3, at=end), scale, zero_point, 1 / 128  # fewer than the limit allows
         yield beside(9, at=end), scale, zero_point, 1 / 128  # one more than the limit allows
         yield beside(8, at=end), scale, zero_point, 1 / 128  # as many as the limit allows
         yield beside(1, at=end), scale, zero_point, 0.0
@@ -127,7 +130,7 @@ def _alarm_cases(random):
         yield beside(300, at=end), scale, zero_point, 0.01
     third = inside / 3
     yield beside(20, at=high + 3, fill=third), scale, zero_point, 0.01  # narrow comes first
-    for span in (125.0, 130.0):
+    for span in (125.0, 130.0, 60.0, 20.0):
         yield scale * torch.cat([torch.tensor([-10.0, span - 10]), torch.zeros(60)]), scale, zero_point, 0.01
         yield scale * torch.linspace(span - 9, span, 62), scale, zero_point, 0.01  # the grid must hold 0, too
     for span in (126.8, 128.2):  # below 0 alone, and so near to half a grid that a real unit tells

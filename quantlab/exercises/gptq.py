@@ -35,10 +35,10 @@ def compensate_solution(w, H, i, q):
     return w - (w[i] - q) / inverse[i, i] * inverse[:, i]
 
 
-def _correlations(random, count: int):
-    """An H of correlated inputs, with an inverse."""
-    x = torch.randn(3 * count, count, generator=random) @ torch.randn(count, count, generator=random)
-    return x.T @ x / len(x) + torch.eye(count)
+def _correlations(random, count: int, *, alone: float = 1.0):
+    """An H of correlated inputs, with an inverse: three things in common, and of each input a part of its own."""
+    common = torch.randn(3 * count, 3, generator=random) @ torch.randn(3, count, generator=random)
+    return common.T @ common / len(common) + alone * torch.eye(count)
 
 
 def _compensate_cases(random):
@@ -69,7 +69,7 @@ def _column_cases(random):
     """W is made backwards, from moved columns that lie far from ties; one of them is square."""
     for rows, columns in ((6, 4), (5, 5), (2, 8)):
         scale = uniform(random, 0.05, 2)
-        U = torch.linalg.cholesky(torch.linalg.inv(_correlations(random, columns)), upper=True)
+        U = torch.linalg.cholesky(torch.linalg.inv(_correlations(random, columns, alone=0.1)), upper=True)
         moved = off_ties(random, rows * columns, -7, 7).view(rows, columns)
         errors = (moved - moved.round()) / U.diagonal()
         yield scale * (moved + errors @ U.triu(1)), U, scale
@@ -114,7 +114,7 @@ def _babai_cases(random):
     """W is made from moved columns that lie far from ties; one of them is square."""
     for rows, columns in ((6, 4), (5, 5), (2, 8)):
         scale = uniform(random, 0.05, 2)
-        R = torch.linalg.cholesky(_correlations(random, columns), upper=True)
+        R = torch.linalg.cholesky(_correlations(random, columns, alone=0.1), upper=True)
         moved = scale * off_ties(random, rows * columns, -7, 7).view(rows, columns)
         W, Q = moved.clone(), scale * torch.round(moved / scale)
         for i in reversed(range(columns)):

@@ -289,7 +289,6 @@ EXERCISES = {
             "The smallest int16 is −2**15 = −32768.": ("-(2**15),", "-(2**15) + 1,"),
             "Small sums saturate at both ends: below as well.": ("clamp(-(2**15), 2**15 - 1)", "clamp(max=2**15 - 1)"),
             "Large sums saturate at both ends: above as well.": ("clamp(-(2**15), 2**15 - 1)", "clamp(min=-(2**15))"),
-            "16 bits with a sign end at 2**15, not at 2**16.": ("2**15", "2**16"),
             "A product of two codes does not fit in 8 bits: widen both first.": lambda x_codes, w_codes: (
                 (x_codes * w_codes.to(torch.uint8)).view(-1, 2).int().sum().item()
             ),
