@@ -5,6 +5,7 @@ import inspect
 
 from quantlab.exercises import CHAPTERS
 from quantlab.judging import Exercise, Wrong, expect, judge
+from quantlab.progress import remember
 
 __all__ = ["Exercise", "Wrong", "check", "expect", "find", "found", "hint", "judge", "solution"]
 
@@ -22,6 +23,7 @@ def check(name: str, answer) -> None:
     exercise = find(name)
     verdict = judge(exercise, answer)
     print(f"{name} {exercise.title}: {verdict}")
+    remember(name, passed=verdict.startswith("passed"))
 
 
 def hint(name: str) -> None:

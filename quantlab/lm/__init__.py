@@ -1,7 +1,14 @@
 """A language model: load it, measure it, look at its layers' inputs, quantize it, save it."""
 
 from quantlab.arguments import longest_context
-from quantlab.lm.layers import activation_scales, blocks_of, capture_inputs, layers_of_role, linear_layers
+from quantlab.lm.layers import (
+    activation_scales,
+    blocks_of,
+    capture_inputs,
+    embedding_layers,
+    layers_of_role,
+    linear_layers,
+)
 from quantlab.lm.loading import chosen_model, load_lm, real_lm
 from quantlab.lm.measuring import Divergence, Perplexity, answer, budget, divergence, generate, perplexity
 from quantlab.lm.report import LayerReport, QuantizeReport, model_bytes
@@ -25,6 +32,7 @@ __all__ = [
     "capture_inputs",
     "chosen_model",
     "divergence",
+    "embedding_layers",
     "generate",
     "layers_of_role",
     "linear_layers",

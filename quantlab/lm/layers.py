@@ -48,6 +48,15 @@ def linear_layers(model) -> dict[str, nn.Module]:
     return {f"{prefix}.{name}": m for name, m in blocks.named_modules() if is_linear(m)}
 
 
+def embedding_layers(model) -> dict[str, nn.Module]:
+    """What has a row for each token of the vocabulary, by full name: the embedding, and the head unless it is that."""
+    names, found = {module: name for name, module in check_model(model).named_modules()}, {}
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if module is not None and all(module.weight is not other.weight for other in found.values()):
+            found[names[module]] = module
+    return found
+
+
 def layers_of_role(model, role: str) -> dict[str, nn.Module]:
     """The linear layers of one role, a layer of each block where it has one, by full name.
 

@@ -27,7 +27,7 @@ def smollm2_folder() -> Path:
     Raises: FileNotFoundError, naming both ways, if neither the package nor the hub has it; ValueError if the package's
     file is not the one that is known here.
     """
-    file = _gguf_file()
+    file = packaged_gguf()
     if file is not None:
         return _converted(file)
     try:
@@ -49,7 +49,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _gguf_file() -> Path | None:
+def packaged_gguf() -> Path | None:
     """The package's file, found without importing the package (which would import another program's)."""
     try:
         file = Path(distribution(PACKAGE).locate_file(GGUF))
