@@ -87,7 +87,7 @@ def _number(random, below: int) -> int:
 
 
 def _search_rule(s, weight, x, bits, group_size):
-    """At most 1.05 times the output error of the best of 21 alphas."""
+    """At most 1.1 times the output error of the best of 21 alphas."""
     s = _checked_scales(s, weight)
     reached = _reached(weight, x, s, bits, group_size)
     plain = _reached(weight, x, torch.ones_like(s), bits, group_size)
@@ -99,8 +99,8 @@ def _search_rule(s, weight, x, bits, group_size):
         "is never worse.",
     )
     expect(
-        reached <= 1.05 * smallest,
-        f"{where} {reached / smallest:.3f} times the least of 21 alphas, at most 1.05 was asked for. "
+        reached <= 1.1 * smallest,
+        f"{where} {reached / smallest:.3f} times the least of 21 alphas, at most 1.1 was asked for. "
         "Judge each alpha by the error of the output on x, with the bits and groups that you are given.",
     )
     return f"Output error {reached / plain:.2f} times round-to-nearest's in the last case."
@@ -144,12 +144,12 @@ def _use_columns(answer, weight, x, fresh):
 
 def _columns_rule(columns, weight, x, fresh):
     """A third of the error on inputs that were not seen, within the bits."""
-    columns = as_tensor(list(columns) if isinstance(columns, range | set) else columns)
+    columns = list(columns) if isinstance(columns, range | set) else columns
+    numbers = torch.zeros(0) if columns == [] else as_tensor(columns)
     expect(
-        columns is not None and columns.ndim <= 1 and bool((columns == columns.round()).all()),
-        "Return a list of columns, whole numbers.",
+        numbers is not None and bool((numbers == numbers.round()).all()), "Return a list of columns, whole numbers."
     )
-    chosen = sorted({int(c) for c in columns.flatten().tolist()})
+    chosen = sorted({int(c) for c in numbers.flatten().tolist()})
     inside = weight.shape[1]
     expect(all(-1 < c < inside for c in chosen), f"Columns are numbers from 0 to {inside - 1}; got {chosen[-3:]}.")
     mixed, hessian = keep_columns(weight, chosen, bits=4), Hessian(inside).add(fresh)
@@ -251,14 +251,12 @@ EXERCISES = {
         solution=scaling_solution,
         cases=_scaling_cases,
         slips={
-            "This is plain rounding to nearest: s has had no effect.": ("weight * s", "weight", " / s", ""),
-            "One s for a whole row changes none of its codes. s belongs to the columns: s[j] multiplies weight[:, j].": (
-                "weight * s", "weight * s[:, None]", "/ s", "/ s[:, None]"
-            ),
+            "This is plain rounding to nearest: s has had no effect. One s for a whole row changes none of its codes: s "
+            "belongs to the columns, s[j] multiplies weight[:, j].": ("weight * s", "weight", " / s", ""),
             "Multiplied and rounded, but not divided back: the layer would compute something else.": (" / s", ""),
             "Divided by s, but not multiplied before the rounding.": ("weight * s", "weight"),
             "The wrong way round: multiply before the rounding, so that a large s makes the error smaller.": (
-                "weight * s", "weight / s", "/ s", "* s"
+                "q.dequantize() / s", "q.dequantize() * s", "weight * s", "weight / s"
             ),
             "Divided by s twice.": ("/ s", "/ s / s"),
             "Multiplied by s twice, and divided by nothing.": ("/ s", "* s"),
@@ -282,7 +280,6 @@ EXERCISES = {
         solution=search_solution,
         cases=_search_cases,
         rule=_search_rule,
-        rounds=2,
     ),
     "11.4": Exercise(
         "which columns",

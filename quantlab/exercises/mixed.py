@@ -161,10 +161,6 @@ def knapsack_solution(costs, sizes, budget):
     return min(best.values(), key=lambda found: found[0])[1]
 
 
-def _best_each(costs, sizes, budget):
-    return {name: min((b for b in row if b in sizes[name]), key=row.get) for name, row in costs.items()}
-
-
 def fused_solution(costs, sizes, fused, budget):
     """Layers that must have the same bits are one layer: their costs and sizes add up."""
 
