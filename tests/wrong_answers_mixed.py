@@ -110,7 +110,7 @@ WRONG = {
         (lambda *a: _cost(*a, swapped=True), "come first"),
         (lambda *a: _cost(*a, symmetric=True), "symmetric grid"),
         (lambda *a: _cost(*a, granularity=PerAxis(0)), "one scale a row"),
-        (_batchmean, "number of windows only"),
+        (_batchmean, "number of windows"),
         (lambda layer, bits, logits: _cost(layer, 2, logits), "not always 2"),
         (lambda *a: 2 * _cost(*a), "was expected"),
         (lambda *a: torch.ones(3), "A number was expected"),

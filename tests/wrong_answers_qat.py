@@ -129,7 +129,7 @@ WRONG = {
     "13.3": [
         (lambda t, s: _distill(t, s, swapped=True), "KL(student || teacher)"),
         (lambda t, s: _distill(t, s, reduction="mean"), "mean over both"),
-        (lambda t, s: _distill(t, s, reduction="batchmean"), "first dimension only"),
+        (lambda t, s: _distill(t, s, reduction="batchmean"), "first dimension"),
         (lambda t, s: _distill(t, s, reduction="sum"), "this is their sum"),
         (lambda t, s: _distill(t, s, detach=False), "flows into the teacher"),
         (lambda t, s: _distill(t, s, logs=False), "no logarithms of probabilities"),

@@ -197,7 +197,7 @@ def _better_rule(s, weight, x, bits, group_size, fresh):
     return f"Output error {ratio:.2f} times that of AWQ's search at {bits} bits, on fresh inputs."
 
 
-LOUDNESS = "x.abs().mean(0)"
+LOUDNESS, COUNT = "x.abs().mean(0)", "round(share * weight.shape[1])"
 
 EXERCISES = {
     "11.1": Exercise(
@@ -230,9 +230,9 @@ EXERCISES = {
                 "topk(count)", "topk(count, largest=False)"
             ),
             "An input channel is a whole column of the weight, not a row: all outputs read it.": _keep_rows,
-            "At least one column stays in float.": ("max(1, round(share * weight.shape[1]))", "round(share * weight.shape[1])"),
+            "At least one column stays in float.": ("max(1, round(share * weight.shape[1]))", COUNT),
             "The share is one of the columns, not of the rows.": ("weight.shape[1]", "weight.shape[0]"),
-            "round(share * in) of them: int() cuts off.": ("round(share * weight.shape[1])", "int(share * weight.shape[1])"),
+            "round(share * in) of them: int() cuts off.": (COUNT, "int(share * weight.shape[1])"),
             "The other way round: the loudest columns stay in float, the others are rounded.": (
                 "rounded.clone()", "weight.clone()", "= weight[:, loudest]", "= rounded[:, loudest]"
             ),
@@ -251,8 +251,8 @@ EXERCISES = {
         solution=scaling_solution,
         cases=_scaling_cases,
         slips={
-            "This is plain rounding to nearest: s has had no effect. One s for a whole row changes none of its codes: s "
-            "belongs to the columns, s[j] multiplies weight[:, j].": ("weight * s", "weight", " / s", ""),
+            "This is plain rounding to nearest: s has had no effect. One s for a whole row changes none of its codes: "
+            "s belongs to the columns, s[j] multiplies weight[:, j].": ("weight * s", "weight", " / s", ""),
             "Multiplied and rounded, but not divided back: the layer would compute something else.": (" / s", ""),
             "Divided by s, but not multiplied before the rounding.": ("weight * s", "weight"),
             "The wrong way round: multiply before the rounding, so that a large s makes the error smaller.": (

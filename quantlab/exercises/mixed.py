@@ -237,7 +237,7 @@ EXERCISES = {
                 "PerGroup(128)", "PerGroup(weight.shape[1])"
             ),
             "Use the bits that are given, not always 2.": ("bits=bits", "bits=2"),
-            'The mean over all positions was asked for. (reduction="batchmean" divides by the number of windows only.)': (
+            'The mean over all positions was asked for. (reduction="batchmean" divides by the number of windows.)': (
                 KL, f"{KL} * before.shape[1]"
             ),
             "The mean over the positions was asked for, not their sum.": (KL, f"{KL} * before[..., 0].numel()"),
@@ -251,7 +251,7 @@ EXERCISES = {
             "Only the last position of each window was measured: the mean over all of them was asked for.": (
                 KL, "kl_divergence(before[:, -1:], after[:, -1:])"
             ),
-            "That is a squared distance, of logits or weights, not KL.": (KL, "(after - before).square().mean().item()"),
+            "That is a squared distance of logits, not KL.": (KL, "(after - before).square().mean().item()"),
         },
     ),
     "12.2": Exercise(
@@ -283,14 +283,15 @@ EXERCISES = {
             "The step with the largest worth, not with the least.": ("max(steps", "min(steps"),
             "When the best step does not fit, look at the others: more bits would still fit.": (
                 LEFT, "0 < more(name, b) and fall(name, b) > 0",
-                "        bits[name] = b\n", "        if more(name, b) > left:\n            return bits\n        bits[name] = b\n",
+                "        bits[name] = b\n",
+                "        if more(name, b) > left:\n            return bits\n        bits[name] = b\n",
             ),
             "A step may go to any larger number of bits, not to the next one only.": (
                 LEFT, LEFT + " and b == min(w for w in sizes[name] if w > bits[name])"
             ),
             "A step that makes the KL larger is no gain, though it would fit.": (" and fall(name, b) > 0", ""),
             "A step that uses the last bytes exactly still fits.": ("<= left", "< left"),
-            "One step was taken: repeat until none fits.": ("bits[name] = b\n", "bits[name] = b\n        return bits\n"),
+            "One step only: repeat until none fits.": ("bits[name] = b\n", "bits[name] = b\n        return bits\n"),
             "All layers start at their smallest: no step was taken.": ("        if not steps:", "        if True:"),
             "This is the exact choice, better than the rule: the rule never takes a step back.": knapsack_solution,
         },

@@ -227,7 +227,7 @@ EXERCISES = {
             ),
             "The mean is over all elements of the output, not over the tokens only.": ("target.numel()", "len(x)"),
             "The derivative of a square has a factor of 2.": ("2 * (x", "(x"),
-            "This is the gradient alone: the step is weight - rate * gradient.": ("weight - rate * gradient", "gradient"),
+            "This is the gradient alone, not weight - rate * gradient.": ("weight - rate * gradient", "gradient"),
             "The step has the length rate times the gradient: where is rate?": ("rate * gradient", "gradient"),
             "The sign of the gradient is not the gradient.": ("rate * gradient", "rate * gradient.sign()"),
             "The weights are rounded to multiples of scale, not to whole numbers.": (
@@ -258,7 +258,7 @@ EXERCISES = {
             "Sum over the vocabulary, mean over the positions: this is the mean over both.": (
                 ".sum(-1).mean()", ".mean()"
             ),
-            'The mean is over all positions of all rows. (reduction="batchmean" divides by the first dimension only.)': (
+            'The mean is over all positions of all rows. (reduction="batchmean" divides by the first dimension.)': (
                 ".sum(-1).mean()", ".sum() / len(log_p)"
             ),
             "The mean over the positions is missing: this is their sum.": (".sum(-1).mean()", ".sum()"),
