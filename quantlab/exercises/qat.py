@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from quantlab.exercises.material import off_ties, uniform
 from quantlab.judging import Exercise, expect, is_changed, with_gradient
+from quantlab.plots import ERROR, QUANTIZED
 from quantlab.qat import convert, fake_quant_layers, prepare_qat
 
 
@@ -147,6 +148,32 @@ def _test_train(f):
     whole = _accuracy(net, fresh, fresh_labels)
     return f"{reached:.1%} of fresh points, round-to-nearest {rounded:.1%}, float {whole:.1%}."
 
+
+def draw_node(ax) -> None:
+    """Where fake-quant nodes sit: forward in blue, backward in orange (section 3 of the notebook)."""
+    for (x, y), text in NODES.items():
+        box = {"boxstyle": "round,pad=0.5", "fc": "white", "ec": "0.5"}
+        ax.text(x, y, text, ha="center", va="center", bbox=box)
+    for arrows, color, style in ((FORWARD, QUANTIZED, "-"), (BACKWARD, ERROR, "--")):
+        for start, end in arrows:
+            ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": color, "lw": 1.8, "ls": style})
+    ax.text(2, -0.55, "gradient × 1 where not clamped, × 0 where clamped", color=ERROR, ha="center")
+    ax.set(xlim=(-1, 6.2), ylim=(-0.8, 1.4))
+    ax.axis("off")
+
+
+NODES = {
+    (0, 1): "input x", (0, 0): "float weight W", (2, 1): "fake-quant", (2, 0): "fake-quant",
+    (4, 0.5): "linear", (5.6, 0.5): "loss",
+}  # fmt: skip
+FORWARD = (
+    ((0.4, 1), (1.4, 1)), ((0.75, 0), (1.4, 0)), ((2.6, 1), (3.6, 0.6)), ((2.6, 0), (3.6, 0.4)),
+    ((4.4, 0.5), (5.2, 0.5)),
+)  # fmt: skip
+BACKWARD = (
+    ((5.2, 0.3), (4.4, 0.3)), ((3.6, 0.15), (2.7, -0.2)), ((1.4, -0.2), (0.75, -0.2)), ((3.6, 0.85), (2.7, 1.2)),
+    ((1.4, 1.2), (0.4, 1.2)),
+)  # fmt: skip
 
 THROUGH = "through + (value - through).detach()"
 DIVERGENCE = "(log_p.exp() * (log_p - log_q)).sum(-1).mean()"
