@@ -58,7 +58,7 @@ guess.reveal(answers[0 if times < 2 else 1 if times < 15 else 2])
 # %%
 import itertools
 
-costs = {"small": {2: 2.0, 4: 0.0}, "large": {2: 10.0, 4: 1.0}}  # KL with this layer alone quantized
+costs = {"small": {2: 2.0, 4: 0.0}, "large": {2: 10.0, 4: 1.0}}  # KL, one alone
 sizes = {"small": {2: 10, 4: 11}, "large": {2: 10, 4: 20}}  # bytes
 for a, b in itertools.product((2, 4), (2, 4)):
     spent, lost = sizes["small"][a] + sizes["large"][b], costs["small"][a] + costs["large"][b]
@@ -143,7 +143,7 @@ print("fall for each bit:", falls, "squared ratio of the steps:", exact)
 near = max(abs(fall / ratio - 1) for fall, ratio in zip(falls, exact, strict=True))
 found(near < 0.15, f"one bit more divides the KL by the squared ratio of steps, to {near:.0%}")
 ends = [brief[name].split(".")[0] for name in (order[0], order[-1])]
-found(ends == ["0", "0"], f"the most and the least sensitive layer sit in the first block; here in {ends}")
+found(ends == ["0", "0"], f"most and least sensitive are both in the first block; here in {ends}")
 values = set(layers_of_role(model, "value"))
 leading = sum(name in values for name in per_weight[:4])
 found(leading >= 3, f"for each weight, value projections lead: {leading} of the first four")
@@ -167,7 +167,7 @@ again = sensitivity(model, calibration[1024:1024 + budget(model, 512, least=128)
 both = torch.tensor([[at_3[name], again[name][3]] for name in names]).log()
 ratios, agreement = both.diff(dim=1).exp(), torch.corrcoef(both.T)[0, 1].item()
 found(agreement > 0.95, f"two texts agree on the layers: correlation {agreement:.2f}")
-f"from {ratios.min():.2f} to {ratios.max():.2f} times, correlation of the logarithms {agreement:.3f}"
+f"from {ratios.min():.2f} to {ratios.max():.2f} times, correlation of logarithms {agreement:.3f}"
 # %% [markdown]
 # The layers, then: they differ among each other far more than one text differs from the next.
 #
@@ -183,7 +183,7 @@ ratio = {bits: whole[bits] / sums[bits] for bits in sums}
 found(off < 0.15, f"down to 3 bits the KL is the sum, but for {off:.0%}; less than 15 % was found")
 found(ratio[2] > 1.15, f"at 2 bits it is more than the sum: {ratio[2]:.2f} times")
 for bits in sums:
-    print(f"{bits} bits: predicted {sums[bits]:.4f}, measured {whole[bits]:.4f}, {ratio[bits]:.2f} times")
+    print(f"{bits} bits: sum {sums[bits]:.4f}, measured {whole[bits]:.4f}, {ratio[bits]:.2f} times")
 # %% [markdown]
 # From 5 to 3 bits the sum is right within a few percent (in the bundled model). That is what one expects if rounding
 # errors of different layers are nearly independent: in a quadratic measure their cross terms then average out. At 2
@@ -216,7 +216,8 @@ greedy(costs, sizes, 30)
 #
 # ### Exact
 # To choose one option for each item within a total is a **knapsack problem** (背包问题). **Dynamic programming**
-# (动态规划) solves it: go through the layers one by one. After each of them many ways to spend the bytes are possible. Of
+# (动态规划) solves it: go through the layers one by one. After each of them many ways to spend the
+# bytes are possible. Of
 # all ways that have spent *the same* bytes, only the one with the least KL can be the beginning of the best answer,
 # because what comes later costs the same for each of them. So keep one way for each number of bytes.
 #
@@ -334,7 +335,7 @@ assert max(of_3_bits) == of_3_bits[0]  # a mix takes no more bytes than uniform 
 for bits in (3, 4):
     of_rtn, of_gptq = gain["rtn", bits], gain["gptq", bits]
     found(of_rtn < 0.92, f"with rounding mixing takes off a twelfth or more: {of_rtn:.2f} is left")
-    found(of_gptq > of_rtn + 0.02, f"with GPTQ it gives less: {of_gptq:.2f}, not {of_rtn:.2f}, is left")
+    found(of_gptq > of_rtn + 0.02, f"with GPTQ it gives less: {of_gptq:.2f} left, not {of_rtn:.2f}")
     off = kl["mixed rtn", bits] / mixed[bits].kl
     found(abs(off - 1) < 0.15, f"the prediction is met to 15 %: the KL is {off:.2f} times it")
 for way, bits in gain:
@@ -368,7 +369,8 @@ from quantlab.plots import plot_curves
 half = knapsack(table.costs, table.sizes, (limit[2] + limit[3]) // 2)
 lowest = kl_with(half.bits, tokens)
 by_gptq, _ = quantize_lm(model, seen["gptq"], method="gptq", bits=half.bits, progress=False)
-measured = kl | {("mixed rtn", 2.5): lowest, ("mixed gptq", 2.5): divergence(model, by_gptq, tokens).kl}
+measured = kl | {("mixed rtn", 2.5): lowest}
+measured["mixed gptq", 2.5] = divergence(model, by_gptq, tokens).kl
 spent, curves = limit | {2.5: half.nbytes}, {}
 true = {b: 8 * nbytes / sum(table.weights.values()) for b, nbytes in spent.items()}
 for way in ("rtn", "mixed rtn", "gptq", "mixed gptq"):
@@ -472,7 +474,7 @@ found(times > 1.7, f"half a bit less costs about twice the KL of 3 bits, {times:
 found(lowest > 1.05 * half.kl, f"and more than predicted, {lowest / half.kl:.2f} times")
 found(by < 0.8 * lowest, f"GPTQ at the same bits leaves {by / lowest:.2f} of it")
 count = list(half.bits.values()).count(2)
-print(f"2.5 bits: KL {lowest:.2f}, predicted {half.kl:.2f}, by GPTQ {by:.2f}; {count} layers have 2")
+print(f"2.5 bits: KL {lowest:.2f}, predicted {half.kl:.2f}, GPTQ {by:.2f}; {count} layers have 2")
 score()
 # %% [markdown]
 # GPTQ takes a good part of it away, and not all. With so few grid points neither a choice of bits nor of points is

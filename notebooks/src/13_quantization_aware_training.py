@@ -283,7 +283,8 @@ from quantlab.train.loop import finetune, loss_on, sample_text_tokens
 pair = tokens[:256].view(2, 128)  # the library's loss is the same
 with torch.no_grad():
     logits = [m(pair).logits[:, :-1] for m in (model, student)]
-    assert torch.isclose(distill_solution(*logits), loss_on(student, pair, teacher=model), rtol=1e-4)
+    loss = loss_on(student, pair, teacher=model)
+    assert torch.isclose(distill_solution(*logits), loss, rtol=1e-4)
 # %% [markdown]
 # With a teacher the text needs no labels, and not even an author: the float model can write it (LLM-QAT,
 # Liu et al. 2023). The next cell shows two beginnings, drawn token by token from its own distribution.
@@ -326,8 +327,9 @@ guess.reveal("stories, teacher")
 name = list(layers_of_role(model, "query"))[1]
 steps = budget(model, 60, least=10)
 walk = [layers[name].weight[:4].detach().clone()]
-history = finetune(student, stories, steps=steps, batch=4, window=128, learning_rate=1e-3, teacher=model,
-                   on_step=lambda step, loss: walk.append(layers[name].weight[:4].detach().clone()))
+history = finetune(
+    student, stories, steps=steps, batch=4, window=128, learning_rate=1e-3, teacher=model,
+    on_step=lambda step, loss: walk.append(layers[name].weight[:4].detach().clone()))
 f"loss {history.losses[0]:.2f} → {history.losses[-1]:.2f} in {history.seconds:.0f} s"
 # %% tags=["nbval-ignore-output"]
 trained_here, qtensors = convert(student)
@@ -358,7 +360,7 @@ control = {title: round(divergence(model, m, held_out).kl, 2) for title, m in co
 plain, as_floats = control.values()
 found(plain > as_floats, f"trained as floats, then rounded: KL {as_floats}, rounded only {plain}")
 found(as_floats > 1.2 * max(reached.values()), "trained while rounded, any of the four is better")
-control | {f"trained while rounded: {name}": reached[name] for name in ("stories", "stories, no teacher")}
+control | {f"while rounded: {name}": reached[name] for name in ("stories", "stories, no teacher")}
 # %% [markdown]
 # The text alone does far less: a model that is trained as floats never learns what rounding does to it.
 #
@@ -387,7 +389,8 @@ explorer
 # %% tags=["nbval-ignore-output"]
 floats = linear_layers(model)
 pairs = [(weight_of(floats[key]), layer.weight.detach()) for key, layer in layers.items()]
-start, end = (torch.cat([(pair[i] / scale_of(pair[i])).flatten() for pair in pairs]) for i in (0, 1))
+before, after = zip(*pairs, strict=True)
+start, end = (torch.cat([(w / scale_of(w)).flatten() for w in ws]) for ws in (before, after))
 before, after = ((places - places.round()).abs().mean().item() for places in (start, end))
 moved = (start.round() != end.round()).float().mean().item()
 found(after > before - 0.01, "the weights come no nearer to their grid points")
@@ -408,7 +411,8 @@ logs = {bits: json.loads((folder / f"w{bits}.json").read_text()) for bits in (4,
 tokens_read = {bits: log["steps"] * log["batch"] * log["window"] for bits, log in logs.items()}
 assert min(tokens_read.values()) > 9 * 16384
 for bits, log in logs.items():
-    print(f"W{bits}: {log['steps']} steps, {tokens_read[bits]:,} tokens, {log['cpu_seconds']:.0f} s")
+    seconds = log["cpu_seconds"]
+    print(f"W{bits}: {log['steps']} steps, {tokens_read[bits]:,} tokens, {seconds:.0f} s")
 # %% tags=["nbval-ignore-output"]
 from quantlab.storage import load_tensors
 
@@ -471,7 +475,8 @@ def sureness(m, temperature=1.0):
     perplexity = said.log_prob(text.view(8, 512)[:, 1:]).mean().neg().exp()
     return round(perplexity.item(), 1), round(said.entropy().mean().item(), 2)
 
-sure = [sureness(base), sureness(qat_models[2]), sureness(base, 1.2)]  # (perplexity, entropy in nats)
+# (perplexity, entropy in nats)
+sure = [sureness(base), sureness(qat_models[2]), sureness(base, 1.2)]
 assert sure[1][0] < sure[0][0]  # the 2-bit model's perplexity is below the float model's,
 assert sure[2][0] < sure[1][0]  # and a temperature alone does more
 assert sure[0][1] < min(sure[1][1], sure[2][1])  # both are less sure

@@ -76,7 +76,8 @@ print("values", to_grid(v, s, qmin, qmax).tolist())
 # - **inside**: $\hat v = s \cdot \mathrm{round}(v/s)$, a product in which both factors depend on $s$. Through
 #   the rounding the gradient goes straight, as in notebook 13: the derivative of round(u) counts as that of u.
 #
-# **Predict** the six derivatives, on paper. The next cell checks them without a formula, by *finite differences* (差分):
+# **Predict** the six derivatives, on paper. The next cell checks them without a formula, by
+# *finite differences* (差分):
 # it moves the step a little and looks how far the value moves. The staircase itself would only jump. So in its place
 # stands a smooth function that takes the gradient's point of view: what rounding has added to v/s is kept as a
 # constant, and so is the code of a clipped value.
@@ -410,7 +411,7 @@ from quantlab import ledger
 
 text = token_stream(its_tokenizer, load_text("eval"))[:4096]
 known = ledger.read(DATA / "ledger.csv")
-guess = predict("Which has a KL below GPTQ's at 2 bits, once trained?", ["three", "both", "neither"])
+guess = predict("Which, trained, is below GPTQ's KL at 2 bits?", ["three", "both", "neither"])
 def trained(run):
     new, packed = copy.deepcopy(base), load_tensors(DATA / f"checkpoints/{run}.safetensors")
     for name, layer in linear_layers(new).items():
