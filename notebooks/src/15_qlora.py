@@ -46,8 +46,9 @@ before = {name: perplexity(model, text, window=128) for name, text in texts.item
 counts = torch.bincount(log, minlength=model.config.vocab_size) + 1.0
 table = (counts / counts.sum()).log()[held].mean().neg().exp().item()
 found(before["log"].value > max(5 * before["stories"].value, 0.8 * table),
-      f"the log's perplexity is {before['log'].value:.0f}, hardly below the {table:.0f} of a table of counts")
-print({name: f"{p.value:.0f} ± {p.stderr:.0f}" for name, p in before.items()}, f"counts {table:.0f}")
+      f"the log's perplexity is {before['log'].value:.0f}, hardly below the table's {table:.0f}")
+print({name: f"{p.value:.0f} ± {p.stderr:.0f}" for name, p in before.items()})
+print(f"table of counts: {table:.0f}")
 guess.reveal(min(("45", "90", "400"), key=lambda choice: abs(float(choice) - before["log"].value)))
 # %% [markdown]
 # As it stands, the bundled model predicts the log hardly better than a table of counts does. (Does it know no
@@ -84,7 +85,8 @@ A, B = torch.tensor([[3.0, -1.0]], requires_grad=True), torch.zeros(2, 1, requir
 for _ in range(3):
     loss = ((W + B @ A) @ x - wanted).square().sum() / 2
     of_A, of_B = torch.autograd.grad(loss, (A, B))
-    print(f"loss {loss:.3f}   gradient of A {of_A.flatten().numpy().round(2)}   of B {of_B.flatten().numpy().round(2)}")
+    shown = [gradient.flatten().numpy().round(2) for gradient in (of_A, of_B)]
+    print("loss {:.3f}   gradient of A {}   of B {}".format(loss, *shown))
     A.data, B.data = A - of_A / 2, B - of_B / 2
 # %% [markdown]
 # With B = 0 nothing comes back to A. B moves first, and from the second step on A has a direction. Were A
@@ -133,8 +135,10 @@ assert torch.allclose(layer(x), x @ W.T + bias + 16 / 8 * (x @ A.T) @ B.T, atol=
 B.data.zero_()
 with torch.no_grad():
     assert torch.equal(learner(held[None, :128]).logits, base(held[None, :128]).logits)
-trained, whole = (sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (learner, model))
-trained, whole, round(whole / trained)
+def count(m):
+    return sum(p.numel() for p in m.parameters() if p.requires_grad)
+
+count(learner), count(model), round(count(model) / count(learner))
 # %% [markdown]
 # Formula (1), and with B = 0 the very logits of the NF4 model. One number is trained where full training of the
 # bundled model has about 24.
@@ -149,13 +153,17 @@ trained, whole, round(whole / trained)
 from quantlab.train.memory import saved_bytes
 
 ids = log[:1024].view(8, 128)
-ways = {"all weights": model, "LoRA, float base": add_lora(model, rank=8), "LoRA, NF4 base": learner}
+ways = {"all weights": model, "LoRA, float base": add_lora(model, rank=8),
+        "LoRA, NF4 base": learner}
 waiting = {name: saved_bytes(one, ids) for name, one in ways.items()}
 kept = {name: training_memory(one) for name, one in ways.items()}
 of_all, of_float, of_nf4 = waiting.values()
-found(of_nf4 == of_float > 0.8 * of_all, f"what waits is {of_nf4 / of_all:.2f} of full training's, NF4 or not")
-found(all(waiting[name] > kept[name].total for name in ways), "what waits is more than all that is kept")
-{name: f"{size / 1e6:.1f} MB waiting, {kept[name].total / 1e6:.1f} MB kept" for name, size in waiting.items()}
+found(of_nf4 == of_float, "NF4 or not, as much waits")
+found(of_nf4 > 0.8 * of_all, f"what waits is {of_nf4 / of_all:.2f} of full training's")
+more = all(waiting[name] > kept[name].total for name in ways)
+found(more, "what waits is more than all that is kept")
+for name, size in waiting.items():
+    print(f"{name}: {size / 1e6:.1f} MB waiting, {kept[name].total / 1e6:.1f} MB kept")
 # %% [markdown]
 # QLoRA saves weights, gradients and optimizer state. What waits for the backward pass it hardly touches,
 # and NF4 not at all. For a model as small as ours, with this batch, that is most of the memory. Fewer or
@@ -195,7 +203,8 @@ import matplotlib.pyplot as plt
 from quantlab.plots import plot_bars
 
 plt.rcParams["figure.figsize"] = 7, 2.6
-plot_bars({name: {part: size / 1e6 for part, size in vars(m).items()} for name, m in kept.items()}, ylabel="MB")
+sizes = {name: {part: size / 1e6 for part, size in vars(m).items()} for name, m in kept.items()}
+plot_bars(sizes, ylabel="MB")
 plt.show()
 times = kept["all weights"].total / kept["LoRA, NF4 base"].total
 found(times > 9, f"training all weights keeps {times:.1f} times as much, over nine")
@@ -213,10 +222,11 @@ shapes = [one.weight.shape for one in linear_layers(big).values()]
 packed = sum(rows * columns for rows, columns in shapes)
 trained = sum(8 * (rows + columns) for rows, columns in shapes)
 rest = sum(p.numel() for p in big.parameters()) - packed
-frozen = packed * layer.base_layer.nbytes / W.numel() + 2 * rest  # as many bytes a weight as in our layer
+frozen = packed * layer.base_layer.nbytes / W.numel() + 2 * rest  # bytes a weight: our layer's
 whole = frozen + 16 * trained
 found(whole < 2 * (packed + rest) / 3, "QLoRA keeps less than a third of the 16-bit weights")
-parts = {"all weights": memory.total, "QLoRA": whole, "of that frozen": frozen, "trained": 16 * trained}
+parts = {"all weights": memory.total, "QLoRA": whole, "of that frozen": frozen,
+         "trained": 16 * trained}
 {part: f"{size / 1e9:.2f} GB" for part, size in parts.items()}
 # %% [markdown]
 # Less than a third of what the weights alone would take in 16 bits. (Activations come on top. QLoRA as published
@@ -239,10 +249,12 @@ history = finetune(learner, log, **recipe, held_out=held, check_every=8)
 from quantlab.plots import plot_curves
 
 plot_curves({"training batch": (range(len(history.losses)), history.losses),
-             "held-out days": (history.checked_at, history.held_out)}, xlabel="step", ylabel="loss, nats per token")
+             "held-out days": (history.checked_at, history.held_out)},
+            xlabel="step", ylabel="loss, nats per token")
 plt.show()
 start, after = (perplexity(one, held, window=128) for one in (base, learner))
-found(after.value < 0.8 * start.value, f"the perplexity falls to {after.value / start.value:.2f} of what it was")
+times = after.value / start.value
+found(times < 0.8, f"the perplexity falls to {times:.2f} of what it was")
 passes = recipe["steps"] * 8 * 128 / len(log)
 print(f"NF4 {start.value:.0f}, taught {after.value:.1f} ± {after.stderr:.1f}: {passes:.1f} passes")
 guess.reveal(min(("300", "150", "50"), key=lambda choice: abs(float(choice) - after.value)))
@@ -259,7 +271,7 @@ gain = nll_of_middles(base) - nll_of_middles(learner)
 mean, stderr = gain.mean().item(), gain.std().item() / len(gain) ** 0.5
 found(mean > 10 * stderr, f"the gain is {mean / stderr:.0f} times its error bar, over ten")
 found(gain.min() > 0, "every day gains")
-f"{mean:.2f} ± {stderr:.2f} nats a token less; the least of the {len(gain)} days gains {gain.min():.2f}"
+f"{mean:.2f} ± {stderr:.2f} nats a token less; of {len(gain)} days the least gains {gain.min():.2f}"
 # %% [markdown]
 # The gain is not only that of the formulas. (Part of it are names: the held-out days have the same crew.)
 # And the base?
@@ -295,17 +307,17 @@ print(run["command"], run["on"])
 nll = {name: r["style"]["nll"] for name, r in runs.items()}
 for name in ("rank 0", "rank 8", "float base, rank 8", "all weights", "shuffled tokens, rank 8"):
     style, trained = runs[name]["style"], runs[name]["trained"]
-    print(f"{name:24} {trained:>9,} trained   perplexity {style['perplexity']:5.1f} ± {style['stderr']:4.1f}")
+    print(f"{name:24} {trained:>9,} trained   perplexity {style['perplexity']:5.1f}")
 behind = nll["rank 8"] - nll["float base, rank 8"]
 assert abs(behind) < 0.03 * (nll["rank 0"] - nll["rank 8"])
 assert nll["all weights"] < nll["rank 8"]
-assert runs["shuffled tokens, rank 8"]["style"]["perplexity"] > 1.1 * runs["rank 0"]["style"]["perplexity"]
+assert nll["shuffled tokens, rank 8"] > nll["rank 0"] + 0.1
 found(abs(nll["rank 8"] - after.nll) < 0.2, "the run's rank 8 is what we have just trained")
 f"NF4 is {behind:.3f} nats behind the float base, of {nll['rank 0'] - nll['rank 8']:.2f} learnt"
 # %% [markdown]
 # (Rank 0: the NF4 model as it was.) If NF4 holds the adapters back, then by little: the float base is ahead by less
-# than three hundredths of what was learnt. (The error bars are those of single numbers; a difference day by day is
-# surer than either, as notebook 11 showed, but the log kept no days.) All weights, at their own rate, learn more.
+# than three hundredths of what was learnt. (A comparison day by day would be surer, as
+# notebook 11 showed, but the log kept no days.) All weights, at their own rate, learn more.
 # Shuffled tokens leave the model worse *than untouched*, and than the table of counts: frequent words
 # alone do not bring the gain, it takes their order.
 #
@@ -316,12 +328,13 @@ f"NF4 is {behind:.3f} nats behind the float base, of {nll['rank 0'] - nll['rank 
 # %%
 guess = predict("The stories' perplexity, 42 for NF4, after the log?", ["42", "55", "400"])
 # %% tags=["nbval-ignore-output"]
-shown = {"float": "float", "rank 0": "NF4", "rank 8": "NF4,\nrank 8", "float base, rank 8": "float,\nrank 8",
-         "all weights": "all\nweights"}
+shown = {"float": "float", "rank 0": "NF4", "rank 8": "NF4,\nrank 8",
+         "float base, rank 8": "float,\nrank 8", "all weights": "all\nweights"}
 kl, fit = ({name: r["stories"][what] for name, r in runs.items()} for what in ("kl", "perplexity"))
 _, axes = plt.subplots(1, 2, layout="constrained")
 for ax, values, label in zip(axes, (kl, fit), ("KL, nats", "perplexity"), strict=True):
-    plot_bars({"stories": {short: values[name] for name, short in shown.items()}}, ylabel=f"{label}, on stories", ax=ax)
+    bars = {short: values[name] for name, short in shown.items()}
+    plot_bars({"stories": bars}, ylabel=f"{label}, on stories", ax=ax)
     ax.tick_params("x", labelsize="small")
 plt.show()
 assert kl["rank 8"] > kl["all weights"]
@@ -351,19 +364,20 @@ guess.reveal(min(("42", "55", "400"), key=lambda choice: abs(float(choice) - fit
 # %% tags=["nbval-ignore-output"]
 from quantlab.train.lora import RANKS, load_adapters
 
-its_model, its_tokenizer = load_lm(str(DATA / "model"))  # the bundled model, to which these adapters belong
+its_model, its_tokenizer = load_lm(str(DATA / "model"))  # to which the adapters belong
 its_base = nf4_model(its_model)
 
 def result(rank):
     one, r = add_lora(its_base, rank=max(rank, 1)), runs[f"rank {rank}"]
     if rank:
         load_adapters(DATA / f"checkpoints/lora/rank_{rank}.safetensors", one)
-    pairs = lora_layers(one).items()
     text = generate(one, its_tokenizer, "Day 12.", tokens=45, temperature=0.6, seed=1)
-    updates = {name.removeprefix("model.layers."): (a.lora_A["default"].weight, 2 * a.lora_B["default"].weight)
-               for name, a in pairs if "layers.1." in name}
-    return {"rank": rank, "trained": r["trained"], "text": text, "updates": updates, "kl": r["stories"]["kl"],
-            "perplexity": r["style"]["perplexity"], "stderr": r["style"]["stderr"]}
+    updates = {name.removeprefix("model.layers."): (a.lora_A["default"].weight,
+                                                    2 * a.lora_B["default"].weight)
+               for name, a in lora_layers(one).items() if "layers.1." in name}
+    return {"rank": rank, "trained": r["trained"], "text": text, "updates": updates,
+            "kl": r["stories"]["kl"], "perplexity": r["style"]["perplexity"],
+            "stderr": r["style"]["stderr"]}
 
 from tqdm.auto import tqdm
 
@@ -384,7 +398,8 @@ for A, B in results[-1]["updates"].values():
     square = torch.linalg.svdvals(B @ A).square() / (B @ A).square().sum()
     assert square[0] > 1 / 4
     assert square[:8].sum() > 0.9
-f"rank 1 has {share:.0%} of rank 16's gain, in nats; each doubling adds {', '.join(f'{gain:.2f}' for gain in gains)}"
+print(f"rank 1 has {share:.0%} of rank 16's gain, in nats")
+print("each doubling adds", [round(gain, 2) for gain in gains])
 # %% [markdown]
 # **What you saw.** (1) Rank 1 has most of the gain; each doubling adds less. (2) A little: rank 1 moves nearly
 # as far. (3) In each layer of block 1 the first of 16 directions holds more than a quarter of the update's
@@ -402,28 +417,32 @@ from quantlab.lm import divergence, model_bytes
 from quantlab.train.lora import merge, nf4_linear
 
 graft = add_lora(model, rank=8)
-graft.load_state_dict({name: t for name, t in learner.state_dict().items() if "lora_" in name}, strict=False)
+adapters = {name: t for name, t in learner.state_dict().items() if "lora_" in name}
+graft.load_state_dict(adapters, strict=False)
 merged = merge(learner)
 half, grafted = (copy.deepcopy(one).bfloat16().float() for one in (merged, merge(graft)))
-kinds = {"adapters beside NF4": learner, "merged, 16 bits": half, "merged, NF4 again": nf4_model(merged),
-         "on the original, 16 bits": grafted}
+kinds = {"adapters beside NF4": learner, "merged, 16 bits": half,
+         "merged, NF4 again": nf4_model(merged), "on the original, 16 bits": grafted}
 cost = {}
 for name, one in kinds.items():
+    apart, fit = divergence(learner, one, held, window=128), perplexity(one, held, window=128)
     size = model_bytes(one)
-    cost[name] = divergence(learner, one, held, window=128), perplexity(one, held, window=128), size
-    print(f"{name:24} {size / 1e6:.2f} MB   KL {cost[name][0].kl:.5f}   perplexity {cost[name][1].value:.1f}")
+    cost[name] = apart, fit, size
+    print(f"{name:24} {size / 1e6:.2f} MB   KL {apart.kl:.5f}   perplexity {fit.value:.1f}")
 # %% tags=["nbval-ignore-output"]
 (_, _, small), (close, _, large), (rounded, _, least), (elsewhere, _, _) = cost.values()
 assert divergence(learner, merged, held, window=128).kl < 1e-4  # in float32
-found(close.kl < 1e-3 < elsewhere.kl < rounded.kl, "16 bits cost next to nothing, NF4 again costs most")
+found(close.kl < 1e-3, "16 bits cost next to nothing")
+found(1e-3 < elsewhere.kl < rounded.kl, "NF4 again costs most")
 assert least < small
 assert small < large
 apart = nll_of_middles(grafted) - nll_of_middles(learner)  # day by day
 sure = apart.std().item() / len(apart) ** 0.5
-found(apart.mean().abs() < 0.1, f"on the original weights it fits the log by {apart.mean():.3f} nats worse")
+found(apart.mean().abs() < 0.1, f"on the original weights it fits worse by {apart.mean():.3f} nats")
 print(f"on the original weights: {apart.mean():.3f} ± {sure:.3f} nats a token more than beside NF4")
-first = divergence(model, base, held, window=128)  # what rounding the float model cost, on the same text
-found(0.5 < rounded.kl / first.kl < 2, f"rounding again costs {rounded.kl / first.kl:.2f} of what the first time did")
+first = divergence(model, base, held, window=128)  # what rounding the float model cost
+times = rounded.kl / first.kl
+found(0.5 < times < 2, f"rounding again costs {times:.2f} of what the first time did")
 f"rounded once more: KL {rounded.kl:.3f}; the first rounding: {first.kl:.3f}"
 # %% [markdown]
 # In floats it is all but the same model, and as large as a float one (counted in 16 bits). Rounded once
@@ -459,9 +478,10 @@ of_nf4 = divergence(model, base, stories).kl
 found(0.1 < of_stories < 0.5, f"stories bring {of_stories:.0%} of the log's gain")
 found(own.value < 0.8 * before["stories"].value, "they lower other stories' by over a fifth")
 found(moved > 5 * of_nf4, f"they move the model {moved / of_nf4:.1f} times as far as NF4 did")
-print(f"the log, after stories: {control.value:.0f} ± {control.stderr:.0f}, {of_stories:.0%} of the gain")
+print(f"the log, after stories: {control.value:.0f}, {of_stories:.0%} of the gain")
 print(f"stories we measure on: {before['stories'].value:.0f} -> {own.value:.0f}, KL {moved:.2f}")
-guess = predict("T alone: which part of the gain?", ["none", "a tenth", "two fifths", "four fifths"])
+shares = {"none": 0, "a tenth": 0.1, "two fifths": 0.4, "four fifths": 0.8}
+guess = predict("T alone: which part of the gain?", list(shares))
 # %% tags=["nbval-ignore-output"]
 import torch.nn.functional as F
 
@@ -480,12 +500,12 @@ for name in losses:
     as_it_is, fitted = (torch.tensor(n).exp() for n in (losses[name][1.0], least[name]))
     print(f"{name:10} perplexity {as_it_is:5.0f}; {fitted:5.0f} at its best T, {best[name]}")
 # %% tags=["nbval-ignore-output"]
-of_sureness = (losses["untouched"][1.0] - least["untouched"]) / (losses["untouched"][1.0] - losses["log"][1.0])
-at_best = (least["untouched"] - least["stories"]) / (least["untouched"] - least["log"])
+as_it_is, best_T = losses["untouched"][1.0], least["untouched"]
+of_sureness = (as_it_is - best_T) / (as_it_is - losses["log"][1.0])
+at_best = (best_T - least["stories"]) / (best_T - least["log"])
 found(0.25 < of_sureness < 0.55, f"a temperature alone brings {of_sureness:.0%} of the gain")
-found(at_best < 0.6 * of_stories, f"at the best T each, stories bring {at_best:.0%}, not {of_stories:.0%}")
-found(torch.tensor(least["untouched"]).exp() < 0.6 * table, "less sure, it is far ahead of the counts")
-shares = {"none": 0, "a tenth": 0.1, "two fifths": 0.4, "four fifths": 0.8}
+found(at_best < 0.6 * of_stories, f"at the best T each, stories bring {at_best:.0%}")
+found(torch.tensor(best_T).exp() < 0.6 * table, "less sure, it is far ahead of the counts")
 print(f"T alone: {of_sureness:.0%} of the gain; stories, each at its best T: {at_best:.0%}")
 guess.reveal(min(shares, key=lambda words: abs(shares[words] - of_sureness)))
 # %% [markdown]
@@ -507,9 +527,9 @@ guess.reveal(min(shares, key=lambda words: abs(shares[words] - of_sureness)))
 from quantlab import ledger
 
 row = ledger.measure(model, learner, stories, method="qlora", bits=4, group="64",
-                     seconds=history.seconds, calibration_tokens=recipe["steps"] * 8 * 128)  # of training
+                     seconds=history.seconds, calibration_tokens=recipe["steps"] * 8 * 128)
 ledger.append(row)
-found(row.kl > 5 * of_nf4, f"teaching moved it {row.kl / of_nf4:.1f} times as far as NF4 did, over five")
+found(row.kl > 5 * of_nf4, f"teaching moved it {row.kl / of_nf4:.1f} times as far as NF4 did")
 ledger.Table([row])
 # %% [markdown]
 # ### Myth: "NF4 is a quantization method that only saves memory and is always slower"
@@ -533,7 +553,8 @@ def fastest(f, x, repeats=7):
 dense = torch.nn.Linear(1024, 1024, bias=False).requires_grad_(False)
 coded, sizes = nf4_linear(dense), [1, 4, 16, 64, 256, 1024]
 ratios = [fastest(coded, x) / fastest(dense, x) for x in (torch.ones(size, 1024) for size in sizes)]
-plot_curves({"NF4 layer": (sizes, ratios)}, xlabel="tokens at once", ylabel="time, float layer = 1", log="x")
+plot_curves({"NF4 layer": (sizes, ratios)}, xlabel="tokens at once",
+            ylabel="time, float layer = 1", log="x")
 plt.axhline(1, color="0.6")
 plt.show()
 found(ratios[0] > 2 * ratios[-1], "decoding costs far more for 1 token than for 1024", of="machine")
