@@ -78,9 +78,8 @@ def ratios(name: str, model, reference, calibration, text, methods: dict, bars: 
     for what, bar in bars.items():
         ratio = kl["rotated", what] / kl["as it is", what]
         met &= ratio <= bar
-        print(
-            f"{name:10}{what:22}rotated over as it is {ratio:.3f}   at most {bar}: {'met' if ratio <= bar else 'MISSED'}"
-        )
+        said = "met" if ratio <= bar else "MISSED"
+        print(f"{name:10}{what:22}rotated over as it is {ratio:.3f}   at most {bar}: {said}")
     return met
 
 

@@ -273,8 +273,9 @@ def with_gradient(answer, x: Tensor, *rest):
 
     A `use` for exercises on gradients. What comes in is drawn anew for each shape, always the same.
     """
-    x = x.detach().clone().requires_grad_()
+    x, before = x.detach().clone().requires_grad_(), x
     y = answer(x, *rest)
+    expect(not is_changed(before.detach(), x.detach()), "x was changed in place: return a new tensor.")
     if not isinstance(y, Tensor) or not y.requires_grad:
         return y, None
     coming = torch.randn(y.shape, generator=torch.Generator().manual_seed(y.numel())).to(y.dtype)

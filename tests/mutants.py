@@ -322,7 +322,7 @@ def right_forms(exercise: Exercise) -> dict[str, Callable]:
         def __call__(self, *given):
             return solution(*given)
 
-    return {
+    forms = {
         "itself": solution,
         "float64": lambda *given: solution(*_converted(given, _double)),
         "result in float64": lambda *given: _converted(solution(*given), _double),
@@ -336,6 +336,8 @@ def right_forms(exercise: Exercise) -> dict[str, Callable]:
         "partial": functools.partial(solution),
         "lambda": lambda *given: solution(*given),
     }
+    without_gradient = ("numpy", "lists") if "gradient" in exercise.use.__name__ else ()
+    return {form: answer for form, answer in forms.items() if form not in without_gradient}
 
 
 def _converted(value, change):

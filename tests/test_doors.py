@@ -61,6 +61,7 @@ BASES = {"Method", "WeightMethod", "IntegerMethod", "Int8Linear", "Rounding"}
 BEHIND = {"check_weight", "check_levels", "midpoints", "kernel_status", "plain", "kl_per_position", "read_names"}
 BEHIND |= {
     "chosen_model",
+    "real_lm",
     "longest_context",
     "read_parts",
     "dynamic_levels",
@@ -238,6 +239,7 @@ def good_calls(folder: Path) -> dict:
         "save_quantized": (lm.save_quantized, {"folder": folder / "n", "model": new, "qtensors": report.qtensors}),
         "load_quantized": (lm.load_quantized, {"folder": folder / "m", "packed": False}),
         "generate": (lm.generate, {"model": lm.load_lm()[0], "tokenizer": lm.load_lm()[1], "prompt": "a", "tokens": 2}),
+        "answer": (lm.answer, {"model": lm.load_lm()[0], "tokenizer": lm.load_lm()[1], "question": "a", "tokens": 2}),
         "load_lm": (lm.load_lm, {"name_or_path": str(lm.DATA / "model")}),
         "load_text": (lm.load_text, {"name": "style"}),
         "read_documents": (lm.read_documents, {"paths": [lm.DATA / "text/style.txt"]}),

@@ -145,3 +145,13 @@ def test_the_texts_for_it(tmp_path):
     assert min(words.values()) >= 8000
     sentences = [{s for d in lm.load_text(n) for s in d.split(". ") if len(s.split()) > 5} for n in words]
     assert not sentences[0] & sentences[1]
+
+
+def test_left_out_by_the_environment_another_model_stands_in(monkeypatch):
+    monkeypatch.setenv("QUANTLAB_SMOLLM2", "0")
+    assert smollm2.packaged_gguf() is None
+    with pytest.raises(FileNotFoundError, match="left out"):
+        lm.load_lm("smollm2")
+    model, _, name = lm.real_lm()
+    assert name == "bundled"
+    assert model.config.hidden_size == 256

@@ -3,8 +3,7 @@
 import torch
 
 from quantlab import PerAxis, PerGroup, quantize_tensor
-from quantlab.exercises.awq import keep_solution, scaling_solution, search_solution
-from quantlab.exercises.material import layer_with_peaks, planted_layer
+from quantlab.exercises.awq import columns_solution, keep_solution, scaling_solution, search_solution
 
 
 def _keep(weight, rounded, x, share, *, by=None, largest=True, rows=False, count=None):
@@ -53,62 +52,79 @@ def _strength(x):
 
 
 def _loudest(count):
-    weight, x = layer_with_peaks()
-    return x.abs().mean(0).topk(count).indices.tolist()
+    return lambda weight, x: x.abs().mean(0).topk(count).indices.tolist()
+
+
+def _search_in_place(weight, x, bits, group_size):
+    s = search_solution(weight, x, bits, group_size)
+    weight *= s
+    return s
+
+
+def _one_scale_of_all(weight, s, bits, group_size):
+    return _scale(weight, s.mean().expand_as(s), bits, group_size)
 
 
 WRONG = {
     "11.1": [
         (lambda w, r, x, share: _keep(w, r, x, share, by=w.norm(dim=0)), "the largest *weights*"),
         (lambda w, r, x, share: _keep(w, r, x, share, by=x.mean(0).abs()), "take |x| before the mean"),
-        (lambda w, r, x, share: _keep(w, r, x, share, by=x.abs().amax(0)), "one single token"),
+        (lambda w, r, x, share: _keep(w, r, x, share, by=x.abs().amax(0)), "One single token"),
+        (lambda w, r, x, share: _keep(w, r, x, share, by=x.square().mean(0)), "not of its square"),
+        (lambda w, r, x, share: _keep(w, r, x, share, by=x.abs().mean(0).round()), "was expected"),
         (lambda w, r, x, share: _keep(w, r, x, share, largest=False), "the quietest channels"),
         (lambda w, r, x, share: _keep(w, r, x, share, rows=True), "a whole column"),
-        (_keep_values, "a whole column"),
-        (lambda w, r, x, share: _keep(w, r, x, share, count=int(share * w.numel() / 24 * 2)), "you kept 4"),
-        (lambda w, r, x, share: _keep(w, r, x, share, count=round(share * 20)), "at least one column"),
-        (lambda w, r, x, share: _keep(w, r, x, share, by=torch.arange(20.0)), "by mean |x|"),
-        (lambda w, r, x, share: keep_solution(w, r, x, share)[:, :2], "Return the whole weight"),
-        (lambda w, r, x, share: keep_solution(w, r, x, share) * 1.01, "neither float nor rounded"),
-        (_keep_in_place, "changed in place"),
+        (_keep_values, "was expected"),
+        (lambda w, r, x, share: _keep(w, r, x, share, count=round(share * w.shape[1])), "At least one column"),
+        (lambda w, r, x, share: _keep(w, r, x, share, count=max(1, int(share * w.shape[1]))), "int() cuts off"),
+        (lambda w, r, x, share: _keep(w, r, x, share, count=2), "was expected"),
+        (lambda w, r, x, share: keep_solution(w, r, x, share)[:, :2], "was expected; got (24, 2)"),
+        (lambda w, r, x, share: keep_solution(w, r, x, share) * 1.01, "was expected"),
+        (_keep_in_place, "rounded was changed in place"),
     ],
     "11.2": [
         (lambda w, s, b, g: _scale(w, torch.ones_like(s), b, g), "s has had no effect"),
+        (_one_scale_of_all, "s has had no effect"),
         (lambda w, s, b, g: _scale(w, s, b, g, back=False), "not divided back"),
         (lambda w, s, b, g: _scale(w, 1 / s, b, g), "The wrong way round"),
         (lambda w, s, b, g: _scale(w, s, b, g, rows=True), "s belongs to the columns"),
         (lambda w, s, b, g: _scale(w, s, b, g) / s, "twice"),
-        (lambda w, s, b, g: _scale(w, s, b, g, granularity=PerAxis(0)), "Groups of group_size"),
+        (lambda w, s, b, g: _scale(w, s, b, g, granularity=PerAxis(0)), "use groups of group_size"),
         (lambda w, s, b, g: _scale(w, s, b, g, symmetric=True), "symmetric=False"),
-        (lambda w, s, b, g: _scale(w, s, 4, g), "use the bits"),
-        (lambda w, s, b, g: _scale(w, s, b, 8), "use the group_size"),
-        (lambda w, s, b, g: _scale(w, s.round(decimals=1).clamp(min=0.1), b, g), "s itself"),
-        (_scale_in_place, "changed in place"),
+        (lambda w, s, b, g: _scale(w, s, 4, g), "Use the bits"),
+        (lambda w, s, b, g: _scale(w, s, b, 8), "Use the group_size"),
+        (lambda w, s, b, g: _scale(w, s.round(decimals=1).clamp(min=0.1), b, g), "was expected"),
+        (_scale_in_place, "weight was changed in place"),
     ],
     "11.3": [
         (lambda w, x, b, g: torch.ones(x.shape[1]), "times the least of 21"),
         (lambda w, x, b, g: _strength(x), "times round-to-nearest's"),
-        (lambda w, x, b, g: _strength(x) ** 0.4, "planted outliers"),
+        (lambda w, x, b, g: _strength(x) ** 0.4, "times the least of 21"),
         (lambda w, x, b, g: _strength(x) ** 0.1, "times the least of 21"),
-        (lambda w, x, b, g: _strength(x) ** 0.85, "3 bits"),
+        (lambda w, x, b, g: _strength(x) ** 0.85, "was asked for"),
         (_by_weight_error, "times the least of 21"),
         (lambda w, x, b, g: 1 / search_solution(w, x, b, g), "times round-to-nearest's"),
         (lambda w, x, b, g: (x.abs().mean(0) * 1e-9) ** 0.35, "above 0 in every channel"),
         (lambda w, x, b, g: 0.35, "Return the scales"),
+        (_search_in_place, "weight was changed in place"),
     ],
     "11.4": [
-        (lambda: _loudest(4), "its weights lose nothing"),
-        (lambda: _loudest(7), "are too many"),
-        (lambda: layer_with_peaks()[0].norm(dim=0).topk(4).indices.tolist(), "its weights lose nothing"),
-        (lambda: layer_with_peaks()[1].abs().amax(0).topk(4).indices.tolist(), "its weights lose nothing"),
-        (list, "times that of keeping none"),
-        (lambda: range(256), "are too many"),
+        (_loudest(4), "its weights lose nothing"),
+        (_loudest(7), "are too many"),
+        (lambda weight, x: weight.norm(dim=0).topk(4).indices.tolist(), "its weights lose nothing"),
+        (lambda weight, x: x.abs().amax(0).topk(4).indices.tolist(), "its weights lose nothing"),
+        (lambda weight, x: columns_solution(weight, x)[:1], "a third was asked for"),
+        (lambda weight, x: [3, 17, 90, 143], "a third was asked for"),
+        (lambda weight, x: [], "times that of keeping none"),
+        (lambda weight, x: range(256), "are too many"),
+        (lambda weight, x: [256], "Columns are numbers"),
+        (lambda weight, x: "3", "Return a list of columns"),
     ],
     "11.5": [
         (search_solution, "times that of AWQ's search"),
         (lambda w, x, b, g: x.abs().mean(0), "times that of AWQ's search"),
         (lambda w, x, b, g: torch.ones(256), "times that of AWQ's search"),
         (lambda w, x, b, g: w.abs().mean(0), "times that of AWQ's search"),
-        (lambda w, x, b, g: planted_layer()[0], "Return the scales"),
+        (lambda w, x, b, g: w, "Return the scales"),
     ],
 }

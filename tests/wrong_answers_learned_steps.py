@@ -82,7 +82,7 @@ def _nan(x):
 
 def _step_in_place(x):
     y = ternary_solution(x)
-    x.data.clamp_(-0.5, 0.5)
+    x.data.clamp_(-0.001, 0.001)
     return y
 
 
@@ -109,6 +109,24 @@ def _steps_of_one(weight, x):
     return train_solution(weight, x)[0], torch.tensor(0.05)
 
 
+def _ignores_what_comes_in(x):
+    class Three(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return ternary(x.detach())
+
+        @staticmethod
+        def backward(ctx, upstream):
+            return torch.ones_like(upstream)
+
+    return Three.apply(x)
+
+
+def _per_row(x):
+    scale = x.detach().abs().mean(-1, keepdim=True).clamp(min=1e-30)
+    return x + (scale * torch.round(x.detach() / scale).clamp(-1, 1) - x).detach()
+
+
 def _negative(weight, x):
     trained, step = train_solution(weight, x)
     return trained, -step
@@ -126,42 +144,49 @@ WRONG = {
         (_lsq(lambda ratio, code, clipped, by_step: torch.where(clipped, by_step, -by_step)), "wrong sign"),
         (_lsq(lambda ratio, code, clipped, by_step: torch.where(clipped, 0, by_step)), "it moves with the step"),
         (_lsq(lambda ratio, code, clipped, by_step: code - ratio), "does not depend on v"),
-        (_lsq(lambda ratio, code, clipped, by_step: torch.where(clipped, by_step, 2 * by_step)), "within ±0.5"),
-        (_mask_by_code, "before it is rounded"),
-        (_unclamped, "The values should be"),
-        (_all_ones, "1 inside and 0 where v is clipped"),
-        (_summed, "They are summed later"),
-        (lambda v, s, a, b: lsq_solution(v, s, a, b)[2], "three tensors"),
-        (_in_place, "v itself was changed"),
+        (_lsq(lambda ratio, code, clipped, by_step: torch.where(clipped, by_step, 2 * by_step)), "Result 3 of 3"),
+        (_mask_by_code, "before* it is rounded"),
+        (_unclamped, "The values are clamped"),
+        (_all_ones, "is 0 where v is clipped"),
+        (_summed, "summed later"),
+        (lambda v, s, a, b: lsq_solution(v, s, a, b)[2], "3 results were expected"),
+        (lambda v, s, a, b: lsq_solution(v, s, -2, 1), "was expected"),
+        (lambda v, s, a, b: lsq_solution(v, 0.25, a, b), "was expected"),
+        (_in_place, "v was changed in place"),
     ],
     "14.2": [
-        (lambda x: _three(x, x.abs().max()), "the mean of |x| is"),
+        (lambda x: _three(x, x.abs().max()), "not its largest"),
         (lambda x: _three(x, x.abs().mean(), low=-9, high=9), "must be clamped"),
         (lambda x: _three(x, x.abs().mean(), half=False), "below *half* a scale"),
         (lambda x: x + (x.detach().abs().mean() * x.detach().sign() - x).detach(), "No value became 0"),
         (lambda x: ternary(x.detach()), "No gradient can reach x"),
-        (_leaky, "Is the scale a constant"),
-        (_masked, "pass unchanged"),
+        (_leaky, "is a constant"),
+        (_masked, "passes unchanged"),
         (_nan, "0 / 0"),
-        (lambda x: ternary_solution(x)[:1], "in the shape of x"),
-        (_step_in_place, "x itself was changed"),
+        (_per_row, "not one for each row"),
+        (_ignores_what_comes_in, "Result 2 of 2"),
+        (lambda x: ternary_solution(x)[:1], "of shape"),
+        (_step_in_place, "x was changed in place"),
     ],
     "14.3": [
         (lambda packed, count: _digits(packed, count, shift=0), "digits 0, 1, 2"),
         (lambda packed, count: _digits(packed, count, order=-1), "wrong order"),
-        (lambda packed, count: _digits(packed, count, base=4), "Not the codes"),
-        (lambda packed, count: packed.long()[:, None].repeat(1, 5).flatten()[:count], "left of a division by 3"),
+        (lambda packed, count: _digits(packed, count, base=4), "not to base 4"),
+        (lambda packed, count: packed.long()[:, None].repeat(1, 5).flatten()[:count], "was expected"),
         (lambda packed, count: _digits(packed, 10**9), "fewer than five codes"),
-        (lambda packed, count: unpack_solution(packed, count).roll(1), "Not the codes"),
+        (lambda packed, count: unpack_solution(packed, count).roll(1), "was expected"),
+        (lambda packed, count: unpack_solution(packed, count).unsqueeze(0), "of shape (5,) was expected"),
     ],
     "14.4": [
-        (lambda w, codes: w.abs().mean(), "for two values only"),
-        (lambda w, codes: w.abs().max(), "there is a scale with"),
-        (_divided, "divide by codes that are 0"),
+        (lambda w, codes: w.abs().mean(), "was expected"),
+        (lambda w, codes: w.abs().mean() * (codes != 0).any(), "for two values only"),
+        (lambda w, codes: w.abs().max(), "was expected"),
+        (lambda w, codes: (w / codes).mean(), "w / 0 is no number"),
         (lambda w, codes: (w * codes).sum() / codes.square().sum(), "If all codes are 0"),
-        (lambda w, codes: (w * codes).mean(), "three values: with your scale"),
-        (lambda w, codes: w.abs(), "Return one scale"),
-        (lambda w, codes: scale_solution(w, codes.mul_(1.0).add_(1)), "were changed"),
+        (lambda w, codes: (w * codes).mean(), "codes of 0 do not count"),
+        (lambda w, codes: (w * codes).sum() / codes.abs().sum().clamp(min=1), "only for codes -1, 0 and 1"),
+        (lambda w, codes: w.abs(), "of shape ()"),
+        (lambda w, codes: scale_solution(w, codes.mul_(1.0).add_(1)), "codes was changed in place"),
     ],
     "14.5": [
         (_untrained, "The weight itself has not moved"),

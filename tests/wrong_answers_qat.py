@@ -28,6 +28,26 @@ def _ste_scaled(x, scale, zero_point, qmin, qmax):
     return through + (scale * (code.clamp(qmin, qmax) - zero_point) - through).detach()
 
 
+class _AllOnes(torch.autograd.Function):
+    """Gradient 1 inside, whatever comes in."""
+
+    @staticmethod
+    def forward(ctx, x, scale, zero_point, qmin, qmax):
+        code = torch.round(x / scale) + zero_point
+        ctx.save_for_backward((code >= qmin) & (code <= qmax))
+        return scale * (code.clamp(qmin, qmax) - zero_point)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return ctx.saved_tensors[0].float(), None, None, None, None
+
+
+def _ste_in_place(x, *grid):
+    y = _ste(x, *grid)
+    x.data.clamp_(-0.1, 0.1)
+    return y
+
+
 def _step(weight, x, target, scale, rate, *, at="rounded", start="float", sign=1, mean=True, keep="float"):
     """Exercise 13.2 with one slip."""
     rounded = scale * torch.round(weight / scale)
@@ -87,10 +107,14 @@ WRONG = {
         (lambda *a: _ste(*a, detach=False), "gradient is 0 everywhere"),
         (lambda *a: _ste(*a, mask=False), "gradient is 1 everywhere"),
         (lambda *a: _ste(*a, all_of_it=True), "No gradient can reach x"),
-        (lambda *a: _ste(*a, of_x=True), "gradient should be"),
-        (lambda *a: _ste(*a, floor=True), "values should be those of the grid"),
-        (_ste_scaled, "gradient should be 1"),
-        (lambda x, *a: None, "Return the rounded tensor"),
+        (lambda *a: _ste(*a, of_x=True), "if its *code*, zero_point included"),
+        (lambda *a: _ste(*a, floor=True), "floor is not round"),
+        (_ste_scaled, "not 1 / scale"),
+        (_AllOnes.apply, "Result 2 of 2"),
+        (_ste_in_place, "x was changed in place"),
+        (lambda x, *a: _ste(x, 0.5, *a[1:]), "was expected"),
+        (lambda x, s, z, a, b: _ste(x, s, z, -4, 3), "was expected"),
+        (lambda x, *a: None, "A tensor was expected"),
     ],
     "13.2": [
         (_true_gradient, "true gradient of a staircase is 0"),
@@ -98,17 +122,21 @@ WRONG = {
         (lambda *a: _step(*a, start="rounded"), "made from the rounded weights"),
         (lambda *a: _step(*a, keep="rounded"), "lie on the grid"),
         (lambda *a: _step(*a, sign=-1), "uphill"),
-        (lambda *a: _step(*a, mean=False), "36 times it"),
-        (_step_in_place, "weight itself was changed"),
+        (lambda *a: _step(*a, mean=False), "not their sum"),
+        (lambda *a: _step(*a).T, "of shape"),
+        (_step_in_place, "weight was changed in place"),
     ],
     "13.3": [
         (lambda t, s: _distill(t, s, swapped=True), "KL(student || teacher)"),
-        (lambda t, s: _distill(t, s, reduction="mean"), "0.143 times it"),
-        (lambda t, s: _distill(t, s, reduction="batchmean"), "3 times it"),
+        (lambda t, s: _distill(t, s, reduction="mean"), "mean over both"),
+        (lambda t, s: _distill(t, s, reduction="batchmean"), "first dimension"),
+        (lambda t, s: _distill(t, s, reduction="sum"), "this is their sum"),
         (lambda t, s: _distill(t, s, detach=False), "flows into the teacher"),
-        (lambda t, s: _distill(t, s, logs=False), "Are both made probabilities"),
+        (lambda t, s: _distill(t, s, logs=False), "no logarithms of probabilities"),
         (lambda t, s: _distill(t, s.detach()), "No gradient reaches"),
-        (lambda t, s: F.cross_entropy(s.flatten(0, 1), t.argmax(-1).flatten()), "loss should be 0"),
+        (lambda t, s: _distill(t[:, -1:], s[:, -1:]), "Only one position"),
+        (lambda t, s: _distill(t, s).detach(), "No gradient reaches"),
+        (lambda t, s: F.cross_entropy(s.flatten(0, 1), t.argmax(-1).flatten()), "not for its first choice only"),
     ],
     "13.4": [
         (lambda *a: _train(*a, before=False), "Was the rounding there while it was trained"),
@@ -118,6 +146,7 @@ WRONG = {
         (lambda *a: _train(*a, bits=3), "has 8"),
         (lambda *a: _train(*a, group_size=8), "one scale a row"),
         (lambda net, x, labels: copy.deepcopy(net), "Two bits a row are four values"),
+        (lambda *a: torch.nn.ReLU(), "no linear layer"),
         (_train_in_place, "float network itself was changed"),
         (lambda *a: 0.97, "Return the trained network"),
     ],

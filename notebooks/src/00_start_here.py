@@ -459,9 +459,12 @@ progress()
 # | [13 Quantization-aware training](13_quantization_aware_training.ipynb) ✓ | train through the rounding |
 # | [14 Learned steps, three values, two values](14_learned_steps.ipynb) ✓ | down to one bit |
 # | [15 QLoRA](15_qlora.ipynb) ✓ | fine-tune on frozen 4-bit weights |
-# | 16 KV cache | quantize the memory of the text |
-# | 17 From notebook to deployment | files and engines, compared |
-# | 18 Bug hunt | published code that looks right |
+# | [16 A real language model](16_a_real_model.ipynb) ✓ | SmolLM2: what carries over, and what does not |
+# | [17 Rotations](17_rotations.ipynb) ✓ | turn the basis, and the outliers are gone |
+# | [18 The cache of keys and values](18_kv_cache.ipynb) ✓ | quantize the memory of the text |
+# | [19 llama.cpp's files](19_llama_cpp_files.ipynb) ✓ | what Q4_K_M means, and the file that runs |
+# | 20 From notebook to deployment | files and engines, compared |
+# | [21 Bug hunt](21_bug_hunt.ipynb) ✓ | programs that look right |
 # | [22 Capstone: fit the budget](22_capstone.ipynb) ✓ | the best model in so many bytes |
 # %% [markdown]
 # ## 11. Glossary

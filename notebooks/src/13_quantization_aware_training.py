@@ -1,6 +1,7 @@
 # %% [markdown]
 # # 13 Quantization-aware training
-# *60 minutes, of which the computer needs about one. You need notebooks 06 and 10.*
+# *60 minutes with exercises 13.1 to 13.3, of which the computer needs about one; 13.4 takes 15 more. You need
+# notebooks 06 and 10.*
 #
 # At 2 bits rounding ruins the model, and GPTQ repairs only part of it: the weights were trained to be
 # floats.
@@ -22,21 +23,28 @@
 #    alone and measure the KL of the whole model.</details>
 # %% [markdown]
 # ## 1. What broke
-# Two bits, groups of 128: **predict** the KL to the float model after round-to-nearest, and how much of it
-# GPTQ takes away.
+# Two bits, groups of 128. How much of the KL to the float model that round-to-nearest has does GPTQ take away?
 # %%
 import torch
 from quantlab.checks import check, found, hint, solution
-from quantlab.lm import budget, divergence, layers_of_role, load_lm, load_text, quantize_lm, token_stream
+from quantlab.lm import (budget, divergence, layers_of_role, load_lm, load_text, quantize_lm,
+                         token_stream)
+from quantlab.predictions import predict, score
 
 model, tokenizer = load_lm()
 calibration, tokens = (token_stream(tokenizer, load_text(name)) for name in ("calibration", "eval"))
+answers = ["hardly any", "more than half", "nearly all of it"]
+guess = predict("At 2 bits, GPTQ takes away of rounding's KL", answers)
 # %% tags=["nbval-ignore-output"]
-read, exam = calibration[:budget(model, 16384, least=4096)], tokens[:budget(model, 2048)]  # of a large model fewer
+read = calibration[:budget(model, 16384, least=4096)]  # of a large model fewer
+exam = tokens[:budget(model, 2048)]
 ptq = {m: quantize_lm(model, read, method=m, bits=2)[0] for m in ("rtn", "gptq")}
 kl = {method: divergence(model, new, exam).kl for method, new in ptq.items()}
-found(kl["rtn"] > kl["gptq"] > 0.5, f"GPTQ lowers the KL from {kl['rtn']:.2f} to {kl['gptq']:.2f}, and not below 0.5")
-{method: round(value, 2) for method, value in kl.items()}
+found(kl["rtn"] > kl["gptq"], f"GPTQ lowers the KL from {kl['rtn']:.2f} to {kl['gptq']:.2f}")
+found(kl["gptq"] > 0.5, f"and not below half a nat: {kl['gptq']:.2f}")
+print({method: round(value, 2) for method, value in kl.items()})
+left = kl["gptq"] / kl["rtn"]
+guess.reveal(answers[0 if left > 0.8 else 1 if left > 0.1 else 2])
 # %% [markdown]
 # Four grid points a group are too few for *these* weights, however cleverly one chooses among them. But
 # there may be other weights, for which four are enough. To look for them is to train, and training needs a
@@ -76,33 +84,21 @@ path
 # %%
 import matplotlib.pyplot as plt
 
+from quantlab.exercises.qat import draw_node
 from quantlab.plots import ERROR, QUANTIZED
 
-ax = plt.subplots(figsize=(7, 2.4))[1]
-boxes = {(0, 1): "input x", (0, 0): "float weight W", (2, 1): "fake-quant", (2, 0): "fake-quant",
-         (4, 0.5): "linear", (5.6, 0.5): "loss"}
-for (x, y), text in boxes.items():
-    ax.text(x, y, text, ha="center", va="center", bbox={"boxstyle": "round,pad=0.5", "fc": "white", "ec": "0.5"})
-forward = [((0.4, 1), (1.4, 1)), ((0.75, 0), (1.4, 0)), ((2.6, 1), (3.6, 0.6)), ((2.6, 0), (3.6, 0.4)),
-           ((4.4, 0.5), (5.2, 0.5))]
-backward = [((5.2, 0.3), (4.4, 0.3)), ((3.6, 0.15), (2.7, -0.2)), ((1.4, -0.2), (0.75, -0.2)),
-            ((3.6, 0.85), (2.7, 1.2)), ((1.4, 1.2), (0.4, 1.2))]
-for arrows, color, style in ((forward, QUANTIZED, "-"), (backward, ERROR, "--")):
-    for start, end in arrows:
-        ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": color, "lw": 1.8, "ls": style})
-ax.text(2, -0.55, "gradient × 1 where not clamped, × 0 where clamped", color=ERROR, ha="center")
-ax.set(xlim=(-1, 6.2), ylim=(-0.8, 1.4))
-ax.axis("off")
+draw_node(plt.subplots(figsize=(7, 2.4))[1])
 plt.show()
 # %% [markdown]
 # *Forward in blue: the layer sees grid points only. Backward in orange: the gradient passes both nodes. Below it
 # reaches the float weight, which the optimizer moves; above it goes on to the layers before this one.*
 #
 # ## 4. The staircase and its gradient
-# What should the gradient be where a value is clamped? Between two thresholds a small move changes nothing
-# either, but enough small moves do. Beyond the last threshold x could move out for ever, and nothing would
-# change: so there the gradient is 0. A 2-bit grid with scale 0.5 has the values −1, −0.5, 0 and 0.5.
-# **Predict** the interval of x in which the gradient is 1.
+# What should the gradient be where a value is clamped? Far beyond the grid, x could move on for ever and nothing would
+# change: so there the gradient is 0. Where exactly does that begin? This is a *convention*, and there are two. The
+# usual one asks whether the *rounded code* lies on the grid: then x may lie up to half a step beyond the last grid
+# point. A 2-bit grid with scale 0.5 has the values −1, −0.5, 0 and 0.5. **Predict**, by this convention, the
+# interval of x in which the gradient is 1.
 # %%
 from quantlab import QParams, fake_quantize
 
@@ -125,13 +121,14 @@ for ax, (ylabel, true, pretended, title) in zip(axes, curves, strict=True):
 plt.show()
 # %% [markdown]
 # From −1.25 to 0.75: half a step beyond the last grid points, because what counts is the *rounded* code. A
-# value of 0.7 is rounded to 0.5, not clamped. (The paper on learned steps draws this line elsewhere; that
-# is for notebook 14.)
+# value of 0.7 is rounded to 0.5, not clamped. (The other convention, of the paper on learned steps, draws the line at
+# the last grid points themselves. Notebook 14 comes to it.)
 #
 # ### Exercise 13.1: straight through (about 10 minutes)
-# Return the value of the grid point, scale · (code − zero_point), with gradient 1 where the code, before it
-# is clamped, lies in qmin..qmax, and 0 elsewhere. Use ordinary tensor operations and `.detach()`: no custom
-# autograd function is needed. (The cell after the check compares quantlab's and torch's, bit by bit.)
+# `x` is a tensor of any shape that requires a gradient, `scale` a number, the others whole numbers. Return a tensor of
+# that shape: the value of the grid point, scale · (code − zero_point). The gradient that comes in passes unchanged
+# where the code, before it is clamped, lies in qmin..qmax (both included), and is 0 elsewhere. Use ordinary tensor
+# operations and `.detach()`: no custom autograd function is needed. (x at a tie is not tried.)
 # %% tags=["exercise"]
 def my_fake_quantize(x, scale, zero_point, qmin, qmax):
     raise NotImplementedError
@@ -141,14 +138,16 @@ check("13.1", my_fake_quantize)
 # %%
 from quantlab.exercises.qat import distill_solution, ste_solution
 
-for way in (ste_solution(x, 0.5, 0, -2, 1), torch.fake_quantize_per_tensor_affine(x, 0.5, 0, -2, 1)):
+grid = 0.5, 0, -2, 1
+for way in (ste_solution(x, *grid), torch.fake_quantize_per_tensor_affine(x, *grid)):
     assert torch.equal(way, y)
     assert torch.equal(torch.autograd.grad(way.sum(), x)[0], slope)
 # %% [markdown]
 # ### Exercise 13.2: one training step (about 10 minutes)
 # A layer computes `x @ rounded.T`, where `rounded = scale * round(weight / scale)`; the loss is the mean
-# over all elements of the squared difference to `target`. Return the float weight after one step of
-# gradient descent with learning rate `rate`, straight through. (No clamping here.)
+# over all elements of the squared difference to `target`. `weight` is (out, in), `x` (tokens, in), `target` (tokens,
+# out), `scale` and `rate` are numbers. Return the float weight, (out, in), after one step of gradient descent with
+# learning rate `rate`, straight through, and leave `weight` itself as it is. (No clamping here.)
 # %% tags=["exercise"]
 def my_step(weight, x, target, scale, rate):
     raise NotImplementedError
@@ -165,7 +164,7 @@ import warnings
 
 from torch import nn
 
-warnings.filterwarnings("ignore", message=".*torch.ao|.*torch.quantize_per|.*reduce_range")  # all of it will go
+warnings.filterwarnings("ignore", message=".*torch.ao|.*torch.quantize_per|.*reduce_range")
 net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
 dynamic = torch.ao.quantization.quantize_dynamic(copy.deepcopy(net), {nn.Linear}, dtype=torch.qint8)
 try:
@@ -192,7 +191,8 @@ try:
     older_recipe(copy.deepcopy(net), batch)
 except NotImplementedError as error:
     print("as printed:", str(error).split(" backend")[0])
-print("wrapped:", tuple(older_recipe(torch.ao.quantization.QuantWrapper(copy.deepcopy(net)), batch).shape))
+wrapped = torch.ao.quantization.QuantWrapper(copy.deepcopy(net))
+print("wrapped:", tuple(older_recipe(wrapped, batch).shape))
 # %% [markdown]
 # The training was QAT; the end is not. At the first prediction the integer layer is handed a float tensor.
 # Something must quantize the input and dequantize the output; `QuantWrapper` adds both, and then it works.
@@ -205,13 +205,16 @@ random = torch.Generator().manual_seed(1)
 values = torch.randn(1000, generator=random).clamp(-1.2, 0.7)
 noisy = [values + 0.5 * (torch.rand(1000, generator=random) - 0.5) for _ in range(2)]
 rounded = [fake_quantize(values, qp) for _ in range(2)]
-{title: ((a != b).sum().item(), len(a.unique())) for title, (a, b) in (("rounding", rounded), ("noise", noisy))}
+for title, (a, b) in {"rounding": rounded, "noise": noisy}.items():
+    print(f"{title}: {(a != b).sum().item()} differ, {len(a.unique())} distinct values")
 # %% [markdown]
 # Rounding is a function: the same weight always becomes the same one of four values. Training with noise is
 # another method. (Nor is the gradient "that of the original weights": it is taken at the rounded ones.)
 #
 # **"PTQ, step 3: fine-tune."** Calibration computes statistics, no gradient: GPTQ has read 16,384 tokens, and
-# no weight has got one (the next cell looks). What trains weights is no longer *post*-training.
+# no weight has got one (the next cell looks). The border is not sharp, though. AdaRound, BRECQ and AutoRound use
+# gradients on calibration data to choose how each weight is rounded, and are called post-training too. What makes it
+# *training* here: all weights move, by the loss of the whole model.
 #
 # ## 6. The model with fake-quant nodes
 # `prepare_qat` gives a new model: every linear layer in the blocks keeps its float weight and computes with
@@ -226,7 +229,8 @@ student = prepare_qat(model, bits=2, group_size=128)
 layers, nearest = fake_quant_layers(student), linear_layers(ptq["rtn"])
 assert all(torch.equal(layers[key].quantized_weight(), weight_of(nearest[key])) for key in layers)
 trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-f"{len(layers)} layers, {trained:,} of {sum(p.numel() for p in student.parameters()):,} parameters are trained"
+of_all = sum(p.numel() for p in student.parameters())
+f"{len(layers)} layers, {trained:,} of {of_all:,} parameters are trained"
 # %% [markdown]
 # Its weights are exactly those of round-to-nearest, so its KL is too: QAT starts where PTQ stopped.
 # Embedding, norms and head stay as they are, so that the bytes are those of the other 2-bit models.
@@ -244,14 +248,16 @@ def scale_of(weight):
 
 class Staircase(nn.Module):
     def forward(self, weight):
-        return scale_of(weight) * torch.round(weight / scale_of(weight))  # autograd takes it as it stands
+        return scale_of(weight) * torch.round(weight / scale_of(weight))  # for autograd as it is
 # %% tags=["nbval-ignore-output"]
 flat, moving = prepare_qat(model, method=lambda weight: Staircase()), {}
 for name, m in {"straight through": student, "true gradient": flat}.items():
     m(tokens[None, :64], labels=tokens[None, :64]).loss.backward()
-    moving[name] = sum((layer.weight.grad != 0).sum().item() for layer in fake_quant_layers(m).values())
+    gradients = [layer.weight.grad for layer in fake_quant_layers(m).values()]
+    moving[name] = sum((gradient != 0).sum().item() for gradient in gradients)
     m.zero_grad()
-assert moving["true gradient"] == 0 < moving["straight through"]
+assert moving["true gradient"] == 0
+assert moving["straight through"] > 0
 moving
 # %% [markdown]
 # Straight through, all get one but the few that are clamped. Without the lie there is no training.
@@ -263,8 +269,9 @@ moving
 # measure at the end.
 #
 # ### Exercise 13.3: learn from the float model (about 5 minutes)
-# Logits are (batch, positions, vocabulary). Return the mean over all positions of KL(teacher ‖ student);
-# only the student gets a gradient.
+# Logits are (batch, positions, vocabulary). Return one number, a tensor that knows its gradient: the mean over all
+# positions of all rows of KL(teacher ‖ student) in nats, each of which is a *sum* over the vocabulary. Only the
+# student gets a gradient.
 # %% tags=["exercise"]
 def my_distill(teacher_logits, student_logits):
     raise NotImplementedError
@@ -276,21 +283,22 @@ from quantlab.train.loop import finetune, loss_on, sample_text_tokens
 pair = tokens[:256].view(2, 128)  # the library's loss is the same
 with torch.no_grad():
     logits = [m(pair).logits[:, :-1] for m in (model, student)]
-    assert torch.isclose(distill_solution(*logits), loss_on(student, pair, teacher=model), rtol=1e-4)
+    loss = loss_on(student, pair, teacher=model)
+    assert torch.isclose(distill_solution(*logits), loss, rtol=1e-4)
 # %% [markdown]
 # With a teacher the text needs no labels, and not even an author: the float model can write it (LLM-QAT,
 # Liu et al. 2023). The next cell shows two beginnings, drawn token by token from its own distribution.
 #
 # Which text teaches better? `python -m recipes.minmax texts` trained the bundled model at 2 bits four times,
 # with the same number of steps, and measured the KL on *held-out* calibration stories: trained on the other
-# calibration stories, on the model's own, on both; and on the stories without a teacher, for the next
-# token.
-# **Predict** the order.
+# calibration stories, on the model's own, on both; and on the stories without a teacher, for the next token.
 # %% tags=["nbval-ignore-output"]
 for row in sample_text_tokens(model, 2, 40, seed=1, progress=False):
     print(tokenizer.decode(row[1:]), "\n")
 stories, held_out = calibration[:-4096], calibration[-4096:]
-f"{len(stories):,} tokens of stories"
+print(f"{len(stories):,} tokens of stories")
+answers = ["stories, teacher", "own text, teacher", "both, teacher", "stories, no teacher"]
+guess = predict("Which of the four ends with the least KL?", answers)
 # %%
 import json
 from quantlab.lm import DATA
@@ -298,9 +306,11 @@ from quantlab.plots import plot_bars
 
 runs = json.loads((DATA / "checkpoints/minmax/texts.json").read_text())
 reached = {name: round(run["kl_held_out"], 2) for name, run in runs.items()}
-assert reached["stories"] < reached["both"] < reached["own"] < reached["stories, no teacher"]
+order = ["stories", "both", "own", "stories, no teacher"]
+assert sorted(reached, key=reached.get) == order
 plot_bars({"held out": reached}, ylabel="KL, nats per token", ax=plt.subplots(figsize=(7, 2.4))[1])
-reached, runs["stories"]["steps"]
+print(reached, runs["stories"]["steps"], "steps")
+guess.reveal("stories, teacher")
 # %% [markdown]
 # The teacher matters more than the text. (It is asked for what is measured, agreement with the float model;
 # the next token is another aim.) Stories like the held-out ones come before the model's own text, but that
@@ -317,8 +327,9 @@ reached, runs["stories"]["steps"]
 name = list(layers_of_role(model, "query"))[1]
 steps = budget(model, 60, least=10)
 walk = [layers[name].weight[:4].detach().clone()]
-history = finetune(student, stories, steps=steps, batch=4, window=128, learning_rate=1e-3, teacher=model,
-                   on_step=lambda step, loss: walk.append(layers[name].weight[:4].detach().clone()))
+history = finetune(
+    student, stories, steps=steps, batch=4, window=128, learning_rate=1e-3, teacher=model,
+    on_step=lambda step, loss: walk.append(layers[name].weight[:4].detach().clone()))
 f"loss {history.losses[0]:.2f} → {history.losses[-1]:.2f} in {history.seconds:.0f} s"
 # %% tags=["nbval-ignore-output"]
 trained_here, qtensors = convert(student)
@@ -326,7 +337,8 @@ with torch.no_grad():
     before, after = student(tokens[None, :256]).logits, trained_here(tokens[None, :256]).logits
 assert torch.allclose(before, after, atol=1e-4 * before.abs().max())
 q, kl["qat"] = qtensors[name], divergence(model, trained_here, exam).kl
-found(kl["qat"] < min(0.5 * kl["rtn"], kl["gptq"]), f"trained, the KL is {kl['qat']:.2f}; GPTQ's {kl['gptq']:.2f}")
+found(kl["qat"] < kl["gptq"], f"trained, the KL is {kl['qat']:.2f}; GPTQ's is {kl['gptq']:.2f}")
+found(kl["qat"] < 0.5 * kl["rtn"], f"rounding's is more than twice as large, {kl['rtn']:.2f}")
 print({method: round(value, 2) for method, value in kl.items()})
 f"{name}: {len(q.codes.unique())} codes, {q.bits_per_element:.2f} bits a weight"
 # %% [markdown]
@@ -346,8 +358,9 @@ rounded.load_state_dict(floats_trained.state_dict())
 control = {"rounded only": untrained, "trained as floats, then rounded": rounded}
 control = {title: round(divergence(model, m, held_out).kl, 2) for title, m in control.items()}
 plain, as_floats = control.values()
-found(plain > as_floats > 1.2 * max(reached.values()), f"trained as floats, then rounded: KL {as_floats}")
-control | {"trained while rounded, no teacher": reached["stories, no teacher"], "with teacher": reached["stories"]}
+found(plain > as_floats, f"trained as floats, then rounded: KL {as_floats}, rounded only {plain}")
+found(as_floats > 1.2 * max(reached.values()), "trained while rounded, any of the four is better")
+control | {f"while rounded: {name}": reached[name] for name in ("stories", "stories, no teacher")}
 # %% [markdown]
 # The text alone does far less: a model that is trained as floats never learns what rounding does to it.
 #
@@ -376,7 +389,8 @@ explorer
 # %% tags=["nbval-ignore-output"]
 floats = linear_layers(model)
 pairs = [(weight_of(floats[key]), layer.weight.detach()) for key, layer in layers.items()]
-start, end = (torch.cat([(w / scale_of(w)).flatten() for w in side]) for side in zip(*pairs, strict=True))
+before, after = zip(*pairs, strict=True)
+start, end = (torch.cat([(w / scale_of(w)).flatten() for w in ws]) for ws in (before, after))
 before, after = ((places - places.round()).abs().mean().item() for places in (start, end))
 moved = (start.round() != end.round()).float().mean().item()
 found(after > before - 0.01, "the weights come no nearer to their grid points")
@@ -392,16 +406,18 @@ f"distance {before:.3f} → {after:.3f} steps; {moved:.1%} of the weights are ro
 # the log of each run are in `data/checkpoints/minmax`. They belong to the bundled model. What they cost comes
 # first, then the comparison. **Predict:** at which bits does QAT beat GPTQ most, and is it ahead at 4 bits?
 # %%
-logs = {bits: json.loads((DATA / f"checkpoints/minmax/w{bits}.json").read_text()) for bits in (4, 3, 2)}
+folder = DATA / "checkpoints/minmax"
+logs = {bits: json.loads((folder / f"w{bits}.json").read_text()) for bits in (4, 3, 2)}
 tokens_read = {bits: log["steps"] * log["batch"] * log["window"] for bits, log in logs.items()}
 assert min(tokens_read.values()) > 9 * 16384
 for bits, log in logs.items():
-    print(f"W{bits}: {log['steps']} steps, {tokens_read[bits]:,} tokens, {log['cpu_seconds']:.0f} s of one core")
+    seconds = log["cpu_seconds"]
+    print(f"W{bits}: {log['steps']} steps, {tokens_read[bits]:,} tokens, {seconds:.0f} s")
 # %% tags=["nbval-ignore-output"]
 from quantlab.storage import load_tensors
 
 base, its_tokenizer = load_lm(str(DATA / "model"))
-packed = {bits: load_tensors(DATA / f"checkpoints/minmax/w{bits}.safetensors") for bits in logs}
+packed = {bits: load_tensors(folder / f"w{bits}.safetensors") for bits in logs}
 qat_models = {bits: copy.deepcopy(base) for bits in logs}
 for bits, new in qat_models.items():
     for key, layer in linear_layers(new).items():
@@ -411,7 +427,8 @@ from quantlab import ledger
 
 text = token_stream(its_tokenizer, load_text("eval"))[:4096]
 # round-to-nearest and GPTQ: rows of the reference ledger, notebooks 06 and 10, on the same tokens
-rows = [row for row in ledger.read(DATA / "ledger.csv") if row.method in ("rtn", "gptq") and row.group == "128"]
+known = [row for row in ledger.read(DATA / "ledger.csv") if row.group == "128"]
+rows = [row for row in known if row.method in ("rtn", "gptq")]
 for bits, new in qat_models.items():
     rows.append(ledger.measure(
         base, new, text, method="qat", bits=bits, group="128", qtensors=packed[bits],
@@ -425,9 +442,14 @@ from quantlab.plots import plot_against_bits
 curves = {method: {row.bits: (row.kl, row.kl_error) for row in rows if row.method == method}
           for method in ("rtn", "gptq", "qat")}
 plot_against_bits(curves, ylabel="KL to the float model", ax=plt.subplots(figsize=(6, 3))[1])
-ratio = {(method, bits): curves["qat"][bits][0] / curves[method][bits][0] for method in curves for bits in logs}
-assert ratio["rtn", 2] < 0.2
-assert ratio["gptq", 2] < 0.6 < ratio["gptq", 3] < ratio["gptq", 4] < 1
+def ratio(method, bits):
+    return curves["qat"][bits][0] / curves[method][bits][0]
+
+assert ratio("rtn", 2) < 0.2
+assert ratio("gptq", 2) < 0.6  # about half of GPTQ's KL; with more bits the gain is less,
+assert ratio("gptq", 3) > ratio("gptq", 2)
+assert ratio("gptq", 4) > ratio("gptq", 3)
+assert ratio("gptq", 4) < 1
 # %% tags=["nbval-ignore-output"]
 from quantlab.lm import generate
 
@@ -439,7 +461,8 @@ print("2 bits, QAT:", generate(qat_models[2], its_tokenizer, "Once upon a time",
 # (`data/checkpoints/minmax/README.md`).
 #
 # Nor is the race even. QAT read over nine times GPTQ's 16,384 tokens, and was trained on the number in the
-# table. The last columns have its seconds and its tokens; in memory it holds at least the weight, its
+# table. The last columns have seconds and tokens, each row's from the machine and the day of its own measurement: only
+# orders of magnitude compare; in memory it holds at least the weight, its
 # gradient and Adam's two moments.
 #
 # ### Myth: "Its perplexity is lower, so the 2-bit model is better than the float one"
@@ -452,9 +475,11 @@ def sureness(m, temperature=1.0):
     perplexity = said.log_prob(text.view(8, 512)[:, 1:]).mean().neg().exp()
     return round(perplexity.item(), 1), round(said.entropy().mean().item(), 2)
 
-sure = [sureness(base), sureness(qat_models[2]), sureness(base, 1.2)]  # (perplexity, entropy in nats)
-assert sure[2][0] < sure[1][0] < sure[0][0]
-assert sure[0][1] < min(sure[1][1], sure[2][1])
+# (perplexity, entropy in nats)
+sure = [sureness(base), sureness(qat_models[2]), sureness(base, 1.2)]
+assert sure[1][0] < sure[0][0]  # the 2-bit model's perplexity is below the float model's,
+assert sure[2][0] < sure[1][0]  # and a temperature alone does more
+assert sure[0][1] < min(sure[1][1], sure[2][1])  # both are less sure
 dict(zip(("float", "2 bits, QAT", "float, logits / 1.2"), sure, strict=True))
 # %% [markdown]
 # The float model is too sure of itself on these stories. To be less sure lowers its perplexity, and
@@ -464,9 +489,9 @@ dict(zip(("float", "2 bits, QAT", "float, logits / 1.2"), sure, strict=True))
 # ## 11. Exercises
 # ### Exercise 13.4: two bits, trained (about 15 minutes)
 # A small float network tells three spirals apart. Train one whose three linear layers (names "0", "2", "4")
-# have weights of 2 bits with one scale a row, and which still tells **95 %** of fresh points right. You get
-# the net, its points and their labels. Return a trained model from `prepare_qat`, which takes
-# `layers=[...]`; `group_size=None` is one scale a row.
+# have weights of 2 bits with one scale a row, and which still tells at least **95 %** of fresh points right. You get
+# the net, its points (512, 2) and their labels (512,). Return a trained model from `prepare_qat`, which takes
+# `layers=[...]`; `group_size=None` is one scale a row. The float net itself must not change.
 # %% tags=["exercise"]
 def my_training(net, x, labels):
     raise NotImplementedError
@@ -490,7 +515,8 @@ values, counts = codes.unique(return_counts=True)
 shares = counts / len(codes)
 ends = (shares[0] + shares[-1]).item()
 found(ends < 0.3, f"the first and the last code serve {ends:.0%} of the weights")
-dict(zip(values.tolist(), [f"{share:.0%}" for share in shares.tolist()], strict=True))
+print(dict(zip(values.tolist(), [f"{share:.0%}" for share in shares.tolist()], strict=True)))
+score()
 # %% [markdown]
 # Half of the grid serves a fifth of the weights: a few far ones make it coarse for all. What if each
 # group's step were a parameter?

@@ -6,9 +6,11 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from quantlab.checks import Exercise, expect
+from quantlab.exercises.material import off_ties, uniform
+from quantlab.judging import Exercise, expect, is_changed, with_gradient
+from quantlab.plots import ERROR, QUANTIZED
 from quantlab.qat import convert, fake_quant_layers, prepare_qat
 
 
@@ -20,49 +22,12 @@ def ste_solution(x, scale, zero_point, qmin, qmax):
     return through + (value - through).detach()
 
 
-def _test_ste(f):
-    # No x lies at a tie: there right answers differ.
-    x = torch.tensor([-9.0, -2.2, -1.3, -0.6, 0.1, 0.4, 1.1, 1.4, 1.7, 9.0], requires_grad=True)
-    before = x.detach().clone()
-    for grid in ((0.5, 0, -4, 3), (0.5, 3, 0, 7), (0.75, 1, 0, 3)):
-        y, right = f(x, *grid), torch.fake_quantize_per_tensor_affine(x, *grid)
-        expect(torch.is_tensor(y) and y.shape == x.shape, "Return the rounded tensor, in the shape of x.")
-        given, goal = [round(v, 2) for v in y.tolist()], [round(v, 2) for v in right.tolist()]
-        expect(
-            torch.allclose(y, right, atol=1e-5),
-            f"The values should be those of the grid, scale * (code - zero_point): {goal}, not {given}. "
-            f"(scale, zero_point, qmin, qmax) = {grid}",
-        )
-        expect(
-            y.requires_grad,
-            "No gradient can reach x: the result does not depend on it any more. What must be outside of detach()?",
-        )
-        _expect_slope(x, torch.autograd.grad(y.sum(), x)[0], torch.autograd.grad(right.sum(), x)[0])
-    expect(torch.equal(x.detach(), before), "x itself was changed. Return a new tensor.")
-
-
-def _expect_slope(x, slope, goal):
-    """1 where the code was not clamped, 0 where it was."""
-    expect(
-        bool(slope.any()),
-        "The gradient is 0 everywhere: autograd has differentiated the staircase. Add what rounding changed as a "
-        "constant: .detach().",
-    )
-    inside = goal == 1
-    expect(
-        torch.allclose(slope[inside], torch.ones(int(inside.sum()))),
-        f"Where nothing is clamped the gradient should be 1; it is {slope[inside].tolist()}.",
-    )
-    expect(
-        not slope[~inside].all(),
-        "The gradient is 1 everywhere, also where the code was clamped. There it must be 0: moving such a weight "
-        "a little changes nothing.",
-    )
-    expect(
-        torch.equal(slope, goal),
-        f"The gradient should be {goal.tolist()} at {x.tolist()}, not {slope.tolist()}. A value is clamped "
-        "if its *code*, zero_point included, lies outside qmin..qmax.",
-    )
+def _ste_cases(random):
+    """No ties, where right answers differ; in the half step beyond each end, and beyond that."""
+    for zero_point, qmin, qmax in ((0, -4, 3), (3, 0, 7), (1, 0, 3), (-5, -8, 7)):
+        scale, low, high = uniform(random, 0.1, 2.0), qmin - zero_point, qmax - zero_point
+        ends = torch.tensor([low - 0.3, low - 0.7, high + 0.3, high + 0.7])
+        yield scale * torch.cat([off_ties(random, 14, low - 3, high + 3), ends]), scale, zero_point, qmin, qmax
 
 
 def step_solution(weight, x, target, scale, rate):
@@ -72,37 +37,13 @@ def step_solution(weight, x, target, scale, rate):
     return weight - rate * gradient
 
 
-def _test_step(f):
-    random = torch.Generator().manual_seed(4)
-    x, weight = torch.randn(12, 5, generator=random), torch.randn(3, 5, generator=random)
-    target, before = x @ torch.randn(5, 3, generator=random), weight.clone()
-    new, right = f(weight, x, target, 0.5, 0.01), step_solution(weight, x, target, 0.5, 0.01)
-    expect(torch.equal(weight, before), "weight itself was changed. Return a new tensor.")
-    expect(torch.is_tensor(new) and new.shape == weight.shape, "Return the new float weight, (out, in).")
-    moved, wanted = new.detach() - weight, right - weight
-    rounded = 0.5 * torch.round(weight / 0.5)
-    expect(bool(moved.any()), "No weight has moved: the true gradient of a staircase is 0. Go straight through it.")
-    expect(
-        not torch.allclose(new, 0.5 * torch.round(new / 0.5), atol=1e-6),
-        "The weights you return lie on the grid. Then a small step is rounded away for ever: keep the float weights, "
-        "and round them in the forward pass only.",
-    )
-    expect(
-        not torch.allclose(new.detach() - rounded, wanted, atol=1e-6),
-        "The step was made from the rounded weights: what the float weight remembered of earlier small steps is lost.",
-    )
-    expect(not torch.allclose(moved, -wanted, atol=1e-6), "This step goes uphill: subtract rate times the gradient.")
-    plain = -0.01 * 2 * (x @ weight.T - target).T @ x / target.numel()
-    expect(
-        not torch.allclose(moved, plain, atol=1e-6),
-        "This is the gradient at the float weights. The model will run on rounded ones: round before you multiply.",
-    )
-    ratio = (moved * wanted).sum() / wanted.square().sum()
-    expect(
-        torch.allclose(moved, wanted, atol=1e-6),
-        f"The step should be -rate times the gradient of the *mean* squared error; yours is {ratio:.3g} times it "
-        "(measured along the right one).",
-    )
+def _step_cases(random):
+    """Layers of several shapes; inputs that are not centred, steps that are seen."""
+    for out, inside, tokens in ((3, 5, 12), (7, 4, 6), (2, 9, 30)):
+        scale, rate = uniform(random, 0.2, 1.5), uniform(random, 0.05, 0.3)
+        x = torch.randn(tokens, inside, generator=random) + 0.3
+        target = x @ torch.randn(inside, out, generator=random) + torch.randn(tokens, out, generator=random)
+        yield scale * off_ties(random, out * inside, -3, 3).view(out, inside), x, target, scale, rate
 
 
 def distill_solution(teacher_logits, student_logits):
@@ -112,35 +53,21 @@ def distill_solution(teacher_logits, student_logits):
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
-def _test_distill(f):
-    random = torch.Generator().manual_seed(5)
-    teacher = (2 * torch.randn(2, 3, 7, generator=random)).requires_grad_()
-    student = (2 * torch.randn(2, 3, 7, generator=random)).requires_grad_()
-    loss = f(teacher, student)
-    expect(torch.is_tensor(loss) and loss.ndim == 0, "Return one number, a tensor without dimensions.")
-    right = distill_solution(teacher, student)
-    expect(
-        abs(f(teacher, teacher + 3.0).item()) < 1e-5,
-        f"Logits that differ by a constant are the same prediction, so the loss should be 0; it is "
-        f"{f(teacher, teacher + 3.0).item():.3g}. Are both made probabilities by softmax over the vocabulary?",
-    )
-    backwards = distill_solution(student, teacher)
-    expect(
-        not torch.isclose(loss, backwards, rtol=1e-4),
-        "This is KL(student || teacher). The teacher's probabilities weigh the sum: KL(teacher || student).",
-    )
-    expect(
-        torch.isclose(loss, right, rtol=1e-4),
-        f"Expected {right.item():.4f}, got {loss.item():.4f}, {loss.item() / right.item():.3g} times it. Sum over the "
-        "7 tokens of the vocabulary, mean over the 2 × 3 positions.",
-    )
-    given = torch.autograd.grad(loss, (teacher, student), allow_unused=True) if loss.requires_grad else (None, None)
-    into_teacher, into_student = given
-    expect(into_student is not None, "No gradient reaches the student's logits.")
-    expect(
-        into_teacher is None or not into_teacher.any(),
-        "A gradient flows into the teacher as well: it is a constant here. detach() it.",
-    )
+def _distill_cases(random):
+    for shape in ((2, 3, 7), (3, 5, 4), (1, 6, 11)):
+        yield tuple(2 * torch.randn(shape, generator=random) + uniform(random, -3, 3) for _ in range(2))
+
+
+def _with_gradients(answer, teacher_logits, student_logits):
+    """(loss, gradient of the student's logits, gradient of the teacher's) for a gradient of 1.7 that comes in."""
+    leaves = [t.detach().clone().requires_grad_() for t in (teacher_logits, student_logits)]
+    loss = answer(*leaves)
+    changed = is_changed([teacher_logits, student_logits], [t.detach() for t in leaves])
+    expect(not changed, "The logits were changed in place: they belong to the caller.")
+    if not isinstance(loss, Tensor) or not loss.requires_grad:
+        return loss, None, torch.zeros_like(teacher_logits)
+    of_teacher, of_student = torch.autograd.grad(loss, leaves, torch.full_like(loss, 1.7), allow_unused=True)
+    return loss, of_student, torch.zeros_like(teacher_logits) if of_teacher is None else of_teacher
 
 
 @cache
@@ -196,14 +123,15 @@ def _accuracy(net, x, labels) -> float:
 def _test_train(f):
     net, x, labels, fresh, fresh_labels = practice_network()
     before = copy.deepcopy(net.state_dict())
-    student = f(net, x, labels)
+    student = f(net, x.clone(), labels.clone())
     same = all(torch.equal(before[name], value) for name, value in net.state_dict().items())
     net.load_state_dict(before)
     expect(same, "The float network itself was changed. prepare_qat gives a new one: train that.")
     expect(isinstance(student, nn.Module), f"Return the trained network, not {type(student).__name__}.")
     plain = convert(student)[0] if fake_quant_layers(student) else student
     weights = [layer.weight.detach() for layer in plain.modules() if isinstance(layer, nn.Linear)]
-    largest = max(len(row.unique()) for weight in weights for row in weight)
+    largest = max((len(row.unique()) for weight in weights for row in weight), default=0)
+    expect(largest > 0, "Your network has no linear layer: return what prepare_qat made, trained.")
     expect(
         largest <= 4,
         f"Two bits a row are four values, and a row of your network has {largest}. All three layers, "
@@ -213,7 +141,7 @@ def _test_train(f):
     rounded, reached = (_accuracy(m, fresh, fresh_labels) for m in (nearest, plain))
     expect(
         reached >= GOAL,
-        f"{reached:.1%} of fresh points are told right; at least {GOAL:.0%} was asked for, and rounding alone has "
+        f"{reached:.2%} of fresh points are told right; at least {GOAL:.0%} was asked for, and rounding alone has "
         f"{rounded:.1%}. Was the rounding there while it was trained, did a step follow each gradient, and were there "
         "enough steps, at a rate that falls?",
     )
@@ -221,36 +149,172 @@ def _test_train(f):
     return f"{reached:.1%} of fresh points, round-to-nearest {rounded:.1%}, float {whole:.1%}."
 
 
+def draw_node(ax) -> None:
+    """Where fake-quant nodes sit: forward in blue, backward in orange (section 3 of the notebook)."""
+    for (x, y), text in NODES.items():
+        box = {"boxstyle": "round,pad=0.5", "fc": "white", "ec": "0.5"}
+        ax.text(x, y, text, ha="center", va="center", bbox=box)
+    for arrows, color, style in ((FORWARD, QUANTIZED, "-"), (BACKWARD, ERROR, "--")):
+        for start, end in arrows:
+            ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": color, "lw": 1.8, "ls": style})
+    ax.text(2, -0.55, "gradient × 1 where not clamped, × 0 where clamped", color=ERROR, ha="center")
+    ax.set(xlim=(-1, 6.2), ylim=(-0.8, 1.4))
+    ax.axis("off")
+
+
+NODES = {
+    (0, 1): "input x", (0, 0): "float weight W", (2, 1): "fake-quant", (2, 0): "fake-quant",
+    (4, 0.5): "linear", (5.6, 0.5): "loss",
+}  # fmt: skip
+FORWARD = (
+    ((0.4, 1), (1.4, 1)), ((0.75, 0), (1.4, 0)), ((2.6, 1), (3.6, 0.6)), ((2.6, 0), (3.6, 0.4)),
+    ((4.4, 0.5), (5.2, 0.5)),
+)  # fmt: skip
+BACKWARD = (
+    ((5.2, 0.3), (4.4, 0.3)), ((3.6, 0.15), (2.7, -0.2)), ((1.4, -0.2), (0.75, -0.2)), ((3.6, 0.85), (2.7, 1.2)),
+    ((1.4, 1.2), (0.4, 1.2)),
+)  # fmt: skip
+
+THROUGH = "through + (value - through).detach()"
+DIVERGENCE = "(log_p.exp() * (log_p - log_q)).sum(-1).mean()"
+
 EXERCISES = {
     "13.1": Exercise(
         "straight through",
-        _test_ste,
-        (
+        hints=(
             "Compute the value first: code = round(x / scale) + zero_point, clamped, then scale * (code - zero_point).",
             "a + (b - a).detach() has the value of b and the gradient of a. Which a has slope 1 inside and 0 outside?",
             "a = x * ((code >= qmin) & (code <= qmax)), with the code before clamping; b is the value.",
         ),
-        ste_solution,
+        solution=ste_solution,
+        cases=_ste_cases,
+        use=with_gradient,
+        slips={
+            "The gradient is 0 everywhere: autograd has differentiated the staircase. Add what rounding changed as a "
+            "constant: .detach().": (THROUGH, "value"),
+            "The gradient is 1 everywhere, also where the code was clamped. There it must be 0.": (
+                " * ((code >= qmin) & (code <= qmax))", ""
+            ),
+            "No gradient can reach x: the result does not depend on it any more. What must be outside of detach()?": (
+                THROUGH, "value.detach()"
+            ),
+            "A value is clamped if its *code*, zero_point included, lies outside qmin..qmax.": (
+                "((code >= qmin) & (code <= qmax))", "((x / scale >= qmin) & (x / scale <= qmax))"
+            ),
+            "What counts is the rounded code, so the gradient is 1 up to half a step beyond the last grid points.": (
+                "((code >= qmin) & (code <= qmax))",
+                "((x / scale + zero_point >= qmin) & (x / scale + zero_point <= qmax))",
+            ),
+            "The first and the last code are on the grid: there nothing is clamped.": (
+                "(code >= qmin) & (code <= qmax)", "(code > qmin) & (code < qmax)"
+            ),
+            "Where nothing is clamped the gradient is 1, not 1 / scale: divided by scale, multiplied by it again.": (
+                "through = x *", "through = x / scale *"
+            ),
+            "The gradient is straight through inside, and also where the code is clamped low.": (
+                "((code >= qmin) & (code <= qmax))", "(code <= qmax)"
+            ),
+            "The gradient is straight through inside, and also where the code is clamped high.": (
+                "((code >= qmin) & (code <= qmax))", "(code >= qmin)"
+            ),
+            "Round to the nearest code; floor is not round.": ("torch.round", "torch.floor"),
+            "zero_point is taken off again: scale * (code - zero_point).": ("qmax) - zero_point)", "qmax))"),
+            "The codes were not clamped.": (".clamp(qmin, qmax)", ""),
+            "These are codes, not values: scale * (code - zero_point).": ("scale * (code.clamp", "(code.clamp"),
+            "The value is not rounded at all.": ("(value - through).detach()", "0"),
+        },
     ),
     "13.2": Exercise(
         "one training step",
-        _test_step,
-        (
+        hints=(
             "Two weights are at play: the rounded one computes the output, the float one makes the step.",
             "The gradient of the mean squared error of x @ R.T is 2 (x @ R.T - target).T @ x / target.numel().",
             "R = scale * round(weight / scale), and the result is weight - rate * gradient.",
         ),
-        step_solution,
+        solution=step_solution,
+        cases=_step_cases,
+        slips={
+            "No weight has moved: the true gradient of a staircase is 0. Go straight through it.": (
+                "weight - rate * gradient", "weight.clone()"
+            ),
+            "The weights you return lie on the grid. Then a small step is rounded away for ever: keep the float "
+            "weights, and round them in the forward pass only.": (
+                "return weight - rate * gradient", "return scale * torch.round((weight - rate * gradient) / scale)"
+            ),
+            "The step was made from the rounded weights: what the float weight remembered of earlier small steps is "
+            "lost.": ("return weight -", "return rounded -"),
+            "The step was made from the rounded weights, and the result rounded again.": (
+                "return weight - rate * gradient", "return scale * torch.round((rounded - rate * gradient) / scale)"
+            ),
+            "This step goes uphill: subtract rate times the gradient.": ("weight - rate", "weight + rate"),
+            "This is the gradient at the float weights. The model will run on rounded ones: round before you "
+            "multiply.": ("x @ rounded.T", "x @ weight.T"),
+            "The loss is the *mean* of the squared differences, over all elements, not their sum.": (
+                " / target.numel()", ""
+            ),
+            "The mean is over all elements of the output, not over the tokens only.": ("target.numel()", "len(x)"),
+            "The derivative of a square has a factor of 2.": ("2 * (x", "(x"),
+            "This is the gradient alone, not weight - rate * gradient.": ("weight - rate * gradient", "gradient"),
+            "The step has the length rate times the gradient: where is rate?": ("rate * gradient", "gradient"),
+            "The sign of the gradient is not the gradient.": ("rate * gradient", "rate * gradient.sign()"),
+            "The weights are rounded to multiples of scale, not to whole numbers.": (
+                "scale * torch.round(weight / scale)", "torch.round(weight)"
+            ),
+            "The output is x @ rounded.T with rounded = scale * round(weight / scale): where is the first scale?": (
+                "scale * torch.round(weight / scale)", "torch.round(weight / scale)"
+            ),
+            "Straight through, scale times 1 / scale is 1: the gradient is not multiplied by scale once more.": (
+                "rate * gradient", "rate * scale * gradient"
+            ),
+        },
     ),
     "13.3": Exercise(
         "learn from the float model",
-        _test_distill,
-        (
+        hints=(
             "KL(p || q) = Σ p (log p - log q), p the teacher's probabilities, q the student's.",
             "log_softmax(-1) of both; the sum goes over the vocabulary, the last dimension.",
             "Then the mean over all positions; and teacher_logits.detach().",
         ),
-        distill_solution,
+        solution=distill_solution,
+        cases=_distill_cases,
+        use=_with_gradients,
+        slips={
+            "This is KL(student || teacher). The teacher's probabilities weigh the sum: KL(teacher || student).": (
+                "(log_p.exp() * (log_p - log_q))", "(log_q.exp() * (log_q - log_p))"
+            ),
+            "Sum over the vocabulary, mean over the positions: this is the mean over both.": (
+                ".sum(-1).mean()", ".mean()"
+            ),
+            'The mean is over all positions of all rows. (reduction="batchmean" divides by the first dimension.)': (
+                ".sum(-1).mean()", ".sum() / len(log_p)"
+            ),
+            "The mean over the positions is missing: this is their sum.": (".sum(-1).mean()", ".sum()"),
+            "One number for all positions: their mean.": (".sum(-1).mean()", ".sum(-1)"),
+            "Only one position was measured: the mean over all of them was asked for.": (
+                ".sum(-1).mean()", ".sum(-1)[..., -1].mean()"
+            ),
+            "A gradient flows into the teacher as well: it is a constant here. detach() it.": (".detach()", ""),
+            "No gradient reaches the student's logits.": ("student_logits.log", "student_logits.detach().log"),
+            "The student's logits are no logarithms of probabilities yet: log_softmax.": (
+                "student_logits.log_softmax(-1)", "student_logits"
+            ),
+            "Softmax over the vocabulary, the last dimension, not over the positions.": (
+                "detach().log_softmax(-1)", "detach().log_softmax(1)",
+                "student_logits.log_softmax(-1)", "student_logits.log_softmax(1)",
+            ),
+            "Softmax over each position by itself, not over all of the logits together.": (
+                "detach().log_softmax(-1)", "detach().flatten().log_softmax(0).view_as(teacher_logits)",
+                "student_logits.log_softmax(-1)", "student_logits.flatten().log_softmax(0).view_as(student_logits)",
+            ),
+            "This is the cross entropy: KL is less by the teacher's own entropy.": ("(log_p - log_q)", "-log_q"),
+            "The teacher is asked for its whole distribution, not for its first choice only.": (
+                DIVERGENCE, "F.cross_entropy(log_q.flatten(0, 1), log_p.argmax(-1).flatten())"
+            ),
+            "The sign is turned: KL is never below 0.": ("(log_p - log_q)", "(log_q - log_p)"),
+            "Distances of logits, or of their logarithms, are no KL: weigh by the teacher's probabilities.": (
+                "log_p.exp() * (log_p - log_q)", "(log_p - log_q).square()"
+            ),
+        },
     ),
     "13.4": Exercise(
         "two bits, trained",
@@ -262,4 +326,4 @@ EXERCISES = {
         ),
         train_solution,
     ),
-}
+}  # fmt: skip

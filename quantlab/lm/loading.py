@@ -52,15 +52,10 @@ def real_lm():
     Where it cannot be had, or is not wanted (QUANTLAB_SMOLLM2=0), the stand-in is the model that the workbook runs on,
     and the name is chosen_model()'s. Raises: as load_lm.
     """
-    name = "smollm2"
-    if os.environ.get("QUANTLAB_SMOLLM2") == "0":
-        name = chosen_model()
-    else:
-        try:
-            smollm2_folder()
-        except FileNotFoundError:
-            name = chosen_model()
-    return *load_lm(name), name
+    try:
+        return *load_lm("smollm2"), "smollm2"
+    except FileNotFoundError:
+        return *load_lm(), chosen_model()
 
 
 def _folder_of(name: str) -> Path:

@@ -27,6 +27,8 @@ def smollm2_folder() -> Path:
     Raises: FileNotFoundError, naming both ways, if neither the package nor the hub has it; ValueError if the package's
     file is not the one that is known here.
     """
+    if os.environ.get("QUANTLAB_SMOLLM2") == "0":
+        raise FileNotFoundError("SmolLM2 is left out, as QUANTLAB_SMOLLM2=0 asks")
     file = packaged_gguf()
     if file is not None:
         return _converted(file)
@@ -50,7 +52,12 @@ def sha256_of(path: Path) -> str:
 
 
 def packaged_gguf() -> Path | None:
-    """The package's file, found without importing the package (which would import another program's)."""
+    """The package's file, found without importing the package (which would import another program's).
+
+    None if it is not installed, or left out by QUANTLAB_SMOLLM2=0.
+    """
+    if os.environ.get("QUANTLAB_SMOLLM2") == "0":
+        return None
     try:
         file = Path(distribution(PACKAGE).locate_file(GGUF))
     except PackageNotFoundError:
