@@ -271,6 +271,20 @@ def _layers(random):
         yield uniform(random, 0.1, 10.0) * x, weight, bits
 
 
+def _layer_edges():
+    """Even columns within ±1, and three that are louder by no power of two: a coarse search misses the best ends."""
+    random = torch.Generator().manual_seed(0)
+    for bits, louder in ((4, 2**2.5), (2, 2**1.5), (3, 2**3.5)):
+        x = 2 * torch.rand(160, 48, generator=random) - 1
+        x[:, [5, 20, 40]] *= louder
+        weight = torch.randn(24, 48, generator=random)
+        weight[:, [5, 20, 40]] *= 0.001
+        yield x, weight, bits
+    for seed in (1, 2):
+        random.manual_seed(seed)
+        yield torch.randn(160, 48, generator=random) ** 3, torch.randn(24, 48, generator=random), 2
+
+
 def _unseen(x):
     """Inputs like x, the same for the same x: each column's values are drawn anew from its own."""
     rows = torch.randint(0, len(x), x.shape, generator=torch.Generator().manual_seed(1))
@@ -302,9 +316,12 @@ def _output_rule(ends, x, weight, bits):
         mine <= 1.1 * best,
         f"[{low:.3g}, {high:.3g}] at {bits} bits gives {mine / best:.2f} times the output error, on inputs that you "
         f"have not seen, that a search over both ends reaches; 1.1 was asked for (x.min() to x.max(): "
-        f"{whole / best:.2f}). {_about_range(x, weight)}",
+        f"{whole / best:.2f}). {_about_range(x, weight)}{_FINER if mine < 2.2 * best else ''}",
     )
     return f"{mine / whole:.2f} times the output error of x.min() to x.max() in the last case."
+
+
+_FINER = " Or is it only that your search is too coarse? Steps by a constant factor, √2 say, are fine everywhere."
 
 
 def _about_range(x, weight) -> str:
@@ -432,11 +449,12 @@ EXERCISES = {
         "a range for the output",
         hints=(
             "The MSE observer does not know the weight. You do: compare x @ weight.T with and without rounding.",
-            "Search as the MSE observer does (both ends, some twenty fractions each), with the output's error.",
+            "Search both ends, each by itself: some dozen fractions, from 1 down in steps of √2, with the output's error.",
             "((fake_quantize(x, qp) - x) @ weight.T).square().sum() is what to make small.",
         ),
         solution=output_range_solution,
         cases=_layers,
+        edges=_layer_edges,
         rule=_output_rule,
         rounds=1,
     ),
