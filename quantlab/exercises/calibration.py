@@ -449,7 +449,7 @@ EXERCISES = {
         "a range for the output",
         hints=(
             "The MSE observer does not know the weight. You do: compare x @ weight.T with and without rounding.",
-            "Search both ends, each by itself: some dozen fractions, from 1 down in steps of √2, with the output's error.",
+            "Search both ends, each by itself: a dozen fractions from 1 down, in steps of √2, by the output error.",
             "((fake_quantize(x, qp) - x) @ weight.T).square().sum() is what to make small.",
         ),
         solution=output_range_solution,
