@@ -5,21 +5,26 @@ In reading order; each imports only from the lines above its own (tests/test_imp
     foundation   arguments files selftest                        what the others ask of arguments and files
     torch        modules                                         linear layers, hooks, modes
     the map      affine packing                                  reals to integer codes, codes to bytes
-    blocks       blocks levels quantized metrics                 who shares a scale; tables of levels; the protocol
-    tensors      granularity floats codebook_fast                rounding to nearest; small floats
+    blocks       blocks levels quantized metrics kv_codes        who shares a scale; tables of levels; the protocol
+    tensors      granularity floats codebook_fast superblocks    rounding to nearest; small floats; scales as codes
     choosing     codebook clipping observers                     NF4; which range, from data or without
     inputs       hessian                                         what a layer's output loses, without its inputs
     error        gptq                                            column by column
     scaling      awq
     layers       storage linear                                  quantized tensors in files and in layers
-    outliers     outliers
+    outliers     outliers hadamard
+    bases        rotations
     methods      methods                                         one object for each way to quantize a model
     models       lm                                              load, measure, walk, save
-    beyond       mixed ledger train                              bits by layer; the table; training
-    doors        qat sweep                                       public names of training; many ways side by side
+    beyond       mixed ledger train kv                           bits by layer; the table; training; the cache of keys
+    doors        qat sweep kv_measuring                          public names of training; many ways side by side
+    engines      export                                          files for other programs, one file an engine
+    the end      capstone                                        fit the budget: recipes, scores, a leaderboard
 
 Beside the lines: plain (slow definitions of what is fast elsewhere), plots, explorers (what is dragged), exercises,
-judging and checks (what is answered), predictions (what is guessed first).
+judging and checks (what is answered), predictions (what is guessed first), hunt (what is wrong on purpose), progress
+(what is passed).
+judging and checks (what is answered), predictions (what is guessed first), hunt (what is wrong on purpose).
 A new method is a file in methods, a new quantized tensor a subclass of quantized.Quantized, a new chapter a file in
 notebooks/src with its exercises in exercises, a new engine a file in export.
 """

@@ -5,6 +5,7 @@ import inspect
 
 from quantlab.exercises import CHAPTERS
 from quantlab.judging import Exercise, Wrong, expect, judge
+from quantlab.progress import remember
 
 __all__ = ["Exercise", "Wrong", "check", "expect", "find", "found", "hint", "judge", "solution"]
 
@@ -22,6 +23,7 @@ def check(name: str, answer) -> None:
     exercise = find(name)
     verdict = judge(exercise, answer)
     print(f"{name} {exercise.title}: {verdict}")
+    remember(name, passed=verdict.startswith("passed"))
 
 
 def hint(name: str) -> None:
@@ -55,11 +57,11 @@ def find(name: str) -> Exercise:
     return exercises[name]
 
 
-def found(holds: bool, claim: str, *, of: str = "model") -> None:
-    """A finding, which is no law: something measured on the bundled model, or on one machine.
+def found(holds: bool, claim: str, *, of: str = "model", home: str = "bundled", on: str | None = None) -> None:
+    """A finding, which is no law: something measured on one model, its home, or on one machine.
 
-    of="model": on the bundled model it must hold, or AssertionError is raised; on another one (QUANTLAB_MODEL) a line
-    says what does not hold there, and the notebook goes on. of="machine": a time, say; never raised, always a line.
+    of="model": on its home it must hold, or AssertionError is raised; on another model (`on`; None: QUANTLAB_MODEL's) a
+    line says what does not hold there, and the notebook goes on. of="machine": a time, say; it never raises.
 
     >>> found(2 < 3, "2 is below 3")
     >>> found(2.5 < 2, "int8 takes 2.50 of float32's time, below 2 where this was written", of="machine")
@@ -69,6 +71,6 @@ def found(holds: bool, claim: str, *, of: str = "model") -> None:
         return
     from quantlab.lm import chosen_model  # here, since a notebook without a model asks checks as well
 
-    if of == "model" and chosen_model() == "bundled":
+    if of == "model" and (on or chosen_model()) == home:
         raise AssertionError(f"not so, though it was found on this model: {claim}")
     print(f"Not so on this {of}: {claim}")

@@ -16,6 +16,8 @@ from quantlab.lm import QuantizeReport, divergence, model_bytes, perplexity
 from quantlab.lm.measuring import checked_windows
 from quantlab.lm.report import left_in_float, left_in_float_note
 
+LATER = {"left_in_float", "cache_bytes"}  # columns that the first ledgers have not
+
 
 @dataclass(frozen=True)
 class Row:
@@ -41,6 +43,7 @@ class Row:
     seconds: float | None = None  # to quantize, or to train
     calibration_tokens: int | None = None  # looked at to quantize, or to train
     left_in_float: float | None = None  # fraction of the blocks' weights that no quantized layer holds
+    cache_bytes: int | None = None  # keys and values of the longest window, where a KVCache holds them
 
 
 class Latency(NamedTuple):
@@ -85,6 +88,7 @@ def measure(
         seconds=seconds,
         calibration_tokens=read,
         left_in_float=_left_in_float(model, report, qtensors),
+        cache_bytes=getattr(model, "cache_bytes", None),
         **(latency(reference, model, tokens)._asdict() if computes_otherwise(reference, model) else {}),
     )
 
@@ -157,7 +161,7 @@ def read(path="ledger.csv") -> list[Row]:
         raise FileNotFoundError(f"no ledger {path}")
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:  # a spreadsheet puts a mark before it
         reader = csv.DictReader(file)
-        columns, needed = reader.fieldnames or [], [f.name for f in fields(Row) if f.name != "left_in_float"]
+        columns, needed = reader.fieldnames or [], [f.name for f in fields(Row) if f.name not in LATER]
         if columns[: len(needed)] != needed or set(columns) - {f.name for f in fields(Row)}:
             raise ValueError(f"{path} is not a ledger: its columns are {reader.fieldnames}")
         return [row_of(line, f"{path}, line {number}") for number, line in enumerate(reader, 2)]
@@ -214,6 +218,8 @@ class Table:
             for r in self.rows
         ]  # fmt: skip
         lines = ["  ".join(f"{text:>{w}}" for text, w in zip(row, widths, strict=True)) for row in (head, *lines)]
+        lines += [f"{r.method}, {r.bits} bits: {r.cache_bytes / 1000:.0f} kB of keys and values" for r in self.rows
+                  if r.cache_bytes]  # fmt: skip
         left = [r for r in self.rows if r.left_in_float and r.left_in_float >= 0.005]
         lines += [f"{r.method}, {r.bits} bits: {left_in_float_note(r.left_in_float)}" for r in left]
         return "\n".join(lines)

@@ -42,7 +42,7 @@ def plant_outliers(model, *, channels, factor: float):
     stretch[channels] = factor
     for norm, layers in readers:
         _move(norm, layers, stretch)
-    return _same_outputs(model, new)
+    return check_same_outputs(model, new)
 
 
 def smooth(model, activation_scales: dict[str, Tensor], *, alpha: float = 0.5):
@@ -67,7 +67,7 @@ def smooth(model, activation_scales: dict[str, Tensor], *, alpha: float = 0.5):
         if name not in activation_scales:
             raise ValueError(f"no activation scales for {name!r}; quantlab.lm.activation_scales gives them all")
         _move(norm, layers, 1 / smoothing_scales(activation_scales[name], layers, alpha))
-    return _same_outputs(model, new)
+    return check_same_outputs(model, new)
 
 
 def smoothing_scales(largest_x: Tensor, layers: list[nn.Module], alpha: float) -> Tensor:
@@ -172,7 +172,7 @@ def _move(norm: nn.Module, layers: list[nn.Module], stretch: Tensor) -> None:
             weight_of(layer).div_(stretch.to(layer.weight))
 
 
-def _same_outputs(model, new):
+def check_same_outputs(model, new):
     """The new model, if it computes what the old one does."""
     before, after = _logits(model), _logits(new)
     # Of a whole model, relative to its largest output.

@@ -49,13 +49,18 @@ def plot_against_bits(rows: dict[str, dict[int, tuple[float, float]]], *, ylabel
         values, errors = zip(*(points[b] for b in bits), strict=True)
         ax.errorbar(bits, values, yerr=errors, marker=marker, color=color, capsize=3, label=method)
     ax.set(xlabel="bits", ylabel=ylabel, yscale="log", xticks=bits)
+    _fill_ticks(ax)
+    ax.legend(loc="best")
+    return ax
+
+
+def _fill_ticks(ax: Axes) -> None:
+    """On a logarithmic axis that is too short for powers of ten: 50, 100, 200 instead."""
     low, high = ax.get_ylim()
-    if high < 100 * low:  # too short for powers of ten: 50, 100, 200 instead
+    if high < 100 * low:
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter(NullFormatter())
-    ax.legend(loc="best")
-    return ax
 
 
 def plot_curves(curves: dict[str, tuple], *, xlabel: str, ylabel: str, log: str = "", ax: Axes | None = None) -> Axes:
@@ -82,3 +87,41 @@ def plot_bars(bars: dict[str, dict], *, ylabel: str, log: bool = False, ax: Axes
     if len(bars) > 1:
         ax.legend(loc="best", fontsize="small")
     return ax
+
+
+def plot_pareto(
+    points: dict[str, tuple[float, float]], *, xlabel: str, ylabel: str, limit: float | None = None,
+    mine: str | None = None, ax: Axes | None = None,
+) -> Axes:  # fmt: skip
+    """Sizes and losses, {name: (size, loss)}, and the line below which none of them lies; mine is drawn as a star.
+
+    The line is the Pareto front: at each size the least loss of whatever is no larger. limit: a size not to exceed.
+    """
+    ax = ax if ax is not None else plt.gca()
+    front = pareto_front(points.values())
+    if front:
+        ax.step(*zip(*front, strict=True), where="post", color="0.7", zorder=0, label="the best so far")
+    others, styles = [name for name in points if name != mine], [s for s in _LINES[1:] if s[1] != "*"]
+    for name, (color, marker) in zip(others, cycle(styles), strict=False):
+        ax.plot(*points[name], marker, color=color, markersize=8, linestyle="", label=name)
+    if mine is not None:
+        ax.plot(*points[mine], "*", color=ERROR, markersize=16, markeredgecolor="black", linestyle="", label=mine)
+    if limit is not None:
+        ax.axvline(limit, color="black", linestyle=":", label="the budget")
+    ax.set(xlabel=xlabel, ylabel=ylabel, yscale="log")
+    _fill_ticks(ax)
+    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small")
+    return ax
+
+
+def pareto_front(points) -> list[tuple[float, float]]:
+    """Those of the points (size, loss) that no other beats in one number without losing in the other, smallest first.
+
+    >>> pareto_front([(3, 1.0), (1, 5.0), (2, 6.0), (2, 2.0), (3, 2.0)])
+    [(1, 5.0), (2, 2.0), (3, 1.0)]
+    """
+    front = []
+    for size, loss in sorted(points):
+        if not front or loss < front[-1][1]:
+            front.append((size, loss))
+    return front

@@ -4,6 +4,7 @@ import argparse
 import base64
 import copy
 import io
+import os
 import re
 import sys
 import time
@@ -117,9 +118,10 @@ class ThisPython(AsyncKernelManager):
 def run(notebook: NotebookNode, *, folder: Path) -> None:
     """Execute the cells in place; an error in a cell that is not tagged for it ends the run."""
     resources = {"metadata": {"path": str(folder)}}
+    nobody = os.environ | {"QUANTLAB_PROGRESS": "off"}  # whoever builds a notebook has passed nothing in it
     NotebookClient(
         notebook, kernel_manager_class=ThisPython, timeout=600, record_timing=False, resources=resources
-    ).execute()
+    ).execute(env=nobody)
 
 
 def normal_form(notebook: NotebookNode) -> NotebookNode:

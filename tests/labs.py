@@ -149,7 +149,8 @@ def _private(home: Path) -> dict:
     folders = {name: str(home / folder) for name, folder in names.items()}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     model = os.environ.get("QUANTLAB_BROWSER_MODEL")  # another than the tests beside these run on
-    return os.environ | folders | {"PYTHONPATH": path} | ({"QUANTLAB_MODEL": model} if model else {})
+    other = {"QUANTLAB_MODEL": model, "QUANTLAB_SMOLLM2": "0"} if model else {}  # nor SmolLM2: its stand-in is tried
+    return os.environ | folders | {"PYTHONPATH": path} | other
 
 
 def _wait_for(lab: Lab, process: subprocess.Popen, log: Path) -> None:

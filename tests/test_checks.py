@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+from pathlib import Path
 
 import pytest
 
@@ -79,7 +80,10 @@ def test_an_error_in_the_answer_is_no_traceback():
 def test_every_file_is_a_chapter_and_holds_its_exercises():
     found = {module.name for module in pkgutil.iter_modules(quantlab.exercises.__path__)}
     assert found == {*CHAPTERS.values(), "material"}
-    assert list(CHAPTERS) == [str(i) for i in range(len(CHAPTERS))]
+    numbers = [int(chapter) for chapter in CHAPTERS]
+    assert numbers == sorted(set(numbers))
+    notebooks = {path.name[:2] for path in (Path(__file__).parent.parent / "notebooks/src").glob("*.py")}
+    assert {f"{number:02d}" for number in numbers} <= notebooks
     for chapter, file in CHAPTERS.items():
         names = importlib.import_module(f"quantlab.exercises.{file}").EXERCISES
         assert list(names) == [f"{chapter}.{i}" for i in range(1, len(names) + 1)]

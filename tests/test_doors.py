@@ -19,17 +19,38 @@ from test_lm import random_model
 from torch import Tensor, nn
 
 import quantlab as ql
-from quantlab import awq, floats, gptq, ledger, linear, lm, methods, mixed, outliers, qat, storage
+from quantlab import (
+    awq,
+    floats,
+    gptq,
+    kv,
+    kv_measuring,
+    ledger,
+    linear,
+    lm,
+    methods,
+    mixed,
+    outliers,
+    qat,
+    rotations,
+    storage,
+)
 from quantlab.clipping import quantize_clipped
+from quantlab.export import gguf, gguf_models
 from quantlab.granularity import code_range
+from quantlab.superblocks import round_in_superblocks
 
 ROOT = Path(ql.__file__).resolve().parent
 ROOMS = ("", "floats", "metrics", "clipping", "gptq", "awq", "linear", "outliers", "methods", "mixed", "qat", "storage")
-ROOMS += ("lm", "ledger", "levels")
+ROOMS += ("lm", "ledger", "levels", "rotations", "kv", "kv_measuring", "superblocks", "export.gguf")
+ROOMS += ("export.gguf_models",)
 # Public names that are no doors, and why.
 RECORDS = {"Sensitivity", "Allocation", "Search", "Factor", "SplitError", "Divergence", "LayerReport", "Perplexity"}
-RECORDS |= {"QuantizeReport", "Row", "Latency", "Table", "PerTensor"}  # results, or nothing to ask
+RECORDS |= {"QuantizeReport", "Row", "Latency", "Table", "PerTensor", "Rounded"}  # results, or nothing to ask
+RECORDS |= {"BlockType", "GGUFFile", "GGUFTensor"}
 PARTS = {
+    "Chunks",
+    "KVLayer",
     "QTensor",
     "CodebookTensor",
     "ScaledQTensor",
@@ -40,11 +61,15 @@ BASES = {"Method", "WeightMethod", "IntegerMethod", "Int8Linear", "Rounding"}
 BEHIND = {"check_weight", "check_levels", "midpoints", "kernel_status", "plain", "kl_per_position", "read_names"}
 BEHIND |= {
     "chosen_model",
+    "real_lm",
     "longest_context",
     "read_parts",
     "dynamic_levels",
+    "Stored",
     "nf4_levels",
     "computes_otherwise",
+    "check_same_outputs",
+    "OnlineHadamard",
     "row_of",
 }  # called by doors, with what they checked
 
@@ -105,7 +130,10 @@ def good_calls(folder: Path) -> dict:
     entry = ledger.measure(model(), model(), tokens(), method="float", window=16)
     storage.save_tensors(folder / "x", {"x": real})
     lm.save_quantized(folder / "m", new, report.qtensors)
+    wide, (small, words) = x(4, 32), lm.load_lm(str(lm.DATA / "model"))
+    gguf.save_gguf(small, words, folder / "s.gguf", mix="F16")
     trained = qat.prepare_qat(model(), bits=4, group_size=8)
+    past = model()(tokens()[None]).past_key_values
     return {
         "QParams": (ql.QParams, {"scale": qp.scale, "zero_point": qp.zero_point, "qmin": -8, "qmax": 7}),
         "choose_qparams": (ql.choose_qparams, {"min_val": -edge, "max_val": edge, "qmin": 0, "qmax": 15}),
@@ -166,7 +194,16 @@ def good_calls(folder: Path) -> dict:
         "smoothing_scales": (outliers.smoothing_scales, {"largest_x": row.abs(), "layers": [lin], "alpha": 0.5}),
         "norm_readers": (outliers.norm_readers, {"model": model()}),
         **{one.__name__: (one, {}) for one in (methods.RTN, methods.NF4, methods.GPTQ, methods.AWQ)},
-        **{one.__name__: (one, {}) for one in (methods.W8A8, methods.SmoothQuant, methods.LLMInt8)},
+        **{one.__name__: (one, {}) for one in (methods.W8A8, methods.SmoothQuant, methods.W4A4, methods.LLMInt8)},
+        "hadamard": (rotations.hadamard, {"n": 12}),
+        "hadamard_transform": (rotations.hadamard_transform, {"x": real}),
+        "random_hadamard": (rotations.random_hadamard, {"n": 12}),
+        "random_orthogonal": (rotations.random_orthogonal, {"n": 12}),
+        "fold_norms": (rotations.fold_norms, {"model": model()}),
+        "rotate": (rotations.rotate, {"model": model(), "residual": torch.eye(24), "heads": False}),
+        "cayley": (rotations.cayley, {"free": x(8, 8)}),
+        "rounding_error": (rotations.rounding_error, {"x": real, "bits": 4}),
+        "learn_rotation": (rotations.learn_rotation, {"rows": [real], "start": torch.eye(8), "steps": 2}),
         "method_of": (methods.method_of, {"name": "rtn"}),
         "settings_of": (methods.settings_of, {"name": "rtn"}),
         "sensitivity": (mixed.sensitivity, on_model | {"bits": (4,), "group_size": 8, "progress": False}),
@@ -188,6 +225,7 @@ def good_calls(folder: Path) -> dict:
         "activation_scales": (lm.activation_scales, {"model": model(), **reads}),
         "blocks_of": (lm.blocks_of, {"model": model()}),
         "linear_layers": (lm.linear_layers, {"model": model()}),
+        "embedding_layers": (lm.embedding_layers, {"model": model()}),
         "layers_of_role": (lm.layers_of_role, {"model": model(), "role": "query"}),
         "budget": (lm.budget, {"model": model(), "tokens": 40, "least": 20}),
         "begin_token": (lm.begin_token, {"tokenizer": lm.load_lm()[1]}),
@@ -201,6 +239,7 @@ def good_calls(folder: Path) -> dict:
         "save_quantized": (lm.save_quantized, {"folder": folder / "n", "model": new, "qtensors": report.qtensors}),
         "load_quantized": (lm.load_quantized, {"folder": folder / "m", "packed": False}),
         "generate": (lm.generate, {"model": lm.load_lm()[0], "tokenizer": lm.load_lm()[1], "prompt": "a", "tokens": 2}),
+        "answer": (lm.answer, {"model": lm.load_lm()[0], "tokenizer": lm.load_lm()[1], "question": "a", "tokens": 2}),
         "load_lm": (lm.load_lm, {"name_or_path": str(lm.DATA / "model")}),
         "load_text": (lm.load_text, {"name": "style"}),
         "read_documents": (lm.read_documents, {"paths": [lm.DATA / "text/style.txt"]}),
@@ -209,6 +248,32 @@ def good_calls(folder: Path) -> dict:
         "latency": (ledger.latency, {"reference": model(), "model": new, "tokens": tokens(), "rounds": 2}),
         "append": (ledger.append, {"row": entry, "path": folder / "ledger.csv"}),
         "read": (ledger.read, {"path": folder / "ledger.csv"}),
+        "quantize_kv": (kv.quantize_kv, {"x": x(1, 2, 16, 8), "bits": 4, "per": "channel", "group_size": 8}),
+        "KVCache": (kv.KVCache, {"group_size": 8, "recent": 0, "sinks": 4}),
+        "KVModel": (lambda model, **options: kv.KVModel(model, **options)(tokens()[None]).logits,
+                    {"model": model(), "chunk": 16, "key_bits": 2, "group_size": 8}),
+        "filled": (kv.KVCache.filled, {"past": past, "tokens": 8, "key_bits": 2}),
+        "update": (lambda keys, values: kv.KVCache().update(keys, values, 0),
+                   {"keys": x(1, 2, 40, 8), "values": x(1, 2, 40, 8)}),
+        "kv_divergences": (kv_measuring.kv_divergences, {"model": model(), "past": past, "following": tokens()[:20],
+                                                         "settings": {"a": {"key_bits": 2}}, "tokens": 36, "chunk": 8}),
+        "attention_queries": (kv_measuring.attention_queries, {"model": model(), "tokens": tokens()}),
+        "attention_on_first": (kv_measuring.attention_on_first,
+                               {"model": model(), "tokens": tokens(), "past": past, "start": 10, "stop": 30}),
+        "value_lengths": (kv_measuring.value_lengths, {"past": past}),
+        "rounding_errors": (kv_measuring.rounding_errors, {"past": past, "bits": 3}),
+        "keys_before_rope": (kv_measuring.keys_before_rope, {"model": model(), "tokens": tokens(), "past": past}),
+        "round_in_superblocks": (round_in_superblocks, {"x": x(4, 32), "super_size": 32, "block_size": 8}),
+        "quantize_gguf": (gguf.quantize_gguf, {"weight": wide, "kind": "Q4_0", "importance": wide[0].abs()}),
+        "dequantize_gguf": (gguf.dequantize_gguf, {"packed": gguf.quantize_gguf(wide, "Q4_0"), "kind": "Q4_0"}),
+        "codes_to_gguf": (gguf.codes_to_gguf, {"q": ql.quantize_tensor(wide, bits=4, granularity=ql.PerGroup(32))}),
+        "save_gguf": (gguf.save_gguf, {"model": small, "tokenizer": words, "path": folder / "z.gguf", "mix": "F16"}),
+        "read_gguf": (gguf.read_gguf, {"path": folder / "s.gguf"}),
+        "tensor_types": (gguf.tensor_types, {"shapes": {"blk.0.attn_v.weight": (8, 32)}, "mix": "Q4_0", "blocks": 1}),
+        "types_of": (gguf.types_of, {"model": model(), "mix": "Q4_K_M"}),
+        "gguf_name": (gguf.gguf_name, {"name": "model.norm.weight"}),
+        "measure_importance": (gguf_models.measure_importance, on_model),
+        "with_values_of": (gguf_models.with_values_of, {"model": small, "path": folder / "s.gguf"}),
         "compare": (ledger.compare, {"row": entry, "other": ledger.measure(model(), new, method="rtn", **reads)}),
     }  # fmt: skip
 
@@ -259,6 +324,7 @@ RIGHT |= {
     for door in ("perplexity", "divergence", "measure", "sensitivity")
 }
 RIGHT |= {("packed forward", "x", kind): "as nn.Linear" for kind in ("NaN", "inf", "3e38", "1e300")}
+RIGHT |= {("hadamard_transform", "x", "3e38"): "sums beyond float32, as in the product with the matrix"}
 RIGHT |= {("int8 forward", "x", "3e38"): "sums beyond float32, as in nn.Linear"}
 # TypeError: only of Python itself, at the call: an argument that is missing, or one that does not exist.
 OURS = (ValueError, FileNotFoundError, TypeError)

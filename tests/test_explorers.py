@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 import operator
 import re
 import threading
@@ -18,11 +19,14 @@ from quantlab import explorers as ex
 from quantlab.affine import choose_qparams, fake_quantize, quantize
 from quantlab.awq import scale_and_round, scales_of, search_scales
 from quantlab.blocks import PerAxis, PerGroup, PerTensor
+from quantlab.capstone import Plans
 from quantlab.codebook import nf4_levels, quantize_codebook
 from quantlab.explorers import data
+from quantlab.explorers.rotations import block_sizes
 from quantlab.floats import FP4_E2M1, round_to
 from quantlab.gptq import gptq_quantize, gptq_steps
 from quantlab.granularity import quantize_tensor
+from quantlab.hadamard import hadamard
 from quantlab.hessian import Hessian
 from quantlab.linear import DynamicInt8Linear, StaticInt8Linear
 from quantlab.lm import DATA, generate, load_lm
@@ -30,6 +34,8 @@ from quantlab.metrics import mse, sqnr_db
 from quantlab.mixed import Sensitivity, greedy, knapsack
 from quantlab.observers import MSE, MinMax, Percentile
 from quantlab.outliers import LLMInt8Linear, smoothing_scales
+from quantlab.rotations import rounding_error
+from quantlab.superblocks import round_in_superblocks
 from quantlab.train.few_levels import binary, pack_ternary, ternary
 from quantlab.train.lsq import LSQ
 
@@ -108,6 +114,19 @@ def scaled_layers():
     return {name: (weight, Hessian(150).add(values)) for name, values in (("even", x), ("loud", loud))}
 
 
+def loud_layers():
+    """A layer with a loud channel, and one with a loud token."""
+    weight, x = layer_and_inputs()
+    channel, token = x * torch.ones(150).index_fill(0, torch.tensor([7]), 80.0), x.clone()
+    token[0] *= 80
+    return {"channel": (weight, channel), "token": (weight, token)}
+def loud_inputs(width=96):
+    """Inputs with one loud channel; 96 channels have Hadamard blocks of 1, 2, 4, 8, 12, 16 ..."""
+    x = values(40, width)
+    x[:, 11] *= 40
+    return x
+
+
 def sensitivity(blocks=3):
     """Made-up costs that fall by 4 for each bit, of layers of two sizes."""
     random, kinds = seeded(), {"attn.q_proj": 4096, "attn.v_proj": 4096, "mlp.up_proj": 12288}
@@ -116,6 +135,11 @@ def sensitivity(blocks=3):
     costs = {name: {b: factor * 4.0**-b for b in (2, 3, 4, 6)} for name, factor in scale.items()}
     sizes = {name: {b: count * b // 8 + count // 32 for b in (2, 3, 4, 6)} for name, count in weights.items()}
     return Sensitivity(costs, costs, sizes, weights, 512)
+
+
+def wide_layer():
+    """A layer whose rows are super-blocks of 256, and its input."""
+    return values(12, 512), values(100, 512)
 
 
 def ranks():
@@ -133,9 +157,37 @@ def ranks():
     return [row(r) for r in (0, 1, 4)]
 
 
+def head():
+    """Keys with two loud channels, values without, and a query; 80 tokens of 24 channels."""
+    random = seeded()
+    keys, values_, query = (torch.randn(*shape, generator=random) for shape in ((80, 24), (80, 24), (24,)))
+    keys[:, [3, 11]] += torch.tensor([9.0, -14.0])
+    return keys, values_, 2 * query
+
+
+def caches():
+    """Made-up KLs that fall by 4 for each bit of the keys and by 3 for each of the values."""
+    settings = [(k, v, sinks) for k in (8, 4, 2) for v in (8, 4, 2) for sinks in (0, 4)]
+    return {(k, v, sinks): (4.0**-k + 0.3 * 3.0**-v) / (1 + sinks) for k, v, sinks in settings}
+def planned():
+    """Made-up costs that fall by 4 for each bit, and bytes of three parts."""
+    parts, bits, groups = {"embedding": 30_000, "attention": 20_000, "MLP": 60_000}, (2, 3, 4), (32, 64)
+    scale = {"nearest": 2.0, "GPTQ": 1.0}
+    each = [(group, part, b) for group in groups for part in parts for b in bits]
+    costs = {(m, g, part, b): s * g / parts[part] * 4.0**-b * 1e4 for m, s in scale.items() for g, part, b in each}
+    codes = {(part, b): count * b // 8 for part, count in parts.items() for b in bits}
+    sides = {(g, part, b): parts[part] // g * 4 for g, part, b in each}
+    return Plans(costs, codes, sides, 500, 700, 110_000, tuple(scale), groups, bits)
+
+
 EXPLORERS = {
+    "kv": lambda: ex.explore_kv(*head()[:2]),
+    "cache": lambda: ex.explore_cache(head()[2], head()[0], caches(), recent=8),
+    "activations": lambda: ex.explore_activations(loud_layers()),
+    "hunt": lambda: ex.explore_hunt("integers"),
     "rank": lambda: ex.explore_rank(ranks()),
     "budget": lambda: ex.explore_budget(sensitivity()),
+    "capstone": lambda: ex.explore_capstone(planned(), 60_000, references={"a": (50_000, 0.2), "b": (70_000, 0.01)}),
     "affine": lambda: ex.explore_affine(values()),
     "clipping": lambda: ex.explore_clipping(values()),
     "gptq": lambda: ex.explore_gptq(*layer()),
@@ -154,6 +206,9 @@ EXPLORERS = {
     "scaling": lambda: ex.explore_scaling(scaled_layers()),
     "training": lambda: ex.explore_training(*walk(), bits=2, group_size=48, step=5),
     "step": lambda: ex.explore_step(*layer_and_inputs(), group_size=50),
+    "angle": lambda: ex.explore_angle(10.0, 0.6),
+    "blocks": lambda: ex.explore_blocks(loud_inputs()),
+    "super-blocks": lambda: ex.explore_super_blocks(*wide_layer()),
 }
 
 # --- how it is looked at ----------------------------------------------------------------------------------------
@@ -299,6 +354,7 @@ def test_a_move_costs_less_than_half_of_a_full_redraw(name):
 
 NAN = float("nan")
 LAYERS = {  # explorers of a layer, by (weight, x)
+    "activations": lambda weight, x: ex.explore_activations({"layer": (weight, x)}),
     "groups": ex.explore_groups,
     "codebook": ex.explore_codebook,
     "threshold": ex.explore_threshold,
@@ -755,6 +811,37 @@ def test_outliers_of_odd_layers(explore):
         explore(torch.zeros(4, 8), torch.zeros(3, 8), channels=[8])
 
 
+# --- notebook 19: super-blocks
+
+
+def test_super_blocks_show_the_librarys_numbers():
+    weight, x = wide_layer()
+    explorer = put(ex.explore_super_blocks(weight, x), block=64, scale=4, offset=False)
+    rounded = round_in_superblocks(weight, block_size=64, scale_bits=4, offset=False)
+    plain = round_in_superblocks(weight, block_size=64, scale_bits=16, offset=False)
+    errors, output = [relative(r.values, weight) for r in (rounded, plain)], Hessian(512).add(x)
+    shows(explorer, f"{rounded.bits_per_element:.3f} true bits", f"need {plain.bits_per_element:.3f} bits")
+    shows(explorer, f"weight error {errors[0]:.2e} ({errors[0] / errors[1]:.3f} ×")
+    shows(explorer, f"output error {output.output_error(weight, rounded.values):.2e}")
+    for place, error in enumerate((errors[0], output.output_error(weight, rounded.values))):
+        dot = axes(explorer, place).lines[1]
+        assert [float(v[0]) for v in dot.get_data()] == pytest.approx([rounded.bits_per_element, error], rel=1e-5)
+
+
+def test_super_blocks_stand_beside_gptq():
+    weight, x = wide_layer()
+    line = next(line for line in axes(ex.explore_super_blocks(weight, x), 1).lines if line.get_label() == "GPTQ")
+    hessian = Hessian(512).add(x)
+    wanted = [gptq_quantize(weight, hessian, bits=4, group_size=n, symmetric=False) for n in (128, 64, 32, 16)]
+    assert line.get_xdata() == pytest.approx([q.bits_per_element for q in wanted])
+    assert line.get_ydata() == pytest.approx([hessian.output_error(weight, q.dequantize()) for q in wanted])
+
+
+def test_super_blocks_need_rows_of_256():
+    with pytest.raises(ValueError, match="does not go up"):
+        ex.explore_super_blocks(torch.ones(4, 96), torch.ones(5, 96))
+
+
 # --- notebook 10: GPTQ
 
 
@@ -920,6 +1007,30 @@ def test_budget_of_many_blocks_has_no_digits():
     assert explorer.ax.images[0].get_array().shape == (3, 30)
 
 
+# --- notebook 22: the capstone
+
+
+def test_capstone_shows_every_byte_and_the_sum_of_the_costs():
+    plans, limit = planned(), 60_000
+    explorer = ex.explore_capstone(plans, limit, references={"a": (50_000, 0.2)}, bits=3)
+    for method, group, bits in (("nearest", 32, (3, 3, 3)), ("GPTQ", 64, (4, 2, 3)), ("nearest", 64, (2, 4, 4))):
+        chosen = dict(zip(("embedding", "attention", "MLP"), bits, strict=True))
+        put(explorer, method=method, group=group, **chosen)
+        codes = [plans.codes[part, b] for part, b in chosen.items()]
+        sides = sum(plans.sides[group, part, b] for part, b in chosen.items())
+        size, kl = sum(codes) + sides + 1200, sum(plans.costs[method, group, part, b] for part, b in chosen.items())
+        assert plans.nbytes(group, chosen) == size
+        left = f"{limit - size:,} left" if size <= limit else f"{size - limit:,} OVER"
+        shows(explorer, f"{size:,} bytes of 60,000: {left}", f"predicted KL {kl:.4f}", f"scales {sides:,}")
+        bars = [bar.get_height() for bar in explorer.ax.patches]
+        assert bars == pytest.approx([count / 1e6 for count in (*codes, sides, 500, 700)])
+        assert explorer.ax.patches[-1].get_y() + bars[-1] == pytest.approx(size / 1e6)
+        ring = axes(explorer, 1).lines[-1]
+        assert (ring.get_xdata()[0], ring.get_ydata()[0]) == pytest.approx((size / 1e6, kl))
+    with pytest.raises(ValueError, match="bits must be one of 2, 3, 4, got 5"):
+        ex.explore_capstone(plans, limit, bits=5)
+
+
 # --- notebook 13: training
 
 
@@ -1078,3 +1189,136 @@ def test_rank_0_is_no_update_and_bad_results_are_refused():
     for rows in ([], [*ranks(), *ranks()], ranks()[:1] + [ranks()[1] | {"updates": {}}]):
         with pytest.raises(ValueError, match="need one result for each rank"):
             ex.explore_rank(rows)
+
+
+# --- the cache of keys and values -------------------------------------------------------------------------------
+
+
+def rounded_by_loops(x, bits, per):
+    """Chunks of 32 tokens: each channel's range, or each token's over its channels."""
+    out = x.clone()
+    for start in range(0, len(x), 32):
+        chunk = x[start : start + 32]
+        for i in range(chunk.shape[per == "channel"]):
+            line = chunk[:, i] if per == "channel" else chunk[i]
+            step = (line.max() - line.min()) / (2**bits - 1)
+            new = line.min() + step * torch.round((line - line.min()) / step)
+            out[start : start + 32][(slice(None), i) if per == "channel" else i] = new
+    return out
+
+
+@pytest.mark.parametrize("per", ["channel", "token"])
+def test_kv_shows_the_numbers_and_their_errors(per):
+    keys, values_, _ = head()
+    for what, x in (("keys", keys[:64]), ("values", values_[:64])):  # whole chunks
+        explorer = put(ex.explore_kv(keys, values_), what=what, per=per, bits=3)
+        wanted = rounded_by_loops(x, 3, per)
+        numbers, error = (explorer.ax.figure.axes[i].images[0].get_array() for i in (0, 1))
+        np.testing.assert_allclose(numbers, x / x.abs().max(), atol=1e-6)
+        size = ((wanted - x) / x.abs().max()).abs()  # ranges are float16 there, so a tie may go the other way
+        np.testing.assert_allclose(np.abs(error), size, atol=5e-3)
+        shows(explorer, f"{relative(wanted, x):.2%}"[:3], f"{3 + (1 if per == 'channel' else 32 / 24):.2f} true bits")
+
+
+def test_cache_shows_the_attention_of_rounded_keys():
+    keys, _, query = head()
+    explorer = put(ex.explore_cache(query, keys, caches(), recent=8), **{"key bits": 2, "first in float": 4})
+    stored = torch.cat([keys[:4], rounded_by_loops(keys[4:68], 2, "channel"), keys[68:]])
+    lines = {line.get_label(): torch.as_tensor(line.get_ydata()) for line in explorer.ax.lines}
+    attention = [(k @ query / 24**0.5).softmax(0) for k in (keys, stored)]
+    torch.testing.assert_close(lines["in float"], attention[0])
+    torch.testing.assert_close(lines["keys in few bits"], attention[1], rtol=0.1, atol=1e-3)
+    moved = (attention[1] - attention[0]).abs().sum().item() / 2
+    told = float(re.search(r"([\d.]+)% of this row", explorer.numbers())[1]) / 100
+    assert told == pytest.approx(moved, abs=0.01)
+
+
+def test_cache_shows_the_measured_kl():
+    kl = caches()
+    explorer = put(ex.explore_cache(head()[2], head()[0], kl), **{"key bits": 4, "value bits": 2, "first in float": 4})
+    shows(explorer, f"KL {kl[4, 2, 4]:.4f}")
+    table = axes(explorer, 1).images[0].get_array()
+    np.testing.assert_allclose(table, [[kl[k, v, 4] for v in (8, 4, 2)] for k in (8, 4, 2)])
+    ring = axes(explorer, 1).lines[-1]
+    assert [v[0] for v in ring.get_data()] == [2, 1]
+
+
+def test_too_few_tokens_are_refused():
+    with pytest.raises(ValueError, match="at least 32 tokens"):
+        ex.explore_kv(*(x[:31] for x in head()[:2]))
+
+
+# --- activations ------------------------------------------------------------------------------------------------
+
+
+def test_who_is_loud_is_said_and_8_bits_are_the_librarys():
+    layers = loud_layers()
+    explorer = ex.explore_activations(layers)
+    for name, (weight, x) in layers.items():
+        put(explorer, layer=name)
+        loud, y = ex.loudness(x), x @ weight.T
+        qp = choose_qparams(x.amin(1, keepdim=True), x.amax(1, keepdim=True), qmin=0, qmax=255)
+        error = ((fake_quantize(x, qp) @ weight.T - y).square().sum() / y.square().sum()).item()
+        shows(explorer, f"at token {loud.token}, channel {loud.channel}", f"a scale a token {error:.1e}")
+    channel, token = (ex.loudness(x) for _, x in layers.values())
+    assert channel.channel == 7
+    assert channel.of_channels > 10 * channel.of_tokens
+    assert token.token == 0
+    assert token.of_tokens > 5 * ex.loudness(layer_and_inputs()[1]).of_tokens
+
+
+def test_a_map_keeps_the_largest_value_of_each_field():
+    layers = loud_layers()
+    explorer = ex.explore_activations(layers)
+    for name, (_, x) in layers.items():
+        put(explorer, layer=name)
+        shown = explorer.ax.images[0].get_array()
+        assert shown.max() == pytest.approx(x.abs().max().item())
+        assert shown.shape == (64, 96)
+
+
+def test_no_layers_to_explore_are_named():
+    with pytest.raises(ValueError, match="layers is empty"):
+        ex.explore_activations({})
+# --- notebook 17: rotations
+
+
+@pytest.mark.parametrize(("angle", "bits"), [(0, 4), (45, 4), (-30, 3), (90, 6)])
+def test_angle_numbers_are_a_turn_and_its_rounding(angle, bits):
+    explorer = put(ex.explore_angle(10.0, 0.6), angle=angle, bits=bits)
+    c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    turned = torch.tensor([[10 * c - 0.6 * s, 10 * s + 0.6 * c]], dtype=torch.float64)
+    shows(explorer, f"turned by {angle} degrees: ({turned[0, 0]:.2f}, {turned[0, 1]:.2f})")
+    shows(explorer, f"relative error {rounding_error(turned, bits=bits):.2e}")
+    shows(explorer, f"largest over length {turned.abs().max() / turned.norm():.3f}")
+
+
+def test_angle_refuses_a_point_that_cannot_turn():
+    with pytest.raises(ValueError, match="must not both be 0"):
+        ex.explore_angle(0, 0)
+    with pytest.raises(ValueError, match="x must be a finite number"):
+        ex.explore_angle(NAN, 1)
+
+
+@pytest.mark.parametrize(("block", "bits"), [(1, 4), (12, 4), (32, 3), (96, 8)])
+def test_block_numbers_are_those_of_the_matrix(block, bits):
+    x = loud_inputs()
+    explorer = put(ex.explore_blocks(x), block=block, bits=bits)
+    turned = (x.unflatten(1, (-1, block)) @ hadamard(block)).flatten(1)
+    shows(explorer, f"{rounding_error(x, bits=bits):.2e} -> {rounding_error(turned, bits=bits):.2e}")
+    uneven = [(y.abs().amax(1) / y.square().mean(1).sqrt()).mean().item() for y in (x, turned)]
+    shows(explorer, f"on average {uneven[0]:.1f} -> {uneven[1]:.1f}")
+    np.testing.assert_allclose(axes(explorer, 2).lines[1].get_ydata(), turned.abs().amax(0).numpy(), rtol=1e-4)
+
+
+def test_blocks_are_divisors_that_have_a_hadamard_matrix():
+    assert block_sizes(96) == [1, 2, 4, 8, 12, 16, 24, 32, 48, 96]
+    assert block_sizes(576) == [1, 2, 4, 8, 12, 16, 24, 32, 36, 48, 64, 72, 96, 144, 192, 288, 576]
+    assert block_sizes(30) == [1, 2]
+    assert 52 not in block_sizes(104)  # no construction known here gives 52
+    with pytest.raises(ValueError, match=r"x must be \(tokens, channels\), got \(8,\)"):
+        ex.explore_blocks(torch.ones(8))
+
+
+def test_blocks_of_silent_inputs_have_numbers():
+    assert "nan" not in put(ex.explore_blocks(torch.zeros(3, 8)), block=4).numbers()

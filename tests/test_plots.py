@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from quantlab.plots import plot_bars, plot_curves
+from quantlab.plots import pareto_front, plot_bars, plot_curves, plot_pareto
 
 
 @pytest.fixture
@@ -42,3 +42,24 @@ def test_bars_stand_side_by_side_by_place(ax):
 def test_the_places_have_names(ax):
     plot_bars({"a": {"x": 1, "y": 2}}, ylabel="KL", ax=ax)
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["x", "y"]
+
+
+def test_the_front_is_what_nothing_beats():
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        points = [tuple(p) for p in random.integers(0, 6, (12, 2)).tolist()]
+        beaten = {p for p in points for q in points if q != p and q[0] <= p[0] and q[1] <= p[1]}
+        assert pareto_front(points) == sorted(set(points) - beaten)
+    assert pareto_front([]) == []
+
+
+def test_the_pareto_picture_holds_front_points_limit_and_mine(ax):
+    points = {"a": (1, 0.5), "b": (2, 0.6), "mine": (3, 0.1)}
+    assert plot_pareto(points, xlabel="MB", ylabel="KL", limit=2.5, mine="mine", ax=ax) is ax
+    lines = {line.get_label(): line for line in ax.lines}
+    assert lines["the best so far"].get_xydata().tolist() == [[1, 0.5], [3, 0.1]]
+    assert {name: tuple(lines[name].get_xydata()[0]) for name in points} == points
+    assert lines["mine"].get_marker() == "*"
+    assert len({lines[name].get_marker() for name in points}) == 3
+    assert lines["the budget"].get_xdata()[0] == 2.5
+    assert ax.get_yscale() == "log"

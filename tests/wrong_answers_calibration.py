@@ -2,7 +2,8 @@
 
 import torch
 
-from quantlab.exercises.calibration import StreamingPercentile, split_solution
+from quantlab import choose_qparams, fake_quantize
+from quantlab.exercises.calibration import StreamingPercentile, clip_solution, overlap_solution, split_solution
 from quantlab.observers import MSE, MinMax
 
 
@@ -110,41 +111,79 @@ def without_order(calibration, test, length):
     return sum(w in known for w in windows) / len(windows)
 
 
+def one_factor(x, weight, bits):
+    """The best factor, but the same for both ends."""
+    best = None
+    for part in 2.0 ** (-torch.arange(25) / 4):
+        qp = choose_qparams(part * x.min(), part * x.max(), qmin=0, qmax=2**bits - 1)
+        error = ((fake_quantize(x, qp) - x) @ weight.T).square().sum()
+        best = min(best or (error, part), (error, part))
+    return best[1] * x.min(), best[1] * x.max()
+
+
+def joined(calibration, test, length):
+    """Texts of digits, which have no borders between tokens."""
+    text = "".join(map(str, calibration.tolist()))
+    found = ["".join(map(str, w)) in text for w in test.unfold(0, length, 1).tolist()]
+    return sum(found) / len(found)
+
+
+def distinct(calibration, test, length):
+    known, asked = ({tuple(w) for w in t.unfold(0, length, 1).tolist()} for t in (calibration, test))
+    return len(known & asked) / len(asked)
+
+
 WRONG = {
     "2.1": [
-        (means_of_parts, "must add up"),
-        (at_the_edges, "on the wrong side"),
-        (upper_side_only, "on either side"),
-        (wrong_order, "on the wrong side"),
-        (lambda x, s, z, lo, hi: (0.0, ((x - x.clamp(s * (lo - z), s * (hi - z))) ** 2).mean()), "must add up"),
+        (means_of_parts, "not a mean over its own"),
+        (at_the_edges, "is not clipped: only what was beyond"),
+        (upper_side_only, "beyond qmin as well"),
+        (wrong_order, "The order is rounding, clipping"),
+        (lambda x, s, z, lo, hi: (0.0, ((x - x.clamp(s * (lo - z), s * (hi - z))) ** 2).mean()), "was expected"),
+        (lambda x, s, z, lo, hi: split_solution(x, s, z, lo, hi)[0], "2 results"),
+        (lambda x, s, z, lo, hi: [v * x.numel() for v in split_solution(x, s, z, lo, hi)], "divided by the number"),
+        (lambda x, s, z, lo, hi: [v.sqrt() for v in split_solution(x, s, z, lo, hi)], "was expected"),
     ],
     "2.2": [
         (lambda x, bits: x.abs().max(), "times the least mean squared error"),
-        (lambda x, bits: 3 * x.std(), "Does the best clip depend on the bits"),
+        (lambda x, bits: 3 * x.std(), "The best clip depends on the bits"),
         (lambda x, bits: x.abs().quantile(0.999), "times the least"),
         (lambda x, bits: 0.5, "times the least"),
         (lambda x, bits: -x.abs().max(), "a positive real number"),
+        (lambda x, bits: clip_solution(x, 4), "depends on the bits"),
+        (lambda x, bits: clip_solution(x.clamp(min=0), bits), "times the least"),
+        (lambda x, bits: clip_solution(x, bits) * 2 ** (bits - 1), "times the least"),
+        (lambda x, bits: (clip_solution(x, bits), 0.0), "one number"),
     ],
     "2.3": [
         (KeepsEverything, "Keep counts, not values"),
-        (LastBatch, "every batch counts"),
-        (StopsWhenFull, "every batch counts"),
-        (Averages, "batch"),
+        (LastBatch, "not the first or last alone"),
+        (StopsWhenFull, "Keep counts, not values"),
+        (Averages, "An average of the batches' percentiles"),
         (FixedBins, "beyond your last bin"),
         (Signed, "by their size"),
-        (lambda percentile: MinMax(), "AttributeError"),
+        (lambda percentile: MinMax(), "no method limit"),
+        (lambda: StreamingPercentile(99), "one argument, percentile"),
+        (lambda percentile: StreamingPercentile(99), "percentile 50"),
     ],
     "2.4": [
-        (by_position, "may stand and begin anywhere"),
-        (by_token, "no window of 8"),
-        (share_of_calibration, "the share should be"),
-        (blocks_only, "the share should be"),
+        (by_position, "not the same place of it"),
+        (by_token, "compare windows"),
+        (share_of_calibration, "TEST's windows"),
+        (blocks_only, "Windows overlap"),
         (without_order, "Order is what makes a window"),
+        (joined, "was expected"),
+        (distinct, "counts twice"),
+        (lambda *texts: 100 * overlap_solution(*texts), "was expected"),
     ],
     "2.5": [
-        (lambda x, w, bits: (x.min(), x.max()), "the target is 0.5"),
-        (lambda x, w, bits: MSE(bits=bits).update(x).min_max(), "Which columns of the weight"),
-        (lambda x, w, bits: (-0.2, 0.2), "the target is 0.5"),
-        (lambda x, w, bits: (x.max(), x.min()), "ValueError"),
+        (lambda x, w, bits: (x.min(), x.max()), "1.1 was asked for"),
+        (lambda x, w, bits: MSE(bits=bits).update(x).min_max(), "hardly listens to the loud columns"),
+        (lambda x, w, bits: (-0.2, 0.2), "1.1 was asked for"),
+        (lambda x, w, bits: (x.max(), x.min()), "low must lie below high"),
+        (lambda x, w, bits: (-2 * x.abs().median(), 2 * x.abs().median()), "1.1 was asked for"),
+        (lambda x, w, bits: (-x.std(), x.std()), "1.1 was asked for"),
+        (one_factor, "each end a factor of its own"),
+        (lambda x, w, bits: x.max(), "Return two numbers"),
     ],
 }

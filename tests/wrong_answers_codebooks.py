@@ -3,6 +3,7 @@
 import torch
 
 from quantlab.codebook import kmeans_levels, nearest_level, nf4_levels, normalize_blocks
+from quantlab.exercises.codebooks import lloyd_solution
 from quantlab.exercises.material import student_t
 
 quantile = torch.distributions.Normal(0, 1).icdf
@@ -91,18 +92,31 @@ def as_it_was(values, levels):
     return levels
 
 
+def many_steps(values, levels):
+    for _ in range(50):
+        levels = lloyd_solution(values, levels)
+    return levels
+
+
+def middle_of_extremes(values):
+    return (values.amin() + values.amax()) / 2
+
+
 WRONG = {
     "4.1": [
         (lambda x, levels, size: look_up(x, levels, size, absmax=lambda b: b.amax(1)), "the sign does not count"),
-        (signed_extreme, "the sign does not count"),
+        (signed_extreme, "absmax is positive"),
         (lambda x, levels, size: look_up(x, levels, len(x)), "a row of x.view"),
         (lambda x, levels, size: look_up(x, levels, size, borders=lambda v: v), "half way"),
         (lambda x, levels, size: look_up(x, levels, size, borders=lambda v: v[1:]), "half way"),
         (lambda x, levels, size: look_up(x, levels, size, borders=lambda v: v[:-1]), "half way"),
-        (not_divided, "half way"),
-        (lambda x, levels, size: (torch.bucketize(x, levels), x.view(-1, size).abs().amax(1)), "indices 0 to 4"),
+        (not_divided, "divide by absmax first"),
+        (lambda x, levels, size: (torch.bucketize(x, levels), x.view(-1, size).abs().amax(1)), "was expected"),
         (values_for_codes, "index of a level"),
         (lambda x, levels, size: look_up(x, levels, size)[0], "two things"),
+        (lambda x, levels, size: look_up(x, levels, size)[::-1], "The order is codes"),
+        (lambda x, levels, size: look_up(x, levels, 4), "Your code stopped"),
+        (lambda x, levels, size: look_up(x, levels, size, absmax=lambda b: b.square().mean(1).sqrt()), "was expected"),
     ],
     "4.2": [
         (equation_four, "infinite"),
@@ -117,28 +131,39 @@ WRONG = {
         (lambda: nf4(delta=1 - 1 / 32), "Is δ right"),
         (lambda: torch.arange(-7, 9) / torch.tensor([7.0] * 8 + [8.0] * 8), "differ from the published"),
         (lambda: quantile(torch.linspace(1 - DELTA, DELTA, 16)) / quantile(torch.tensor(DELTA)), "0.0 itself"),
+        (lambda: nf4()[:, None], "one row"),
     ],
     "4.3": [
-        (lambda block, outer: 4 + 32 / block, "8 bits now"),
-        (lambda block, outer: 4.2, "off by"),
-        (lambda block, outer: 4 + 8 / block, "off by"),
-        (lambda block, outer: 4 + 8 / block + 32 / outer, "off by"),
-        (lambda block, outer: 8 / block + 32 / (outer * block), "off by"),
-        (lambda block, outer: 4 + 8 / block + 8 / (outer * block), "off by"),
+        (lambda block, outer: 4 + 32 / block, "without double quantization"),
+        (lambda block, outer: 4.2, "was expected"),
+        (lambda block, outer: 4 + 8 / block, "stored too"),
+        (lambda block, outer: 4 + 8 / block + 32 / outer, "shared by outer blocks"),
+        (lambda block, outer: 8 / block + 32 / (outer * block), "4 bits each"),
+        (lambda block, outer: 4 + 8 / block + 8 / (outer * block), "takes 32 bits"),
+        (lambda block, outer: 4 + 8 / block + 32 / 256 / block, "it varies"),
+        (lambda block, outer: 4 + 8 / 64 + 32 / outer / 64, "it varies"),
+        (lambda block, outer: 4 + (8 + 32) / block / outer, "was expected"),
     ],
     "4.4": [
         (lambda codes: entropy(codes, torch.log), "nats"),
         (with_nan, "0 · log 0"),
-        (lambda codes: -entropy(codes), "carry 4 bits"),
-        (lambda codes: 4.0, "0.811"),
-        (lambda codes: torch.log2(torch.tensor(1.0 * len(codes.unique()))).item(), "0.811"),
+        (lambda codes: -entropy(codes), "not negative"),
+        (lambda codes: 4.0, "0.8113"),
+        (lambda codes: torch.log2(torch.tensor(1.0 * len(codes.unique()))).item(), "as if all were used alike"),
+        (lambda codes: entropy(codes, torch.log10), "was expected"),
+        (lambda codes: entropy(codes.flatten()[: len(codes)]), "was expected"),
+        (lambda codes: entropy(codes.clamp(max=15)), "was expected"),
     ],
     "4.5": [
         (lloyd, "no mean"),
-        (lambda v, levels: lloyd(v, levels, empty=0.0), "should stay there"),
-        (lambda v, levels: lloyd(v, levels, middle=torch.median, empty=50.0), "not medians"),
-        (as_it_was, "the means are"),
-        (lambda v, levels: (levels[:-1] + levels[1:]) / 2, "two come out"),
+        (lambda v, levels: lloyd(v, levels, empty=0.0), "should stay where it is"),
+        (lambda v, levels: lloyd(v, levels, middle=torch.median, empty=50.0), "not their median"),
+        (as_it_was, "have not moved"),
+        (lambda v, levels: (levels[:-1] + levels[1:]) / 2, "of shape"),
+        (lambda v, levels: lloyd(v, levels, middle=middle_of_extremes, empty=50.0), "not the middle between"),
+        (lambda v, levels: lloyd_solution(v, lloyd_solution(v, levels)), "these are two"),
+        (many_steps, "until nothing moves"),
+        (lambda v, levels: lloyd(v, levels, middle=torch.sum, empty=50.0), "divide by the number"),
     ],
     "4.6": [
         (nf4_levels, "count alike"),

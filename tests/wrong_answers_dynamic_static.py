@@ -11,7 +11,7 @@ def codes_of(x, scale, zero_point):
 
 def dynamic(x, w, s):
     low, high = min(x.min().item(), 0.0), max(x.max().item(), 0.0)
-    scale = (high - low) / 255
+    scale = max(high - low, 1e-30) / 255
     return dynamic_static.static_solution(x, w, s, scale, round(-low / scale))
 
 
@@ -26,12 +26,17 @@ def per_token(x, w, s, *, levels=127, dim=1, keep=True, smallest=1e-30, round=to
     return sums * scale * s if scales else sums * s
 
 
+def without_abs(x, w, s):
+    scale = x.amax(1, keepdim=True) / 127
+    return torch.round(x / scale.clamp(min=1e-30)) @ w.float().T * scale * s
+
+
 def remembered():
     """Fixes its scales at the first call."""
     kept = []
 
     def layer(x, w, s):
-        kept.append(x.abs().amax(1, keepdim=True) / 127)
+        kept.append((x.abs().amax(1, keepdim=True) / 127).clamp(min=1e-30))
         return torch.round(x / kept[0]).clamp(-127, 127) @ w.float().T * kept[0] * s
 
     return layer
@@ -80,59 +85,65 @@ WRONG = {
         (lambda x, w, s, a, z: (codes_of(x, a, z) - z) @ w.float().T * a, "w_scale"),
         (lambda x, w, s, a, z: (codes_of(x, a, z) - z) @ w.float().T * s, "multiply by its scale"),
         (lambda x, w, s, a, z: (codes_of(x, a, z) - z) @ w.float().T, "integer sums"),
-        (lambda x, w, s, a, z: dynamic(x, w, s), "a dynamic layer"),
+        (lambda x, w, s, a, z: dynamic(x, w, s), "was expected"),
         (lambda x, w, s, a, z: x @ w.float().T * s, "weight-only layer"),
         (
             lambda x, w, s, a, z: (torch.floor(x / a) + z).clamp(0, 255).sub(z) @ w.float().T * a * s,
             "floor is not round",
         ),
-        (in_int8, "overflow"),
-        (lambda x, w, s, a, z: dynamic_static.static_solution(x, w, s, a, z).T, "a row for each token"),
-        (lambda x, w, s, a, z: dynamic_static.static_solution(x, w, s, a, z) + 1e-6, "exactly 0"),
-        (lambda x, w, s, a, z: dynamic_static.static_solution(x, w, s, a, z).tolist(), "Return a tensor"),
+        (in_int8, "widen the codes first"),
+        (lambda x, w, s, a, z: dynamic_static.static_solution(x, w, s, a, z).T, "was expected"),
+        (lambda x, w, s, a, z: dynamic_static.static_solution(x, w, s, a, z) + 1e-6, "was expected"),
+        (lambda x, w, s, a, z: dynamic_static.static_solution(x, w, s, 0.02, 100), "was expected"),
     ],
     "8.2": [
-        (dynamic, "scale of its own"),
+        (dynamic, "was expected"),
         (lambda x, w, s: per_token(x, w, s, dim=0), "size of tensor"),
-        (lambda x, w, s: dynamic_static.static_solution(x, w, s, 0.02, 100), "1000 times the output"),
-        (remembered(), "anew in every call"),
-        (lambda x, w, s: per_token(x, w, s, scales=False), "1000 times the output"),
-        (lambda x, w, s: per_token(x, w, torch.ones(7)), "w_scale"),
-        (lambda x, w, s: per_token(x, w, s, levels=7), "all 8 bits"),
+        (lambda x, w, s: dynamic_static.static_solution(x, w, s, 0.02, 100), "was expected"),
+        (remembered(), "size of tensor"),
+        (lambda x, w, s: per_token(x, w, s, scales=False), "multiply by its scale"),
+        (lambda x, w, s: per_token(x, w, torch.ones(len(s))), "w_scale"),
+        (lambda x, w, s: per_token(x, w, s, levels=7), "8 were meant"),
+        (lambda x, w, s: per_token(x, w, s, levels=128), "128 does not exist"),
+        (lambda x, w, s: per_token(x, w, s, levels=255), "9 bits"),
         (lambda x, w, s: x @ w.float().T * s, "weight-only layer"),
         (lambda x, w, s: per_token(x, w, s, round=lambda t: t), "weight-only layer"),
+        (lambda x, w, s: per_token(x, w, s, round=torch.floor), "floor is not round"),
+        (lambda x, w, s: per_token(x, w, s, round=torch.trunc), "towards 0"),
         (lambda x, w, s: per_token(x, w, s, smallest=0.0), "0/0"),
-        (lambda x, w, s: per_token(x, w, s, keep=False), "RuntimeError"),
+        (lambda x, w, s: per_token(x, w, s, keep=False), "size of tensor"),
+        (without_abs, "may be negative"),
     ],
     "8.3": [
-        (counted(tensor=lambda M, K, N: -4 * M * K), "twice"),
+        (counted(tensor=lambda M, K, N: -4 * M * K, token=lambda M, K, N: -4 * M * K), "twice: once for its range"),
         (counted(static=lambda M, K, N: 4 * M * K), "reads the float input once"),
-        (counted(static=lambda M, K, N: -4 * N), "a scale for each row"),
-        (counted(static=lambda M, K, N: -M * K), "written by one pass"),
-        (counted(tensor=lambda M, K, N: -16), "writes and reads it"),
+        (counted(static=lambda M, K, N: -4 * N), "was expected"),
+        (counted(static=lambda M, K, N: -M * K), "was expected"),
+        (counted(tensor=lambda M, K, N: -16), "was expected"),
         (counted(token=lambda M, K, N: 8 * M), "no zero point"),
         (counted(token=lambda M, K, N: -4 * M), "written once and read once"),
-        (counted(static=lambda M, K, N: 3 * K * N), "one byte each"),
-        (lambda M, K, N, way: dynamic_static.bytes_solution(M, K, N, "static"), "row by row"),
-        (lambda M, K, N, way: dynamic_static.bytes_solution(M, N, K, way), "row by row"),
+        (counted(static=lambda M, K, N: 8), "only read"),
+        (lambda M, K, N, way: dynamic_static.bytes_solution(M, K, N, "static"), "The ways differ"),
+        (lambda M, K, N, way: dynamic_static.bytes_solution(M, N, K, way), "stands for each of the out rows"),
         (lambda M, K, N, way: dynamic_static.bytes_solution(M, K, N, way) / 7, "whole number"),
     ],
     "8.4": [
-        (any_clipped, "fewer than the limit"),
-        (alarm(both=False), "both ends"),
-        (alarm(grace=0.0), "less than half a step"),
+        (any_clipped, "One value outside is enough"),
+        (alarm(both=False), "a lowest value as well"),
+        (alarm(grace=0.0), "rounded back onto it"),
+        (alarm(grace=1.0), "not a whole one"),
         (alarm(zero=False), "hold 0 as well"),
-        (alarm(wide_first=True), "Which question comes first"),
-        (alarm(middle=True), "where"),
-        (lambda x, s, z, limit: bool(x.max() > s * (255 - z)), 'Return "narrow"'),
-        (lambda x, s, z, limit: "fine", "40 of 5000"),
-        (lambda x, s, z, limit: dynamic_static.alarm_solution(x, s, z, 0.001), "the limit is 0"),
+        (alarm(wide_first=True), "was expected"),
+        (alarm(middle=True), "use zero_point"),
+        (lambda x, s, z, limit: bool(x.max() > s * (255 - z)), "was expected"),
+        (lambda x, s, z, limit: "fine", "It never rings"),
+        (lambda x, s, z, limit: dynamic_static.alarm_solution(x, s, z, 0.001), "was expected"),
     ],
     "8.5": [
         (lambda stories, chinese, count: stories[:count], "Chinese misses it"),
         (lambda stories, chinese, count: chinese[:count], "stories misses it"),
-        (lambda stories, chinese, count: torch.cat([stories, chinese]), "At most 512"),
-        (lambda stories, chinese, count: [1, 2, 3], "one row of token ids"),
+        (lambda stories, chinese, count: torch.cat([stories, chinese]), "At most 200"),
+        (lambda stories, chinese, count: torch.cat([stories[:256], chinese[:256]]), "At most 200"),
         (lambda stories, chinese, count: torch.rand(count), "one row of token ids"),
         (lambda stories, chinese, count: torch.cat([stories[:2], chinese[: count - 2]]), "stories misses it"),
     ],

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from quantlab import PerAxis, PerGroup, PerTensor, choose_qparams, fake_quantize, quantize_tensor
+from quantlab.exercises.granularity import unpack3_solution
 
 
 def rounded(x, granularity, bits):
@@ -24,6 +25,8 @@ def tail_as_it_is(weight, bits, size):
 
 def tail_with_the_last_scale(weight, bits, size):
     """The grid of the group before is used on."""
+    if size >= weight.shape[1] or weight.shape[1] % size == 0:
+        return rounded(weight, PerGroup(size), bits)
     whole = weight.shape[1] // size * size
     before = weight[:, whole - size : whole]
     qp = choose_qparams(before.amin(1, keepdim=True), before.amax(1, keepdim=True), qmin=0, qmax=2**bits - 1)
@@ -68,28 +71,49 @@ def all_that_is_there(packed, count):
     return [stream >> 3 * i & 7 for i in range(len(packed) * 8 // 3 + 1)]
 
 
+def in_columns(weight, bits, size):
+    return rounded(weight.T, PerGroup(size), bits).T
+
+
+def symmetric_groups(weight, bits, size):
+    return quantize_tensor(weight, bits=bits, granularity=PerGroup(size)).dequantize()
+
+
+def grid_of_columns(weight, bits, size):
+    """One grid for a run of columns, all rows together."""
+    return torch.cat([rounded(part, PerTensor(), bits) for part in weight.split(size, dim=1)], dim=1)
+
+
 WRONG = {
     "3.1": [
-        (lambda w, b, g: rounded(w, PerTensor(), b), "own grid; half a step is the most"),
-        (lambda w, b, g: rounded(w, PerAxis(0), b), "own grid; half a step is the most"),
-        (lambda w, b, g: rounded(w.T, PerGroup(g), b).T, "own grid; half a step is the most"),
-        (over_the_row_ends, "as one group"),
-        (without_the_tail, "what becomes of the last 6"),
-        (tail_as_it_is, "short last group"),
-        (tail_with_the_last_scale, "short last group"),
+        (lambda w, b, g: rounded(w, PerTensor(), b), "Each group has its own minimum"),
+        (lambda w, b, g: rounded(w, PerAxis(0), b), "one grid for each row"),
+        (in_columns, "not in a column"),
+        (over_the_row_ends, "run on into the next row"),
+        (without_the_tail, "What becomes of the last columns"),
+        (tail_as_it_is, "short last group is rounded too"),
+        (tail_with_the_last_scale, "that of the group before"),
         (not_widened, "hold 0 first"),
-        (lambda w, b, g: rounded(w, PerGroup(g // 2), b), "as one group"),
-        (lambda w, b, g: w.clone(), "Was it rounded"),
-        (in_place, "has changed"),
-        (lambda w, b, g: rounded(w, PerGroup(g), b).tolist(), "Return a tensor"),
+        (lambda w, b, g: rounded(w, PerGroup(max(g // 2, 1)), b), "half as long"),
+        (lambda w, b, g: w.clone(), "Nothing was rounded"),
+        (in_place, "changed in place"),
+        (grid_of_columns, "all rows together"),
+        (symmetric_groups, "was expected"),
+        (lambda w, b, g: rounded(w, PerGroup(g), 4), "was expected"),
+        (lambda w, b, g: rounded(w, PerGroup(8), b), "was expected"),
+        (lambda w, b, g: rounded(w, PerGroup(g), b).flatten(), "of shape"),
     ],
     "3.2": [
-        (lambda w, b: quantize_tensor(w, bits=b, granularity=PerAxis(0)), "30 outputs and 50 inputs"),
-        (lambda w, b: quantize_tensor(w, bits=b, granularity=PerTensor()), "How many scales"),
-        (lambda w, b: quantize_tensor(w, bits=b, granularity=PerGroup(8)), "How many scales"),
-        (lambda w, b: quantize_tensor(w.T, bits=b, granularity=PerAxis(0)), "come back as that"),
-        (lambda w, b: rounded(w.T, PerGroup(5), b).T, "no more"),
-        (lambda w, b: w, "different values"),
+        (lambda w, b: rounded(w, PerAxis(0), b), "outputs are the columns"),
+        (lambda w, b: rounded(w, PerTensor(), b), "How many outputs"),
+        (lambda w, b: rounded(w, PerGroup(8), b), "was expected"),
+        (lambda w, b: rounded(w.T, PerAxis(0), b), "of shape"),
+        (lambda w, b: rounded(w, PerAxis(1), b).T, "as weight is"),
+        (lambda w, b: rounded(w.T, PerGroup(5), b).T, "was expected"),
+        (lambda w, b: quantize_tensor(w, bits=b, granularity=PerAxis(1)), "symmetric=False"),
+        (lambda w, b: w, "Nothing was rounded"),
+        (lambda w, b: rounded(w, PerAxis(1), 4), "bits that are asked for vary"),
+        (lambda w, b: rounded(w.abs(), PerAxis(1), b), "was expected"),
     ],
     "3.3": [
         (lambda c: padded(c)[0::2] << 4 | padded(c)[1::2], "the first goes low"),
@@ -97,27 +121,35 @@ WRONG = {
         (lambda c: c[: len(c) // 2 * 2 : 2] | c[1::2] << 4, "a byte for itself"),
         (lambda c: padded(c).int()[0::2] | padded(c).int()[1::2] << 4, "return uint8"),
         (lambda c: c, "Two codes share one byte"),
-        (lambda c: padded(c)[0::2] + padded(c)[1::2] * 15, "33 is 1 + 2"),
-        (lambda c: padded(c)[0::2] | padded(c)[1::2] << 4 & 127, "mind the high bits"),
-        (lambda c: (padded(c)[0::2] | padded(c)[1::2] << 4).tolist(), "Return a tensor"),
+        (lambda c: padded(c)[0::2] + padded(c)[1::2] * 15, "16 · high + low"),
+        (lambda c: padded(c)[0::2] | padded(c)[1::2] << 4 & 127, "mind the highest bit"),
+        (lambda c: padded(c).flip(0)[0::2] | padded(c).flip(0)[1::2] << 4, "was expected"),
+        (lambda c: padded(c)[0::2] | padded(c)[1::2], "was expected"),
+        (lambda c: torch.tensor(int(c[0]) | int(c[-1]) << 4, dtype=torch.uint8), "of shape"),
     ],
     "3.4": [
         (lambda r, c, b, g, s, z: b, "The scales are stored too"),
         (lambda r, c, b, g, s, z: b + s + z, "shared by its group"),
-        (lambda r, c, b, g, s, z: b + s / g, "zero point for each group"),
+        (lambda r, c, b, g, s, z: b + s / g, "was expected"),
         (lambda r, c, b, g, s, z: b + (s + z) / g, "A short group's scale"),
         (lambda r, c, b, g, s, z: b + math.ceil(r * c / g) * (s + z) / (r * c), "runs on into the next row"),
-        (lambda r, c, b, g, s, z: b + max(c // g, 1) * (s + z) / c, "A short group's scale"),
-        (lambda r, c, b, g, s, z: (r * c * b + math.ceil(c / g) * (s + z)) / (r * c), "shared by its group"),
-        (lambda r, c, b, g, s, z: f"{b + s / g} bits", "Return a number"),
+        (lambda r, c, b, g, s, z: b + max(c // g, 1) * (s + z) / c, "short last group has a scale"),
+        (lambda r, c, b, g, s, z: (r * c * b + math.ceil(c / g) * (s + z)) / (r * c), "that of one row times rows"),
+        (lambda r, c, b, g, s, z: f"{b + s / g} bits", "A number was expected"),
+        (lambda r, c, b, g, s, z: b + math.ceil(c / g) * s / c, "zero points are stored too"),
+        (lambda r, c, b, g, s, z: 4 + math.ceil(c / g) * (s + z) / c, "was expected"),
+        (lambda r, c, b, g, s, z: b + math.ceil(c / g) * (16 + z) / c, "was expected"),
+        (lambda r, c, b, g, s, z: math.ceil(b + math.ceil(c / g) * (s + z) / c), "was expected"),
     ],
     "3.5": [
-        (two_in_a_byte, "part of it is in the next byte"),
+        (two_in_a_byte, "part of it is in the next"),
         (from_the_high_end, "from its high end"),
-        (all_that_is_there, "count was 2"),
+        (all_that_is_there, "was expected"),
         (lambda p, n: [int(p[3 * i // 8]) >> 3 * i % 8 & 7 for i in range(n)], "part of it is in the next byte"),
-        (lambda p, n: [int(p[3 * i // 8]) >> 3 * i % 8 & 3 for i in range(n)], "low three bits"),
-        (lambda p, n: [int(p[0]) & 7, *[int(p.numpy().tobytes()[-1])] * (n - 1)], "low three bits"),
+        (lambda p, n: [int(p[3 * i // 8]) >> 3 * i % 8 & 3 for i in range(n)], "was expected"),
+        (lambda p, n: [int(p[0]) & 7, *[int(p.numpy().tobytes()[-1])] * (n - 1)], "was expected"),
+        (lambda p, n: unpack3_solution(p, n).flip(0), "was expected"),
+        (lambda p, n: unpack3_solution(p, len(p) * 8 // 3), "are no codes"),
     ],
     "3.6": [
         (lambda: {"bits": 4, "group_size": 128, "symmetric": False}, "times the 0.0055"),
@@ -126,6 +158,7 @@ WRONG = {
         (lambda: {"bits": 5, "group_size": 64, "symmetric": True}, "too many bits"),
         (lambda: {"bits": 5}, "Return {"),
         (lambda: (5, 192, False), "Return {"),
-        (lambda: {"bits": 5, "group_size": 0, "symmetric": False}, "ValueError"),
+        (lambda: {"bits": 5, "group_size": 0, "symmetric": False}, "from 1 on"),
+        (lambda: {"bits": 4.5, "group_size": 64, "symmetric": False}, "from 2 to 8"),
     ],
 }

@@ -48,6 +48,19 @@ def _split_in_place(x, weight, threshold):
     return floats @ weight.T + _split(x, weight, 1e9)
 
 
+def _split_float_weight(x, weight, threshold):
+    ordinary = x.masked_fill((x.abs() >= threshold).any(0), 0.0)
+    scale = (ordinary.abs().amax(1, keepdim=True) / 127).clamp(min=1e-30)
+    return (torch.round(ordinary / scale) * scale + x - ordinary) @ weight.T
+
+
+def _split_one_weight_scale(x, weight, threshold):
+    step = weight.abs().max() / 127
+    floats = x * (x.abs() >= threshold).any(0)
+    scale = ((x - floats).abs().amax(1, keepdim=True) / 127).clamp(min=1e-30)
+    return torch.round((x - floats) / scale) * scale @ (torch.round(weight / step) * step).T + floats @ weight.T
+
+
 def _scales(largest_x, largest_w, alpha):
     return largest_x**alpha / largest_w ** (1 - alpha)
 
@@ -59,42 +72,40 @@ def _only_inputs(weight, x, weight_bits, activation_bits):
 
 WRONG = {
     "9.1": [
-        (lambda g, w, c, f: _plant(g, w, c, f, power=1), "what must it be divided by"),
-        (lambda g, w, c, f: _plant(g, w, c, f, power=0), "what must it be divided by"),
-        (lambda g, w, c, f: _plant(g, w[1:2], c, f, rows=True), "Three layers read this norm"),
-        (lambda g, w, c, f: _plant(g, w, c, f, first_only=True), "does every reader need it"),
-        (lambda g, w, c, f: _plant(g, w, c, f, everywhere=True), "Only the chosen channels"),
-        (lambda g, w, c, f: _plant(g, w, c, 1 / f), "50 times as large"),
-        (
-            lambda g, w, c, f: (
-                _plant(g, w, c, f)[0],
-                [v / torch.ones(8).index_fill(0, torch.tensor(c), f)[: len(v), None] for v in w],
-            ),
-            "Column j of the weight",
-        ),  # rows, not columns
+        (lambda g, w, c, f: _plant(g, w, c, f, power=1), "divide by the factor"),
+        (lambda g, w, c, f: _plant(g, w, c, f, power=0), "yours are as they were"),
+        (lambda g, w, c, f: _plant(g, w[1:2], c, f), "results were expected"),
+        (lambda g, w, c, f: _plant(g, w, c, f, first_only=True), "not the first alone"),
+        (lambda g, w, c, f: _plant(g, w, c, f, everywhere=True), "multiplied all of them"),
+        (lambda g, w, c, f: _plant(g, w, c, 1 / f), "The gain is to grow, and the weights to shrink"),
         (_plant_in_place, "changed in place"),
+        (lambda g, w, c, f: _plant(g, w, c, 50.0), "was expected"),
+        (lambda g, w, c, f: _plant(g, w, c[:1], f), "was expected"),
     ],
     "9.2": [
-        (lambda x, w, t: x @ w.T, "This is the float product"),
-        (lambda x, w, t: _split(x, w, 1e9), "should be that of floats"),
-        (lambda x, w, t: _split(x, w, t, signed=True), "for negative values too"),
+        (lambda x, w, t: x @ w.T, "That is the float product"),
+        (lambda x, w, t: _split(x, w, 1e9), "Everything goes through 8-bit codes"),
+        (lambda x, w, t: _split(x, w, t, signed=True), "may be negative"),
         (lambda x, w, t: _split(x, w, t, values=True), "as a whole"),
-        (lambda x, w, t: _split(x, w, t, twice=True), "count twice"),
+        (lambda x, w, t: _split(x, w, t, twice=True), "was expected"),
+        (lambda x, w, t: _split(x, w, t, twice=True, loud=True), "was expected"),
         (lambda x, w, t: _split(x, w, t, loud=True), "for nothing"),
-        (lambda x, w, t: _split(x, w, t, tensor=True), "One scale for each token"),
-        (lambda x, w, t: _split(x, w, t, safe=False), "is not finite"),
-        (lambda x, w, t: _split(x, w, t, fixed=True), "Is 6.0 written in"),
+        (lambda x, w, t: _split(x, w, t, tensor=True), "one for all"),
+        (lambda x, w, t: _split(x, w, t, safe=False), "0/0 is NaN"),
+        (lambda x, w, t: _split(x, w, t, fixed=True), "is 6.0 written in"),
         (_split_in_place, "changed in place"),
+        (_split_float_weight, "The weight must be rounded"),
+        (_split_one_weight_scale, "Each row of the weight"),
     ],
     "9.3": [
-        (lambda x, w, a: 1 / _scales(x, w, a), "This is 1/s"),
-        (lambda x, w, a: _scales(x, w, 1 - a), "the wrong way round"),
-        (lambda x, w, a: x**a * w ** (1 - a), "equally hard"),
-        (lambda x, w, a: x**a, "equally hard"),
-        (lambda x, w, a: _scales(x, w, 0.5), "At alpha = 1"),
-        (_scales, "silent input channel"),
-        (lambda x, w, a: torch.nan_to_num(_scales(x, w, a), posinf=1.0), "silent input channel"),
-        (lambda x, w, a: _scales(x.max(), w.max(), a), "one s for each channel"),
+        (lambda x, w, a: 1 / _scales(x, w, a), "That is 1/s"),
+        (lambda x, w, a: _scales(x, w, 1 - a), "was expected"),  # the same at 0.5, then 0 and 1 exchanged
+        (lambda x, w, a: x**a * w ** (1 - a), "divide by its power"),
+        (lambda x, w, a: x**a, "The weights have a say"),
+        (lambda x, w, a: _scales(x, w, 0.5), "is 0.5 written in"),
+        (_scales, "A silent channel"),
+        (lambda x, w, a: torch.nan_to_num(_scales(x, w, a), posinf=1.0), "was expected"),
+        (lambda x, w, a: _scales(x.max(), w.max(), a), "A tensor of shape (3,)"),
     ],
     "9.4": [
         (lambda: 6.0, "of the columns go to float"),

@@ -30,11 +30,13 @@ WRONG = {
         (lambda parameters, bits: parameters * bits, "How many bits are in a byte"),
         (lambda parameters, bits: parameters * bits / 8, "whole bytes"),
         (lambda parameters, bits: parameters * bits // 8, "round up"),
-        (lambda parameters, bits: round(parameters * bits / 8), "round up"),
-        (lambda parameters, bits: parameters * bits // 8 + 1, "4,000 bytes; got 4001"),
-        (lambda parameters, bits: parameters * 4, "The bits must count"),
-        (lambda parameters, bits: parameters * (bits // 8), "The bits must count"),
+        (lambda parameters, bits: round(parameters * bits / 8), "not to the nearest"),
+        (lambda parameters, bits: parameters * bits // 8 + 1, "no other is needed"),
+        (lambda parameters, bits: parameters * 4, "those of 32 bits"),
+        (lambda parameters, bits: parameters * (bits // 8), "not 0 bytes"),
         (lambda parameters, bits: parameters * -(-bits // 8), "share bytes"),
+        (lambda parameters, bits: parameters * bits // 8 + parameters * bits % 2, "was expected"),
+        (lambda parameters, bits: int(parameters * bits / 8 + 0.5), "was expected"),
     ],
     "0.2": [
         (lambda model: len(linear_layers(model)), "number of linear layers"),
@@ -43,9 +45,11 @@ WRONG = {
         (lambda model: sum(sizes(every_linear(model), biases=True)), "lm_head"),
         (lambda model: sum(sizes(linear_layers(model).values(), biases=True)), "biases"),
         (lambda model: sum(sum(m.weight.shape) for m in linear_layers(model).values()), "rows times columns"),
-        (lambda model: sizes(linear_layers(model).values()), "one whole number"),
-        (lambda model: 3_145_728, "times as many"),
-        (lambda model: sum(sizes(m for n, m in linear_layers(model).items() if ".0." in n)), "every block"),
+        (lambda model: sizes(linear_layers(model).values()), "Return one number"),
+        (lambda model: 3_145_728, "was expected"),
+        (lambda model: sum(sizes(linear_layers(model).values())[:6]), "was expected"),
+        (lambda model: 4 * sum(sizes(linear_layers(model).values())), "bytes in float32"),
+        (lambda model: sum(sizes(m for n, m in linear_layers(model).items() if ".0." in n)), "Every block counts"),
     ],
     "0.3": [
         (lambda model: 100 * table(model).numel() / everything(model), "percent"),
@@ -54,12 +58,14 @@ WRONG = {
         (lambda model: stored(model, "embed", "head") / stored(model), "count it twice"),
         (lambda model: table(model).numel() / (everything(model) - table(model).numel()), "the other"),
         (lambda model: table(model).shape[0] / everything(model), "counted the rows"),
+        (lambda model: table(model).numel() / stored(model, "layers"), "was expected"),
+        (lambda model: table(model).numel() / sum(sizes(linear_layers(model).values())), "linear layers alone"),
         (
             lambda model: (
                 sum(p.numel() for n, p in model.named_parameters() if "embed" in n or "head" in n) / everything(model)
             ),
             "a head of its own",
         ),
-        (lambda model: 0.143, "made-up model"),
+        (lambda model: 0.143, "was expected"),
     ],
 }

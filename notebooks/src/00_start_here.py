@@ -20,7 +20,7 @@
 # Each notebook ends with something that breaks, and the next one mends it. In each you **predict**, then
 # **drag** or run, then **explain**. Do not skip the prediction: a surprise that you have bet on stays with
 # you.
-# %% [markdown]
+#
 # ## 1. Does everything work?
 # Run a cell with Shift+Enter. This one looks for all that the workbook needs. Where something is missing,
 # it says in one sentence what to install where.
@@ -64,7 +64,7 @@ from quantlab.lm import generate, load_lm
 model, tokenizer = load_lm()
 print(generate(model, tokenizer, "Once upon a time", tokens=80))
 # %% [markdown]
-# Which model is it? The workbook also runs on others (section 10). Where the text says that 4,096 tokens
+# Which model is it? The workbook also runs on others (section 11). Where the text says that 4,096 tokens
 # are read, a larger model reads fewer of them, `budget(model, 4096)`, and still takes longer:
 # %%
 from quantlab.lm import budget, chosen_model, longest_context
@@ -72,7 +72,8 @@ from quantlab.lm import budget, chosen_model, longest_context
 config, parameters = model.config, sum(p.numel() for p in model.parameters())
 work = parameters * budget(model, 4096) / (3_672_320 * 4096)  # over the bundled model's
 longer = f"about {work:.0f} times as long as" if work > 1.5 else "no longer than"
-print(f"{chosen_model()}: {parameters:,} parameters, {config.num_hidden_layers} blocks of width {config.hidden_size}")
+print(f"{chosen_model()}: {parameters:,} parameters, {config.num_hidden_layers} blocks of width "
+      f"{config.hidden_size}")
 print(f"{config.vocab_size:,} tokens in the vocabulary, {longest_context(model):,} in the context")
 print(f"The computer's part of a notebook takes {longer} its first line says.")
 # %% [markdown]
@@ -97,11 +98,12 @@ print(one, two, sep="\n\n")
 # %%
 sentence = "The butterfly quantized a boat."
 ids = tokenizer(sentence, add_special_tokens=False)["input_ids"]
-found("".join(tokenizer.decode([i]) for i in ids) == sentence, "the pieces, put together, are the sentence")
+found("".join(tokenizer.decode([i]) for i in ids) == sentence,
+      "the pieces, put together, are the sentence")
 print(*[f"{i:5} {tokenizer.decode([i])!r}" for i in ids], sep="\n")
 # %% [markdown]
 # A word that is common in the texts that the tokenizer was made from is one token, here with the space
-# before it; a rare one is made of several.
+# before it; a rare word is made of several.
 #
 # ## 3. Count its bytes
 # The parts, in the order in which a token meets them:
@@ -112,9 +114,14 @@ print(*[f"{i:5} {tokenizer.decode([i])!r}" for i in ids], sep="\n")
 # - the head, which turns the last numbers into probabilities. In the bundled model and many others it is
 #   the embedding once more, stored once.
 #
-# **Predict** which part holds most of the numbers. Write your guess in place of None; nobody looks.
+# **Predict** with a click. Your guess stays in this notebook's memory; a cell below sets it beside what
+# comes out, and at the end you hear how often you were right.
 # %%
-guess = None  # "embedding", "attention", "MLP" or "norms"
+from quantlab import predictions
+from quantlab.predictions import predict
+
+guess = predict("Which part holds most of the numbers?",
+                ["embedding", "attention", "MLP", "norms", "head", "other"])
 # %% [markdown]
 # Every parameter has a name, like `model.layers.0.self_attn.q_proj.weight`, and the name says what it
 # belongs to. In float32 a number takes 32 bits, which is 4 bytes.
@@ -122,8 +129,13 @@ guess = None  # "embedding", "attention", "MLP" or "norms"
 import re
 from collections import Counter
 
-WORDS = {"norm|ln_": "norms", "lm_head|embed_out": "head", "embed|wte|wpe": "embedding", "att": "attention",
-         "mlp|fc": "MLP"}  # what names hold, in most models
+WORDS = {
+    "norm|ln_": "norms",
+    "lm_head|embed_out": "head",
+    "embed|wte|wpe": "embedding",
+    "att": "attention",
+    "mlp|fc": "MLP",
+}  # what names hold, in most models
 def part_of(name):
     return next((part for words, part in WORDS.items() if re.search(words, name)), "other")
 
@@ -133,8 +145,7 @@ for name, parameter in model.named_parameters():
 total = parts.total()
 for part, count in [*parts.most_common(), ("together", total)]:
     print(f"{part:10}{count:>11,} numbers{4 * count:>12,} bytes {count / total:6.1%}")
-largest = parts.most_common(1)[0][0]
-print("no guess yet" if guess is None else f"you said {guess}, and it is the {largest}")
+guess.reveal(parts.most_common(1)[0][0])
 # %% [markdown]
 # The same, layer by layer:
 # %%
@@ -159,9 +170,11 @@ ax.set(xlabel="megabytes in float32", ylim=(len(rows) - 0.4, -0.6))
 ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
 plt.show()
 # %% [markdown]
-# Attention and MLP consist of **linear layers**: matrices that a vector is multiplied with. Here they hold
-# most of the numbers; the embedding comes next; the norms are a hairline. So quantizers go for the linear
-# layers and leave the rest in 16 bits, and so shall we.
+# Nearly all numbers of attention and MLP stand in **linear layers**, matrices that a vector is multiplied
+# with. (Attention also compares tokens with each other, which takes no numbers of its own.) A block of this
+# model has seven: `q_proj`, `k_proj`, `v_proj` and `o_proj` in the attention, `gate_proj`, `up_proj` and
+# `down_proj` in the MLP. Together they hold most of the numbers; the embedding comes next; the norms are a
+# hairline. So quantizers go for the linear layers and leave the rest in 16 bits, and so shall we.
 #
 # **Predict.** How large is the whole model in 32, 16, 8 and 4 bits, and which of them is the file on the
 # disk? Such a file (`.safetensors`) begins with 8 bytes that say how long its table of contents is. Then
@@ -179,8 +192,8 @@ each, linear = (size - contents) / total, parts["attention"] + parts["MLP"]
 print(*[f"{bits:2} bits: {total * bits // 8:>10,} bytes" for bits in (32, 16, 8, 4)], sep="\n")
 print(f"the file: {size:>9,} bytes = {contents:,} + {each:g} × {total:,}")
 found(each == 2, f"the file has {each:g} bytes for each number (the bundled model: 2)")
-found(linear > parts["embedding"] > parts["norms"], "attention and MLP hold more than the embedding "
-      f"({linear / total:.0%} of all, and {parts['embedding'] / total:.0%}), and that more than the norms")
+found(linear > parts["embedding"], f"attention and MLP hold {linear / total:.0%} of all, the most")
+found(parts["embedding"] > parts["norms"], "the embedding holds more than the norms")
 # %% [markdown]
 # Beside its table, the bundled model's file has two bytes for each number, and not one more: it is stored
 # in 16 bits.
@@ -229,9 +242,13 @@ check("0.3", my_embedding_share)
 solution("0.1")
 # %% [markdown]
 # ## 5. Predict, then drag
-# The model gives each token a score, its *logit*. Divided by the temperature T and put through softmax, the
-# scores become probabilities. By hand, with three tokens. **Predict**: does a lower T favour the first or
-# the last?
+# The model gives each token a score, its *logit*. **Softmax** makes probabilities of them: each score is
+# divided by the temperature T, e is raised to that power, and the results are divided by their sum. Below we
+# do it by hand, with three tokens whose scores are 2, 1 and 0.
+# %%
+guess = predict(
+    "Which token gains when T goes down?", ["the likeliest", "the least likely", "none"]
+)
 # %%
 import torch
 
@@ -239,7 +256,12 @@ logits = torch.tensor([2.0, 1.0, 0.0])
 chances = {T: torch.softmax(logits / T, dim=0) for T in (0.5, 1.0, 2.0)}
 for T, chance in chances.items():
     assert torch.allclose(chance[0] / chance[1], torch.tensor(1 / T).exp())
-{T: [round(p, 2) for p in chance.tolist()] for T, chance in chances.items()}
+print(
+    *(f"T = {T}: {[round(p, 2) for p in chance.tolist()]}" for T, chance in chances.items()),
+    sep="\n",
+)
+assert chances[0.5][0] > chances[1.0][0]
+guess.reveal("the likeliest")
 # %% [markdown]
 # Now the real model. **Predict first**, then drag:
 # 1. Towards 0: what happens to the largest bar? And at 0?
@@ -265,7 +287,8 @@ from quantlab.lm import load_text, token_stream
 tokens = token_stream(tokenizer, load_text("eval"))[: budget(model, 4096)]
 row = ledger.measure(model, model, tokens, method="float")
 ledger.append(row)
-assert row.kl < 1e-6 < 0.999 < row.top1
+assert row.kl < 1e-6  # no distance from itself
+assert row.top1 > 0.999  # and always the same token
 assert row.bytes == 2 * total
 ledger.Table([row])
 # %% [markdown]
@@ -287,12 +310,15 @@ from quantlab import PerAxis, quantize_tensor
 from quantlab.lm import layers_of_role, linear_layers, model_bytes, weight_of
 
 layers, name = linear_layers(model), next(iter(layers_of_role(model, "gate")))  # of the first MLP
-int8 = {n: quantize_tensor(weight_of(layer), bits=8, granularity=PerAxis(0)) for n, layer in layers.items()}
+int8 = {
+    n: quantize_tensor(weight_of(layer), bits=8, granularity=PerAxis(0))
+    for n, layer in layers.items()
+}
 gain = 4 * layers[name].weight.numel() / int8[name].nbytes
 whole = 4 * total / model_bytes(model, int8)
 assert max(gain, whole) < 4
-found(whole < 3.9 < gain,
-      f"a layer becomes {gain:.2f} times smaller (the bundled model's: 3.94), the model {whole:.2f} (3.46)")
+found(gain > 3.9, f"a layer becomes {gain:.2f} times smaller (the bundled model's: 3.94)")
+found(whole < 3.9, f"the model becomes {whole:.2f} times smaller (the bundled one: 3.46)")
 print(f"one layer:   {gain:.2f} times smaller than float32")
 print(f"whole model: {whole:.2f} times smaller than float32, {whole / 2:.2f} times than in 16 bits")
 # %% [markdown]
@@ -300,14 +326,18 @@ print(f"whole model: {whole:.2f} times smaller than float32, {whole / 2:.2f} tim
 # number of bits, not a gain. So always ask: smaller than *what*, and was *everything* counted?
 #
 # ## 8. What breaks next
-# Why scales at all? PyTorch turns floats into integers by itself. **Predict**: what becomes of 0.9, −0.4
-# and 1.7, and what of the weights of a layer?
+# Why scales at all? PyTorch turns floats into integers by itself. What becomes of 0.9, −0.4 and 1.7, and
+# what of the weights of a layer?
+# %%
+guess = predict("What does the cast to int8 make of 0.9?", ["0", "0.9", "1"])
 # %% tags=["nbval-ignore-output"]
-print(torch.tensor([0.9, -0.4, 1.7]).to(torch.int8).tolist())
+cast = torch.tensor([0.9, -0.4, 1.7]).to(torch.int8).tolist()
+print(cast, guess.reveal(str(cast[0])))
 weight = layers[name].weight.detach()
 zeros = (weight.to(torch.int8) == 0).float().mean().item()
 found(zeros > 0.99, f"{zeros:.1%} of the weights become 0 (the bundled model: 100.0%)")
-print(f"half of the weights lie within ±{weight.abs().median():.2f}; after the cast {zeros:.1%} are 0")
+print(f"half of the weights lie within ±{weight.abs().median():.2f}; after the cast {zeros:.1%} "
+      "are 0")
 # %% [markdown]
 # A cast cuts off what stands behind the point, and nearly all weights are smaller than 1. **Predict** the story
 # without this one layer, and then with all linear layers cast.
@@ -323,7 +353,7 @@ def cast_to_int8(model, names):
 
 silent = cast_to_int8(model, layers)
 stories = [tell(m) for m in (model, cast_to_int8(model, [name]), silent)]
-found(len(set(stories)) == 3, "the three stories differ")
+found(len(set(stories)) == 3, "the three stories differ")  # set: without doubles
 print(*stories, sep="\n\n")
 # %% [markdown]
 # One layer alone is enough to break the bundled model. The last one is stuck: it says one thing over and
@@ -339,10 +369,12 @@ window = min(512, longest_context(model))
 with torch.no_grad():
     said = silent(tokens[None, :window]).logits[0].argmax(-1)
 repeats, bad = (said == tokens[:window]).float().mean(), perplexity(silent, tokens).value
-found(bad > config.vocab_size > row.perplexity, f"of the perplexities {row.perplexity:.1f} (float), "
-      f"{config.vocab_size:,} (knowing nothing) and {bad:.1e} (cast) each is above the one before it")
-found(repeats > 0.5, f"the cast model repeats {repeats:.0%} of what it reads (the bundled model: 100%)")
-print(f"perplexity: float {row.perplexity:.1f}, knowing nothing {config.vocab_size:,}, cast {bad:.1e}")
+found(bad > config.vocab_size, f"the cast model ({bad:.1e}) does worse than knowing nothing")
+found(config.vocab_size > row.perplexity, "the float model does better than that")
+found(repeats > 0.5,
+      f"the cast model repeats {repeats:.0%} of what it reads (the bundled model: 100%)")
+print(f"perplexity: float {row.perplexity:.1f}, knowing nothing {config.vocab_size:,}, cast "
+      f"{bad:.1e}")
 print(f"the cast model says the token that it has just read: {repeats:.0%}")
 # %% [markdown]
 # Worse than knowing nothing, here: it is sure, and wrong. Eight bits are enough, as notebook 01 shows; what the
@@ -351,8 +383,59 @@ print(f"the cast model says the token that it has just read: {repeats:.0%}")
 # **Open question.** Multiply all weights by 100 before the cast and divide by 100 after it. Does the model
 # speak again? Which factor is best for a layer, and what limits it? Whoever can answer that has invented
 # the scale.
+#
+# ## 9. How to read the code here
+# Some ways to write things come back in every notebook. Here they are, once, on small numbers. Read each
+# line, say what it will give, then run the cell. First tensors:
+# %%
+x = torch.arange(6.0).view(2, 3)
+assert x.tolist() == [[0, 1, 2], [3, 4, 5]]
+assert x[None].shape == (1, 2, 3)  # None adds a dimension: a batch of one
+assert x[:, None].shape == (2, 1, 3)  # ... or one in the middle
+assert x[..., :2].shape == (2, 2)  # ... for all dimensions before, :2 for the first two places
+assert x[x > 3].tolist() == [4, 5]  # the places where it is true, in one row
+assert x.amax(1, keepdim=True).shape == (2, 1)  # a row's largest; with keepdim it divides its row
+f"{2 / 3:.2f}, {2 / 3:.0%}, {1234567:,}"  # a value as text: digits, percent, thousands
 # %% [markdown]
-# ## 9. Map
+# Then Python. `**how` collects what is given by name and hands it on. A `lambda` is a function without a
+# name; made in a loop it sees the *last* value of the loop, unless a parameter keeps its own (`i=i`).
+# %%
+def shift(x, *, by=1):
+    return x + by
+
+def twice(x, **how):  # whatever shift can be told, twice can be told too
+    return shift(shift(x, **how), **how)
+
+late = [lambda: i for i in range(3)]  # noqa: B023  that is the point
+kept = [lambda i=i: i for i in range(3)]
+assert [f() for f in late] == [2, 2, 2]
+assert [f() for f in kept] == [0, 1, 2]
+twice(10, by=5)
+# %% [markdown]
+# Last the layers of a model. A `Parameter` remembers how it was used, for training: `.detach()` gives the
+# numbers without that, and `.data = …` puts new numbers in its place. A **hook** is a function that a layer
+# calls whenever it has computed. `SimpleNamespace` is a box for things that belong together.
+# %%
+from types import SimpleNamespace
+
+layer, box = torch.nn.Linear(3, 2, bias=False), SimpleNamespace(calls=0)
+def count(layer, inputs, output):
+    box.calls += 1
+
+hook = layer.register_forward_hook(count)
+layer.weight.data = torch.ones(2, 3)
+y = layer(x)  # here the hook is called
+hook.remove()
+box.calls, y.requires_grad, y.detach().tolist()
+# %% [markdown]
+# ## 10. Map
+# What you have passed in each chapter, a square for each exercise. A file beside the folder of notebooks remembers
+# it (`progress.json`); nothing leaves the machine, and deleting the file begins anew.
+# %% tags=["nbval-ignore-output"]
+from quantlab.progress import progress
+
+progress()
+# %% [markdown]
 # Linked notebooks are there (✓); the others are being written.
 #
 # | notebook | about |
@@ -376,12 +459,15 @@ print(f"the cast model says the token that it has just read: {repeats:.0%}")
 # | [13 Quantization-aware training](13_quantization_aware_training.ipynb) ✓ | train through the rounding |
 # | [14 Learned steps, three values, two values](14_learned_steps.ipynb) ✓ | down to one bit |
 # | [15 QLoRA](15_qlora.ipynb) ✓ | fine-tune on frozen 4-bit weights |
-# | 16 KV cache | quantize the memory of the text |
-# | 17 From notebook to deployment | files and engines, compared |
-# | 18 Bug hunt | published code that looks right |
-# | 19 Capstone: fit the budget | the best model under N bytes |
+# | [16 A real language model](16_a_real_model.ipynb) ✓ | SmolLM2: what carries over, and what does not |
+# | [17 Rotations](17_rotations.ipynb) ✓ | turn the basis, and the outliers are gone |
+# | [18 The cache of keys and values](18_kv_cache.ipynb) ✓ | quantize the memory of the text |
+# | [19 llama.cpp's files](19_llama_cpp_files.ipynb) ✓ | what Q4_K_M means, and the file that runs |
+# | 20 From notebook to deployment | files and engines, compared |
+# | [21 Bug hunt](21_bug_hunt.ipynb) ✓ | programs that look right |
+# | [22 Capstone: fit the budget](22_capstone.ipynb) ✓ | the best model in so many bytes |
 # %% [markdown]
-# ## 10. Glossary
+# ## 11. Glossary
 #
 # | English | 中文 | meaning |
 # |---|---|---|
@@ -395,6 +481,8 @@ print(f"the cast model says the token that it has just read: {repeats:.0%}")
 # | clamp | 截断 | cut to the smallest or largest code |
 # | granularity | 粒度 | how many numbers share a scale |
 # | outlier | 离群值 | a value far larger than the rest |
+# | BF16, FP16 | | floats of 16 bits; notebook 05 takes them apart |
+# | kernel | 内核 | the Python behind a notebook; or a routine that multiplies on a chip |
 # %% [markdown]
 # | English | 中文 | meaning |
 # |---|---|---|
@@ -405,6 +493,8 @@ print(f"the cast model says the token that it has just read: {repeats:.0%}")
 # | quantization-aware training | 量化感知训练 | train with rounding in the forward pass |
 # | perplexity | 困惑度 | how surprised a model is by a text |
 # | KL divergence | KL 散度 | how far a prediction is from another |
+# | nat | 奈特 | a bit is log 2 = 0.69 of them; KL is counted in nats |
+# | rtn | | round to nearest, the plainest method |
 # %% [markdown]
 # ### Another model
 # `QUANTLAB_MODEL=... python run.py lab` runs all notebooks on another causal language model. It is
@@ -428,4 +518,8 @@ print(f"the cast model says the token that it has just read: {repeats:.0%}")
 # - Weights are far smaller than 1: cast to int8 they become 0, and the model falls silent. Integers need a
 #   unit.
 #
+# And your predictions? The last cell counts them.
+#
 # Next: [01 Scale and zero point](01_scale_and_zero_point.ipynb) gives them one.
+# %%
+predictions.score()

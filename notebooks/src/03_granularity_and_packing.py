@@ -1,6 +1,7 @@
 # %% [markdown]
 # # 03 Granularity, packing, honest bits
-# *60 minutes without the exercises of section 10; the computer needs about one. You need notebooks 01 and 02.*
+# *60 minutes, and 65 more for the exercises of section 10. The computer needs about one. You need notebooks
+# 01 and 02.*
 #
 # 粒度、打包、真实位数. One scale for a million weights is cheap and bad. Here are more of them; we count what they
 # cost, and weigh the result as a file. At the end you can
@@ -60,9 +61,12 @@ plt.xlabel("typical weight of the row")
 plt.ylabel("common error / own")
 plt.show()
 quietest, typical = factor[size.argmin()].item(), factor.median().item()
-found(quietest > 4, f"the quietest row's error falls by a factor of {quietest:.1f} (the bundled model: 13.8)")
-found(0.8 < typical < 1.25, f"a typical row's error falls by a factor of {typical:.2f} (the bundled model: 0.99)")
-f"error divided by {factor[size.argmin()]:.1f} in the quietest row, by {factor.median():.2f} in the median one"
+found(quietest > 4,
+      f"the quietest row's error falls by a factor of {quietest:.1f} (the bundled model: 13.8)")
+found(0.8 < typical < 1.25,
+      f"a typical row's error falls by a factor of {typical:.2f} (the bundled model: 0.99)")
+(f"error divided by {factor[size.argmin()]:.1f} in the quietest row, by {factor.median():.2f} in "
+ "the median one")
 # %% [markdown]
 # The common grid suits the typical row here, and no row that is much quieter: it gets a step made for others.
 # Which weights share a scale is called **granularity** (粒度).
@@ -70,21 +74,27 @@ f"error divided by {factor[size.argmin()]:.1f} in the quietest row, by {factor.m
 # ## 2. By hand: eight weights
 # Two rows: 0, 0.1, 0.2, 0.3 and 0, 0.1, 2, 3. Two bits, so codes 0 to 3, and no weight is negative, so the
 # zero point is 0. One scale for all must reach 3.0 in three steps: it is 1.0. We also try a scale for each
-# row, and one for each *two neighbours* in a row.
-#
-# **Predict**, for each of the three: which weights become 0 that were not?
+# row, and one for each *two neighbours* in a row. Which weights become 0 that were not?
+# %%
+from quantlab import predictions
+from quantlab.predictions import predict
+
+guess = predict("One scale for all eight: how many of the six weights that are not 0 become 0?",
+                ["none", "one", "three", "four"])
 # %%
 w = torch.tensor([[0.0, 0.1, 0.2, 0.3],
                   [0.0, 0.1, 2.0, 3.0]])
 per_row = torch.tensor([[0.1], [1.0]])
 per_two = torch.tensor([[0.1 / 3, 0.1 / 3, 0.1, 0.1],
                         [0.1 / 3, 0.1 / 3, 1.0, 1.0]])
-# %%
+
 for granularity, scale in ((PerTensor(), 1.0), (PerAxis(0), per_row), (PerGroup(2), per_two)):
     by_hand = scale * torch.round(w / scale).clamp(0, 3)
     q = quantize_tensor(w, bits=2, granularity=granularity, symmetric=False, signed=False)
     assert torch.allclose(q.dequantize(), by_hand)
     print(granularity, f"{q.bits_per_element:.2f} bits per weight", by_hand, sep="\n")
+lost = int(((w / 1.0).round() == 0).sum() - (w == 0).sum())
+guess.reveal(["none", "one", "two", "three", "four"][lost])
 # %% [markdown]
 # Per tensor, the first row is gone, and 0.1 of the second. Per row, that 0.1 is still lost to its
 # neighbours 2 and 3. Per group of two, nothing is lost. (0.2, 0.3 has the scale 0.1: its range is widened
@@ -92,8 +102,9 @@ for granularity, scale in ((PerTensor(), 1.0), (PerAxis(0), per_row), (PerGroup(
 # the last may hold filling.)
 #
 # ### Exercise 3.1: groups (about 10 minutes)
-# Round a matrix with a grid for each run of `group_size` neighbours in each row: asymmetric, codes 0 to 2ᵇ
-# − 1. **The last run of a row may be shorter.** Return the rounded weights. You may use notebook 01's
+# Round a matrix `weight` with a grid for each run of `group_size` neighbours in each row: asymmetric, codes 0
+# to 2ᵇ − 1, the range of each run widened to hold 0. **The last run of a row may be shorter.** Return the
+# rounded weights, as reals, in the shape of `weight`, which must not change. You may use notebook 01's
 # `choose_qparams` and `fake_quantize`.
 # %% tags=["exercise"]
 def my_groups(weight, bits, group_size):
@@ -104,8 +115,8 @@ check("3.1", my_groups)
 # ## 3. What more scales buy
 # Another layer, the last of the first MLP, with longer rows; one of ours is very loud. Two errors: of the
 # **weights**, ‖W − Ŵ‖²/‖W‖², and of the layer's **output**, ‖X(W − Ŵ)ᵀ‖²/‖XWᵀ‖², where X is what the layer
-# reads when the model reads stories. At 4 bits, a scale is shared by the tensor (not clipped, then
-# clipped), a row, 128, 32 or 8 neighbours.
+# reads when the model reads stories. We use 4 bits. A scale is shared by the whole tensor (once with the
+# grid out to the extremes, once clipped), by a row, or by 128, 32 or 8 neighbours in a row.
 #
 # **Predict:** which step lowers the error most? From where on does it cost more than a bit per weight?
 # %% tags=["nbval-ignore-output"]
@@ -113,29 +124,47 @@ from quantlab.lm import capture_inputs, load_text, token_stream
 
 name = next(iter(layers_of_role(model, "down")))
 weight = weight_of(layers[name])
-stories = token_stream(tokenizer, load_text("calibration"))[: budget(model, 2048)]  # fewer on a larger model
+stories = token_stream(tokenizer, load_text("calibration"))[
+    : budget(model, 2048)
+]  # fewer on a larger model
 x = capture_inputs(model, stories, [name])[name]
-f"{name} {tuple(weight.shape)}: largest weight {weight.abs().max() / weight.std():.0f} standard deviations"
+(f"{name} {tuple(weight.shape)}: largest weight {weight.abs().max() / weight.std():.0f} standard "
+ "deviations")
 # %% tags=["nbval-ignore-output"]
 def relative(a, exact):
     return ((a - exact).square().sum() / exact.square().sum()).item()
 
 def errors(q):
     return relative(q.dequantize(), weight), relative(x @ q.dequantize().T, x @ weight.T)
-# %% tags=["nbval-ignore-output"]
-kinds = {"tensor": PerTensor(), "row": PerAxis(0), "128": PerGroup(128), "32": PerGroup(32), "8": PerGroup(8)}
-four = {kind: quantize_tensor(weight, bits=4, granularity=g, symmetric=False) for kind, g in kinds.items()}
+
+kinds = {
+    "tensor": PerTensor(),
+    "row": PerAxis(0),
+    "128": PerGroup(128),
+    "32": PerGroup(32),
+    "8": PerGroup(8),
+}
+four = {
+    kind: quantize_tensor(weight, bits=4, granularity=g, symmetric=False)
+    for kind, g in kinds.items()
+}
 # %% tags=["nbval-ignore-output"]
 both = {kind: errors(q) for kind, q in {"clipped": clipped(weight), **four}.items()}
 for kind, (of_weight, of_output) in both.items():
     bits = "" if kind == "clipped" else f", {four[kind].bits_per_element:.3f} bits per weight"
     print(f"{kind:>7}: error of weights {of_weight:.4f}, of output {of_output:.4f}{bits}")
 of_weight = [both[kind][0] for kind in kinds]
-found(of_weight == sorted(of_weight, reverse=True), "each finer grain has less error of the weights")
+found(of_weight == sorted(of_weight, reverse=True),
+      "each finer grain has less error of the weights")
 for kind, bundled in (("clipped", 6.1), ("row", 5.0)):
     less = both["tensor"][0] / both[kind][0]
-    found(less > 4, f"{kind}: the error falls by a factor of {less:.1f} (the bundled model: {bundled})")
-assert all(q.bits_per_element >= 4 + 36 / kinds[kind].group_size for kind, q in four.items() if kind.isdigit())
+    found(less > 4,
+          f"{kind}: the error falls by a factor of {less:.1f} (the bundled model: {bundled})")
+assert all(
+    q.bits_per_element >= 4 + 36 / kinds[kind].group_size
+    for kind, q in four.items()
+    if kind.isdigit()
+)
 # %% [markdown]
 # Here a scale a row is nearly free, and frees the others from the loud row's step. *So does a good clip*,
 # about as well. From here on no grid is clipped. Groups of 32 cost a bit and more, groups of 8 more than the
@@ -163,7 +192,9 @@ points = {"float32": measure(torch.float32), "float16": measure(torch.float16)}
 fig, axes = plt.subplots(1, 2, figsize=(7.5, 3.4), sharex=True, sharey=True, layout="constrained")
 for ax, (word, its) in zip(axes, points.items(), strict=True):
     curves = {kind: zip(*(its[bits, kind] for bits in range(2, 7)), strict=True) for kind in kinds}
-    plot_curves(curves, xlabel=f"true bits per weight, {word} scales", ylabel="output error", log="y", ax=ax)
+    plot_curves(
+        curves, xlabel=f"true bits per weight, {word} scales", ylabel="output error", log="y", ax=ax
+    )
 plt.show()
 # %% tags=["nbval-ignore-output"]
 def front(its):
@@ -174,16 +205,20 @@ fine, half = front(points["float32"]), front(points["float16"])
 found("32" in half - fine, "groups of 32 are on the front with float16 scales only")
 found("8" not in half | fine, "groups of 8 are not on the front")
 (bits5, error5), (bits4, error4) = points["float32"][5, "row"], points["float32"][4, "32"]
-found(bits5 < bits4, f"5 bits a row ({bits5:.2f} true bits) take less than 4 in groups of 32 ({bits4:.2f})")
-found(error5 < 0.8 * error4, f"5 bits a row have less error ({error5:.4f}) than 4 in groups of 32 ({error4:.4f})")
+found(bits5 < bits4,
+      f"5 bits a row ({bits5:.2f} true bits) take less than 4 in groups of 32 ({bits4:.2f})")
+found(error5 < 0.8 * error4,
+      f"5 bits a row have less error ({error5:.4f}) than 4 in groups of 32 ({error4:.4f})")
 same = points["float16"][4, "32"][1] / error4
-found(same < 1.05, f"float16 scales have {same:.3f} times the error of float32 ones (the bundled model: 1.000)")
+found(same < 1.05,
+      f"float16 scales have {same:.3f} times the error of float32 ones (the bundled model: 1.000)")
 {word: sorted(front(its)) for word, its in points.items()}
 # %% [markdown]
-# (Per tensor: nothing is cheaper.) In this layer, **with float32 scales** groups of 32 are a bad buy: 5
-# bits a row take fewer bits, and have less error, than 4 bits in groups of 32. **With float16 scales** they
-# are on the front: hardly more error, little more than half the price. So formats with small groups store
-# *small scales*, and a claim about groups must name the scale's width.
+# One scale a tensor is on the front because nothing is cheaper. In this layer, **with float32 scales**,
+# groups of 32 are a bad buy: 5 bits a row take fewer bits, and have less error, than 4 bits in groups of 32.
+# **With float16 scales** groups of 32 are on the front: their error is hardly larger, and their scales cost
+# half as much. So formats with small groups store *small scales*, and a claim about groups must name the
+# scale's width.
 #
 # ## 4. Which way do the groups lie?
 # `nn.Linear` stores [out, in], **GPT-2's `Conv1D`** [in, out]. There, code that says "per output channel,
@@ -192,7 +227,10 @@ found(same < 1.05, f"float16 scales have {same:.3f} times the error of float32 o
 # %% tags=["nbval-ignore-output"]
 square = next(iter(layers_of_role(model, "attention output")))
 side = min(weight_of(layers[square]).shape)
-read, w = capture_inputs(model, stories, [square])[square][:, :side], weight_of(layers[square])[:side, :side]
+read, w = (
+    capture_inputs(model, stories, [square])[square][:, :side],
+    weight_of(layers[square])[:side, :side],
+)
 off = {}
 for axis in (0, 1):
     q = quantize_tensor(w, bits=4, granularity=PerAxis(axis))  # symmetric: no zero points
@@ -203,8 +241,9 @@ more = [off[1][i] / off[0][i] for i in range(2)]
 found(more[0] < 1.5, f"the error of the weights grows {more[0]:.1f} times (the bundled model: 1.0)")
 found(more[1] > 3, f"the error of the output grows {more[1]:.1f} times (the bundled model: 9)")
 # %% [markdown]
-# Those of the weights do not, here: a scale for each input is a fine grid too. What breaks is the
-# *arithmetic*. A scale for each output can wait until the sum is done; one for each input stands inside:
+# The error of the weights does not give it away here: a scale for each input is a fine grid too. What breaks
+# is the *arithmetic*. A scale for each output can wait until the sum is done, as in the formula below. A
+# scale for each input would have to stand inside the sum, and the integer product cannot do that:
 #
 # $$y_j = \sum_i x_i\, s_j\, q_{ji} = s_j \sum_i x_i\, q_{ji}$$
 #
@@ -213,8 +252,8 @@ found(more[1] > 3, f"the error of the output grows {more[1]:.1f} times (the bund
 # [out, in].)
 #
 # ### Exercise 3.2: the right axis (about 3 minutes)
-# `weight` is a Conv1D's, [in, out]. Round it with one scale for each **output**, and return it as [in,
-# out].
+# `weight` is a Conv1D's, [in, out]. Round it with one asymmetric grid for each **output**
+# (`quantize_tensor(…, symmetric=False)`), and return the rounded weights, as reals, [in, out].
 # %% tags=["exercise"]
 def my_per_output(weight, bits):
     raise NotImplementedError
@@ -228,7 +267,12 @@ check("3.2", my_per_output)
 from quantlab import pack
 
 q, byte = four["128"], pack(torch.tensor([2, 7]), bits=4).item()
-print(q.codes.nbytes / weight.numel(), "byte a weight as a tensor,", q.packed().nbytes / weight.numel(), "packed")
+print(
+    q.codes.nbytes / weight.numel(),
+    "byte a weight as a tensor,",
+    q.packed().nbytes / weight.numel(),
+    "packed",
+)
 f"2 is {2:04b}, 7 is {7:04b}; together {byte:08b} = {byte}"
 # %% [markdown]
 # One byte: torch calculates with nothing narrower, so half of each byte is air. Packed, **two codes lie in
@@ -236,8 +280,9 @@ f"2 is {2:04b}, 7 is {7:04b}; together {byte:08b} = {byte}"
 # debugger say uint8, with half as many elements.
 #
 # ### Exercise 3.3: two codes in a byte (about 5 minutes)
-# `codes` is uint8, values 0 to 15, any number of them: if odd, the last has a byte to itself, filled with
-# 0. Return the bytes, uint8.
+# `codes` is a row of uint8, values 0 to 15, one or more. Two neighbours share a byte, the first in its low
+# four bits; if their number is odd, the last has a byte to itself, filled with 0. Return the bytes as uint8,
+# and leave `codes` as they are.
 # %% tags=["exercise"]
 def my_pack4(codes):
     raise NotImplementedError
@@ -250,7 +295,9 @@ check("3.3", my_pack4)
 packed = pack(torch.tensor([5, 2, 6, 1, 0, 3, 7, 4]), bits=3)
 stream = [byte >> place & 1 for byte in packed.tolist() for place in range(8)]
 plt.figure(figsize=(7, 1.2), layout="constrained")
-boxes = plt.bar(range(24), 1, width=1, color=([QUANTIZED] * 3 + [FLOAT] * 3) * 4, alpha=0.6, edgecolor="white")
+boxes = plt.bar(
+    range(24), 1, width=1, color=([QUANTIZED] * 3 + [FLOAT] * 3) * 4, alpha=0.6, edgecolor="white"
+)
 plt.bar_label(boxes, stream, label_type="center")
 plt.vlines([7.5, 15.5], 0, 1, color=ERROR, linewidth=3)
 plt.yticks([])
@@ -271,10 +318,10 @@ def my_bits(rows, cols, bits, group_size, scale_bits, zero_bits):
 # %%
 check("3.4", my_bits)
 # %% [markdown]
-# ### Myth: "from FP32 to INT8 a model is 8 times smaller"
-# Every format stores codes and something beside them. How many bits, shared by how many weights, is all we
-# need to know. **Predict** the factors: float32 to 8 bits a row, float16 to 8 bits a row, float32 to 4 bits
-# in groups of 128. And which of the formats below takes exactly 4 bits?
+# ### Myth: "a 4-bit format takes 4 bits"
+# Every format stores codes and something beside them. How many bits that takes, and how many weights share
+# it, is all we need to know. **Predict** the factors: float32 to 8 bits a row, float16 to 8 bits a row,
+# float32 to 4 bits in groups of 128. And which of the formats below takes exactly 4 bits?
 # %%
 formats = {  # bits of a code, [(bits, shared by how many weights)]
     "8 bits, rows of 768, float32 scale + zero point": (8, [(32 + 8, 768)]),
@@ -287,7 +334,9 @@ formats = {  # bits of a code, [(bits, shared by how many weights)]
     "MXFP4, blocks of 32, 8-bit scale": (4, [(8, 32)]),
     "NVFP4, blocks of 16, 8-bit scale": (4, [(8, 16)]),
 }
-true_bits = {name: code + sum(bits / among for bits, among in beside) for name, (code, beside) in formats.items()}
+# %%
+true_bits = {name: code + sum(bits / among for bits, among in beside)
+             for name, (code, beside) in formats.items()}
 for name, bits in true_bits.items():
     print(f"{bits:.4f} bits = float32 / {32 / bits:.2f} = float16 / {16 / bits:.2f}   {name}")
 eight, ours, *others = true_bits.values()
@@ -295,7 +344,8 @@ assert 3.9 < 32 / eight < 4
 assert ours <= four["128"].bits_per_element  # equal, if 128 divides the row
 assert all(4.1 < bits <= 4.5 for bits in others)
 # %% [markdown]
-# 32/8 is 4, and a little less with the scales. No "4-bit" format has 4 bits. So compare at equal **true**
+# 32/8 is 4, and a little less with the scales. None of these "4-bit" formats takes 4 bits. (One scale for a
+# whole tensor comes close: section 3 printed 4.000. Its price is the error.) So compare at equal **true**
 # bits, or the smallest groups win by paying more. (NVFP4 has one float32 more for each tensor. Notebooks 04
 # and 05 explain NF4 and FP4.)
 #
@@ -319,10 +369,14 @@ explorer
 # %% tags=["nbval-ignore-output"]
 of_row = {kind: (weight - four[kind].dequantize()).square().mean(1) for kind in ("tensor", "row")}
 uneven = {kind: round((e.max() / e.min()).item(), 1) for kind, e in of_row.items()}
-for kind, fits, bundled in (("tensor", uneven["tensor"] < 1.5, 1.2), ("row", uneven["row"] > 4, 8.2)):
-    found(fits, f"a scale a {kind}: the worst row has {uneven[kind]} times the error of the best (bundled: {bundled})")
+claims = ("tensor", uneven["tensor"] < 1.5, 1.2), ("row", uneven["row"] > 4, 8.2)
+for kind, fits, bundled in claims:
+    found(fits,
+          f"a scale a {kind}: the worst row has {uneven[kind]} times the error of the best "
+          f"(bundled: {bundled})")
 less = points["float32"][4, "128"][1] / points["float32"][5, "128"][1]
-found(3.5 < less < 5, f"one more bit divides the error of the output by {less:.1f} (the bundled model: 4.2)")
+found(3.5 < less < 5,
+      f"one more bit divides the error of the output by {less:.1f} (the bundled model: 4.2)")
 f"error of the worst row over the best: {uneven}"
 # %% [markdown]
 # ## 8. The whole model, weighed
@@ -340,7 +394,7 @@ def count_bytes(bits, group_size):
     for layer in layers.values():
         rows, columns = weight_of(layer).shape
         groups = rows * math.ceil(columns / group_size)
-        parts["codes"] += math.ceil(rows * columns * bits / 8)
+        parts["linear weights"] += math.ceil(rows * columns * bits / 8)
         parts["scales"] += 4 * groups
         parts["zero points"] += math.ceil(groups * bits / 8)
     return parts
@@ -348,11 +402,13 @@ def count_bytes(bits, group_size):
 rest = Counter()
 for name, p in model.named_parameters():
     if name.removesuffix(".weight") not in layers:
-        rest["embedding" if p.ndim == 2 else "norms"] += 2 * p.numel()  # biases count with the norms
+        rest["embedding" if p.ndim == 2 else "norms"] += (
+            2 * p.numel()
+        )  # biases count with the norms
 parts, weights = count_bytes(4, 128) + rest, sum(p.numel() for p in model.parameters())
 predicted = parts.total()
 assert predicted > weights / 2
-print(*(f"{part:12}{size:>10,} bytes" for part, size in parts.items()), sep="\n")
+print(*(f"{part:14}{size:>10,} bytes" for part, size in parts.items()), sep="\n")
 f"{predicted:,} bytes for {weights:,} weights: {8 * predicted / weights:.2f} bits each"
 # %%
 import tempfile
@@ -373,18 +429,25 @@ on_disk = (folder / "four" / "quantized.safetensors").read_bytes()
 header = 8 + int.from_bytes(on_disk[:8], "little")  # the first 8 bytes say how long the header is
 stored = len(on_disk) - header
 assert stored >= predicted
-found(stored == predicted, f"the file's {stored:,} bytes beside the header are the {predicted:,} that we counted")
+found(stored == predicted,
+      f"the file's {stored:,} bytes beside the header are the {predicted:,} that we counted")
 loaded, _ = load_quantized(folder / "four")
 assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), new.parameters(), strict=True))
-f"{len(on_disk):,} bytes, {header:,} of them header: {2 * weights / len(on_disk):.2f} times smaller than in 16 bits"
+(f"{len(on_disk):,} bytes, {header:,} of them header: {2 * weights / len(on_disk):.2f} times "
+ "smaller than in 16 bits")
 # %% [markdown]
 # As counted, to the byte (unless 16 bits cannot hold what is not quantized: then it is saved in 32); and
 # loaded from these bytes alone, every weight is equal. Where do they sit?
 # %%
 linear = sum(weight_of(layer).numel() for layer in layers.values())
-models = {"16 bits": Counter(codes=2 * linear), **{f"{bits} bits": count_bytes(bits, 128) for bits in (8, 4, 3)}}
-places = ("codes", "scales", "zero points", "embedding", "norms")
-bars = {word: {place: (its + rest)[place] / 1e6 for place in places} for word, its in models.items()}
+models = {
+    "16 bits": Counter({"linear weights": 2 * linear}),
+    **{f"{bits} bits": count_bytes(bits, 128) for bits in (8, 4, 3)},
+}
+places = ("linear weights", "scales", "zero points", "embedding", "norms")
+bars = {
+    word: {place: (its + rest)[place] / 1e6 for place in places} for word, its in models.items()
+}
 plt.figure(figsize=(7, 2.6), layout="constrained")
 plot_bars(bars, ylabel="megabytes")
 plt.show()
@@ -396,16 +459,24 @@ f"the embedding is {shares[0]:.0%} of the 16-bit model and {shares[1]:.0%} of th
 # "Open" in section 10.)
 #
 # ### Myth: "I rounded the weights, so the model is smaller"
-# `new` holds rounded weights, as floats: it is *fake-quantized* (伪量化). **Predict**: saved without its
-# codes, is it smaller than the 16-bit model, as large, or larger?
+# `new` holds rounded weights, as floats: it is *fake-quantized* (伪量化). How large is it, saved without its
+# codes?
+# %%
+guess = predict(
+    "The fake-quantized model's file, beside that in 16 bits, is ...",
+    ["smaller", "as large", "larger"],
+)
 # %%
 in_memory = [sum(p.numel() * p.element_size() for p in m.parameters()) for m in (model, new)]
 assert in_memory[0] == in_memory[1]
 fake = save_quantized(folder / "fake", new, {}, tokenizer)
 temporary.cleanup()
 larger = fake / 2 / weights
-found(larger > 1.5, f"the file is {larger:.2f} times as large as in 16 bits (the bundled model: 1.86)")
-f"in memory {in_memory[1] / in_memory[0]:.2f} of the float model, as a file {larger:.2f} of 16 bits"
+found(larger > 1.5,
+      f"the file is {larger:.2f} times as large as in 16 bits (the bundled model: 1.86)")
+print(f"in memory {in_memory[1] / in_memory[0]:.2f} of the float model, as a file {larger:.2f} of "
+      "16 bits")
+guess.reveal("larger" if larger > 1.05 else "as large")
 # %% [markdown]
 # Larger: scale × code does not fit into 16 bits without loss, so 32 are kept. (Cut to 16 bits it would be
 # as large as before.) Nothing was packed. Fake-quantized models are for measuring *error*, and say nothing
@@ -424,31 +495,42 @@ tokens = token_stream(tokenizer, load_text("eval"))[: budget(model, 4096)]
 table = [ledger.measure(model, model, tokens, method="float")]
 
 def enter(rounded, qtensors, bits, group, method="rtn"):
-    table.append(ledger.measure(model, rounded, tokens, method=method, bits=bits, group=group, qtensors=qtensors))
+    table.append(
+        ledger.measure(
+            model, rounded, tokens, method=method, bits=bits, group=group, qtensors=qtensors
+        )
+    )
     ledger.append(table[-1])
-# %% tags=["nbval-ignore-output"]
-for bits, kind in tqdm([(4, "32"), (4, "128"), (4, "row"), (4, "tensor"), (3, "128"), (5, "row")], leave=False):
+
+jobs = (4, "32"), (4, "128"), (4, "row"), (4, "tensor"), (3, "128"), (5, "row")
+for bits, kind in tqdm(jobs, leave=False):
     enter(*nearest(bits, kinds[kind]), bits, kind)
 enter(*quantize_weights(model, clipped), 4, "tensor", "rtn clipped")
 ledger.Table(table)
 # %% tags=["nbval-ignore-output"]
 row = {(r.method, r.bits, r.group): r for r in table}
-order = [("rtn", 4, "32"), ("rtn", 4, "128"), ("rtn", 4, "row"), ("rtn", 4, "tensor"), ("rtn", 3, "128")]
-found(sorted(order, key=lambda key: row[key].kl) == order, "KL grows from groups of 32 to 128, row, tensor and 3 bits")
+kinds_in_order = (4, "32"), (4, "128"), (4, "row"), (4, "tensor"), (3, "128")
+order = [row["rtn", *key].kl for key in kinds_in_order]
+found(order == sorted(order), "KL grows from groups of 32 to 128, row, tensor and 3 bits")
 clip = row["rtn clipped", 4, "tensor"].kl / row["rtn", 4, "tensor"].kl
 found(clip < 0.5, f"the clip leaves {clip:.2f} of a tensor's KL (the bundled model: 0.35)")
 five, small = row["rtn", 5, "row"], row["rtn", 4, "32"]
 fifth = five.kl / small.kl
-found(fifth < 0.6, f"5 bits a row leave {fifth:.2f} of the KL of 4 bits in groups of 32 (the bundled model: 0.44)")
-found(five.bytes < small.bytes, f"5 bits a row ({five.bytes:,} bytes) take no more than those ({small.bytes:,})")
+found(fifth < 0.6,
+      f"5 bits a row leave {fifth:.2f} of the KL of 4 bits in groups of 32 (the bundled model: "
+      "0.44)")
+found(five.bytes < small.bytes,
+      f"5 bits a row ({five.bytes:,} bytes) take no more than those ({small.bytes:,})")
 halved = small.bytes - 2 * linear // 32  # two bytes less for each scale
-found(halved < 0.97 * five.bytes, "with 16-bit scales groups of 32 would take fewer bytes than 5 bits a row")
-f"with 16-bit scales, 4 bits in groups of 32 would be {1 - halved / five.bytes:.0%} smaller than 5 bits a row"
+found(halved < 0.97 * five.bytes,
+      "with 16-bit scales groups of 32 would take fewer bytes than 5 bits a row")
+(f"with 16-bit scales, 4 bits in groups of 32 would be {1 - halved / five.bytes:.0%} smaller than "
+ "5 bits a row")
 # %% [markdown]
 # The picture of section 3 for the whole model. **With float32 scales**, 5 bits a row take no more bytes
 # than 4 bits in groups of 32, and leave about half of the KL here; with 16-bit scales the small groups
-# would be cheaper, and you choose between bytes and KL. One scale a tensor, as in notebook 01, is worst of
-# all the 4-bit rows by far, unless it is clipped. (Perplexity blurs some of this: look at its error bars.)
+# would be cheaper, and you choose between bytes and KL. One scale a tensor is worst of all the 4-bit rows by
+# far, unless it is clipped. (Perplexity blurs some of this: look at its error bars.)
 #
 # **The control that must fail.** Somebody writes the scales of each layer row by row and reads them group by
 # group: the same codes, the same scales, *the same bytes*. **Predict:** where in the table does it land?
@@ -459,17 +541,22 @@ def mixed_up(w):
     return replace(q, qparams=replace(q.qparams, scale=scale, zero_point=zero_point))
 
 wrong, its_qtensors = quantize_weights(model, mixed_up)
-bad = ledger.measure(model, wrong, tokens, method="mixed up", bits=4, group="128", qtensors=its_qtensors)
+bad = ledger.measure(
+    model, wrong, tokens, method="mixed up", bits=4, group="128", qtensors=its_qtensors
+)
 assert bad.bytes == row["rtn", 4, "128"].bytes
-found(bad.kl > 5 * row["rtn", 4, "tensor"].kl, f"KL ({bad.kl:.2f}) is more than 5 times that of a scale a tensor")
+found(bad.kl > 5 * row["rtn", 4, "tensor"].kl,
+      f"KL ({bad.kl:.2f}) is more than 5 times that of a scale a tensor")
 f"KL {bad.kl:.2f} instead of {row['rtn', 4, '128'].kl:.3f}"
 # %% [markdown]
-# Far below the worst. So size and bits per weight are not enough: load what you saved, and measure.
+# It is far worse than the worst of them. So size and bits per weight are not enough: load what you saved, and
+# measure.
 #
 # ## 10. Exercises
 # ### Exercise 3.5: three bits (about 15 minutes)
-# The way back from the stream of section 5: return the first `count` codes of 3 bits in the bytes of
-# `packed`. A loop will do; the library's way without one is in `quantlab/packing.py`.
+# The way back from the stream of section 5. `packed` is a row of uint8, low bits first; return the first
+# `count` codes of 3 bits in it, whole numbers from 0 to 7. (`packed` may hold more bits than that.) A loop
+# will do; the library's way without one is in `quantlab/packing.py`.
 # %% tags=["exercise"]
 def my_unpack3(packed, count):
     raise NotImplementedError
@@ -478,13 +565,14 @@ check("3.5", my_unpack3)
 # %% [markdown]
 # ### Exercise 3.6: fit the budget (about 20 minutes)
 # For the practice layer below: an **output error of at most 0.0055 at no more than 5.2 true bits** per
-# weight (float32 scales, as `quantize_tensor` counts them; min-max grids). Return the settings.
+# weight (float32 scales, as `quantize_tensor` counts them; min-max grids). Return the settings, a dict:
+# `bits` from 2 to 8, `group_size` (a number, or None for a whole row), `symmetric` (True or False).
 # %% tags=["exercise"]
 from quantlab.exercises.material import layer_in_runs
 
 def my_settings():
     practice_weight, practice_x = layer_in_runs()
-    raise NotImplementedError  # return {"bits": ..., "group_size": ... or None for a row, "symmetric": ...}
+    raise NotImplementedError  # return {"bits": ..., "group_size": ..., "symmetric": ...}
 # %%
 check("3.6", my_settings)
 # %% [markdown]
@@ -509,7 +597,8 @@ plt.axhline(1 / 16, color=FLOAT, linestyle="--")
 plt.xlabel("code; dashed: if all were used alike")
 plt.show()
 outer, inner = used[[0, 1, 2, 13, 14, 15]].sum().item(), used[5:11].sum().item()
-found(2 * outer < inner, f"the outer codes ({outer:.0%}) have less than half of those in the middle ({inner:.0%})")
+found(2 * outer < inner,
+      f"the outer codes ({outer:.0%}) have less than half of those in the middle ({inner:.0%})")
 f"the six outer codes: {outer:.0%} of the weights; the six in the middle: {inner:.0%}"
 # %% [markdown]
 # Most weights crowd into the middle, where they share few grid points. Why should the steps be equal?
@@ -519,7 +608,12 @@ f"the six outer codes: {outer:.0%} of the weights; the six in the middle: {inner
 #   and cost (scale + zero point) / group size.
 # - Groups of 32 or a fifth bit? With float32 scales the bit; with 16-bit scales both are on the front.
 # - Codes are packed as one stream of bits. Rounded floats are no smaller.
-# - "4-bit" is 4.1 to 4.5 bits per weight, more for a model: embeddings stay. Count, then weigh.
+# - The "4-bit" formats in use take 4.1 to 4.5 bits per weight; a model takes more, since embeddings stay. Count,
+#   then weigh.
 # - Errors of weights cannot show a wrong axis: try a layer that is not square.
 #
+# The last cell says how often you were right.
+#
 # [04 NF4 and other codebooks](04_nf4_and_codebooks.ipynb) lets go of equal steps.
+# %%
+predictions.score()

@@ -18,4 +18,9 @@ CHAPTERS = {
     "13": "qat",
     "14": "learned_steps",
     "15": "qlora",
+    "16": "real_model",
+    "17": "rotations",
+    "18": "kv",
+    "19": "llamacpp",
+    "22": "capstone",
 }

@@ -4,9 +4,9 @@ import math
 
 import torch
 
-from quantlab.checks import Exercise, expect
 from quantlab.codebook import kmeans_levels, nearest_level, nf4_levels, normalize_blocks, quantize_codebook
-from quantlab.exercises.material import student_t
+from quantlab.exercises.material import student_t, uniform
+from quantlab.judging import Exercise, Wrong, as_tensor, expect
 from quantlab.metrics import sqnr_db
 
 
@@ -18,39 +18,26 @@ def look_up_solution(x, levels, block_size):
     return torch.bucketize(blocks / absmax[:, None], midpoints), absmax
 
 
-def _test_look_up(f):
-    x = torch.tensor([0.6, -1.2, 0.1, 0.3, 8.0, 1.0, -2.9, 7.0])
+def _flat_pair(answer, *arguments):
+    """(codes, absmax), each flat: the task leaves their shapes free."""
+    found = answer(*arguments)
+    if not (isinstance(found, tuple | list) and len(found) == 2):
+        raise Wrong("Return two things: codes, absmax.")
+    return tuple(torch.as_tensor(part).flatten() for part in found)
+
+
+def _look_up_cases(random):
+    """Tables that are lopsided, that end before ±1, with few levels and with many; blocks of any size."""
+    for count, block_size in ((2, 4), (5, 1), (16, 8), (40, 16), (7, 3)):
+        levels = torch.rand(count, generator=random).sort().values * uniform(random, 1.2, 2.0) - uniform(random, 0.6, 1)
+        x = torch.randn(6 * block_size, generator=random) * uniform(random, 0.01, 100.0)
+        yield x * torch.logspace(-1, 1, 6).repeat_interleave(block_size), levels, block_size
+
+
+def _look_up_edges():
     levels = torch.tensor([-1.0, -0.4, 0.0, 0.3, 1.0])
-    answer = f(x.clone(), levels, 4)
-    expect(isinstance(answer, tuple) and len(answer) == 2, "Return two things: codes, absmax.")
-    codes, absmax = (torch.as_tensor(a) for a in answer)
-    expect(
-        absmax.numel() == 2,
-        f"8 values in blocks of 4 have 2 magnitudes, absmax; got {absmax.numel()}. A block is a row of x.view(-1, 4).",
-    )
-    absmax = absmax.flatten().tolist()
-    expect(
-        all(abs(a - b) < 1e-6 for a, b in zip(absmax, (1.2, 8.0), strict=True)),
-        f"The largest magnitudes of the two blocks are 1.2 and 8.0; got {[round(a, 3) for a in absmax]}. "
-        "Magnitude: the sign does not count.",
-    )
-    expect(codes.numel() == 8, f"Each of the 8 values has a code; got {codes.numel()}.")
-    codes = codes.flatten()
-    expect(
-        bool((codes == codes.float().round()).all()) and codes.min() >= 0,
-        f"A code is the index of a level, a whole number; got {[round(c, 3) for c in codes.tolist()]}.",
-    )
-    expect(
-        codes.max() <= 4,
-        f"Five levels have the indices 0 to 4; got {int(codes.max())}. Did you divide by absmax first?",
-    )
-    right = [3, 0, 2, 3, 4, 2, 1, 4]
-    got = [int(c) for c in codes]
-    expect(
-        got == right,
-        f"0.6 / 1.2 is 0.5, nearest to the level 0.3, index 3; and so on: {right}. Got {got}. Nearest means: the "
-        "border between two levels is half way.",
-    )
+    yield torch.tensor([0.6, -1.2, 0.1, 0.3]), levels, 4
+    yield torch.tensor([0.6, -1.2, 0.1, 0.3, 8.0, 1.0, -2.9, 7.0]), levels, 4
 
 
 def nf4_solution():
@@ -62,8 +49,9 @@ def nf4_solution():
     return levels / levels.max()
 
 
-def _test_nf4(f):
-    levels = torch.as_tensor(f()).double().flatten()
+def _nf4_rule(levels):
+    levels = as_tensor(levels)
+    expect(levels is not None and levels.ndim == 1, f"Return a tensor of levels, one row; got {levels!r}.")
     expect(
         bool(torch.isfinite(levels).all()),
         "A level is infinite: you asked for the quantile of 0 or of 1. The outermost probability is δ, below 1.",
@@ -81,7 +69,7 @@ def _test_nf4(f):
     )
     expect(
         abs(levels.max() - 1) < 1e-6 and abs(levels.min() + 1) < 1e-6,
-        f"The outermost levels are -1 and 1; got {levels.min():.4f} and {levels.max():.4f}. Divide by the largest.",
+        f"The outermost levels are -1 and 1; got {levels.min():.7g} and {levels.max():.7g}. Divide by the largest.",
     )
     off = (levels - nf4_levels().double()).abs()
     expect(
@@ -97,20 +85,16 @@ def bits_solution(block_size, outer):
     return 4 + 8 / block_size + 32 / (outer * block_size)
 
 
-def _test_bits(f):
-    for block_size, outer in ((64, 256), (32, 256), (128, 16)):
-        bits, right = float(f(block_size, outer)), bits_solution(block_size, outer)
-        expect(
-            bits < 4 + 32 / block_size,
-            f"Blocks of {block_size}: {bits:.4f} bits, no less than {4 + 32 / block_size} without double quantization. "
-            "The absmax of a block takes 8 bits now, not 32.",
-        )
-        expect(
-            abs(bits - right) < 1e-6,
-            f"Blocks of {block_size}, {outer} of them with one float32: {bits:.4f} bits, off by {bits - right:+.4f}. "
-            "Which numbers are stored once for each weight, for each block, for each run of blocks?",
-        )
-    return f"{f(64, 256):.3f} bits a weight."
+def _bits_cases(random):
+    for most in (16, 64):
+        yield tuple(int(n) for n in torch.randint(4, most, (2,), generator=random))
+
+
+def _bits_edges():
+    yield 64, 256
+    yield 32, 16
+    yield 16, 64
+    yield 8, 8
 
 
 def entropy_solution(codes):
@@ -120,56 +104,55 @@ def entropy_solution(codes):
     return -(shares * shares.log2()).sum().item()
 
 
-def _test_entropy(f):
-    cases = (
-        (torch.arange(16).repeat(10), 4.0, "all 16 codes used alike carry 4 bits"),
-        (torch.tensor([0, 3, 3, 3]), 0.8113, "shares of 1/4 and 3/4 carry 0.811 bits"),
-        (torch.full((9,), 5), 0.0, "a code that never changes carries no bits"),
-        (torch.arange(8, dtype=torch.uint8).view(2, 4), 3.0, "8 codes used alike carry 3 bits"),
-    )
-    for codes, right, why in cases:
-        bits = float(f(codes))
-        expect(not math.isnan(bits), "nan: 0 · log 0 counts as 0. Leave codes that do not occur out of the sum.")
-        expect(
-            abs(bits - right * math.log(2)) > 1e-3 or right == 0,
-            f"{bits:.3f}: that is right in nats. Bits need the logarithm to base 2.",
-        )
-        expect(abs(bits - right) < 1e-3, f"{why}; got {bits:.3f} for {codes.flatten().tolist()[:9]}.")
+def _entropy_cases(random):
+    """Codes of any integer type and shape; few of them in use or many, with gaps, very unevenly."""
+    for most, dtype in ((16, torch.uint8), (16, torch.int64), (3, torch.int32), (200, torch.uint8)):
+        chances = torch.rand(most, generator=random) ** 3 * (torch.rand(most, generator=random) > 0.3) + 1e-9
+        codes = torch.multinomial(chances, 120, replacement=True, generator=random).to(dtype)
+        yield (codes.view(12, 10) if most == 16 else codes,)
+
+
+def _entropy_edges():
+    yield (torch.arange(16, dtype=torch.uint8).repeat(10),)
+    yield (torch.tensor([0, 3, 3, 3], dtype=torch.uint8),)
+    yield (torch.full((9,), 5, dtype=torch.uint8),)
+    yield (torch.arange(8, dtype=torch.uint8).view(2, 4),)
+    yield (torch.tensor([3, 3, 7], dtype=torch.uint8),)
 
 
 def lloyd_solution(values, levels):
     """Everybody to the nearest level, each level to the mean of its own; a level without any stays."""
     codes = nearest_level(values, levels).long()
-    sums = torch.zeros(len(levels)).index_add(0, codes, values)
+    sums = values.new_zeros(len(levels)).index_add(0, codes, values)
     counts = codes.bincount(minlength=len(levels))
     return torch.where(counts > 0, sums / counts.clamp(min=1), levels)
 
 
-def _test_lloyd(f):
-    values, levels = torch.tensor([0.0, 0.1, 0.9, 1.0, 1.1]), torch.tensor([0.2, 0.5])
-    new = torch.as_tensor(f(values.clone(), levels.clone())).flatten()
-    expect(len(new) == 2, f"Two levels went in, two come out; got {len(new)}.")
-    expect(
-        torch.allclose(new, torch.tensor([0.05, 1.0]), atol=1e-5),
-        f"0.0 and 0.1 are nearest to 0.2, the others to 0.5: the means are 0.05 and 1.0; got "
-        f"{[round(v, 3) for v in new.tolist()]}. One step only, and means, not medians.",
-    )
-    lonely = torch.tensor([0.0, 1.0, 50.0])
-    new = torch.as_tensor(f(values.clone(), lonely.clone())).flatten()
-    expect(
-        bool(torch.isfinite(new).all()),
-        f"Nobody is nearest to 50.0, so it has no mean: 0 / 0; got {new.tolist()}. Leave such a level where it is.",
-    )
-    expect(new[-1] == 50.0, f"Nobody is nearest to 50.0: it should stay there; got {new[-1]:.3f}.")
-    x = torch.randn(5000, generator=torch.Generator().manual_seed(0))
-    before = torch.linspace(-3, 3, 16)
-    errors = [_error(x, level) for level in (before, torch.as_tensor(f(x.clone(), before.clone())))]
-    expect(errors[1] < errors[0], f"A step must lower the error; it went from {errors[0]:.5f} to {errors[1]:.5f}.")
-    return f"One step took the squared error from {errors[0]:.4f} to {errors[1]:.4f}."
+def _lloyd_cases(random):
+    """Lopsided values, so that mean, median and middle differ; levels that nobody is nearest to, on either side."""
+    for count, most in ((9, 3), (60, 5), (400, 16)):
+        values = torch.randn(count, generator=random).exp() * uniform(random, 0.1, 10.0) - uniform(random, 0.0, 3.0)
+        levels = (torch.randn(most, generator=random) * values.std() + values.mean()).sort().values
+        yield values, levels
+        yield values, torch.cat([levels[:1] - 50, levels, levels[-1:] + 100])
 
 
-def _error(x, levels):
-    return (levels[nearest_level(x, levels).long()] - x).square().mean().item()
+def _lloyd_edges():
+    values = torch.tensor([0.0, 0.1, 0.9, 1.0, 1.4])
+    yield values, torch.tensor([0.2, 0.5])
+    yield values, torch.tensor([0.0, 1.0, 50.0])
+    yield values, torch.tensor([-9.0, 0.2, 0.45, 0.9])
+
+
+def _own(values, levels, k):
+    """The values that are nearest to level k."""
+    return values[nearest_level(values, levels) == k]
+
+
+def _until_still(values, levels):
+    for _ in range(100):
+        levels = lloyd_solution(values, levels)
+    return levels
 
 
 def table_solution():
@@ -180,9 +163,11 @@ def table_solution():
     return kmeans_levels(values.view(-1, 32)[drawn], 16)
 
 
-def _test_table(f):
-    levels = torch.as_tensor(f()).float().flatten()
-    expect(len(levels) <= 16, f"Four bits have 16 codes; got {len(levels)} levels.")
+def _table_rule(levels):
+    levels = as_tensor(levels)
+    expect(levels is not None and levels.ndim == 1, f"Return a tensor of levels, one row; got {levels!r}.")
+    levels = levels.float()
+    expect(2 <= len(levels) <= 16, f"Four bits have 16 codes; got {len(levels)} levels.")
     expect(
         bool(torch.isfinite(levels).all()) and bool((levels.diff() > 0).all()), "The levels must be finite and ascend."
     )
@@ -209,60 +194,161 @@ def _test_table(f):
 EXERCISES = {
     "4.1": Exercise(
         "look-up",
-        _test_look_up,
-        (
+        hints=(
             "A block is a row of x.view(-1, block_size): its largest magnitude is .abs().amax(1).",
             "Divide every row by its own magnitude: blocks / absmax[:, None].",
             "torch.bucketize(values, borders) counts the borders below each value; the borders lie half way "
             "between neighbouring levels.",
         ),
-        look_up_solution,
+        solution=look_up_solution,
+        use=_flat_pair,
+        cases=_look_up_cases,
+        edges=_look_up_edges,
+        slips={
+            "Magnitude: the sign does not count.": (".abs().amax(1)", ".amax(1)"),
+            "Magnitude: the sign does not count, and absmax is positive.": (
+                ".abs().amax(1)", ".gather(1, blocks.abs().argmax(1, keepdim=True))[:, 0]"
+            ),
+            "A block is a row of x.view(-1, block_size): each has its own absmax.": (
+                "x.view(-1, block_size)", "x.view(1, -1)"
+            ),
+            "The borders are not the levels: they lie half way between two neighbours.": (
+                "(levels[:-1] + levels[1:]) / 2", "levels"
+            ),
+            "Nearest means: the border between two levels is half way, not at the upper one.": (
+                "(levels[:-1] + levels[1:]) / 2", "levels[1:]"
+            ),
+            "Nearest means: the border between two levels is half way, not at the lower one.": (
+                "(levels[:-1] + levels[1:]) / 2", "levels[:-1]"
+            ),
+            "Did you divide by absmax first?": ("blocks / absmax[:, None]", "blocks"),
+            "Divide by absmax, do not multiply.": ("blocks / absmax", "blocks * absmax"),
+            "A code is the index of a level, a whole number, not the level.": (
+                "torch.bucketize(blocks / absmax[:, None], midpoints), absmax",
+                "levels[torch.bucketize(blocks / absmax[:, None], midpoints)], absmax",
+            ),
+            "The order is codes, absmax.": (
+                "torch.bucketize(blocks / absmax[:, None], midpoints), absmax",
+                "absmax, torch.bucketize(blocks / absmax[:, None], midpoints)",
+            ),
+        },
     ),
     "4.2": Exercise(
         "NF4",
-        _test_nf4,
-        (
+        hints=(
             "torch.distributions.Normal(0, 1).icdf gives quantiles of a tensor of probabilities.",
             "Positive side: the quantiles at torch.linspace(δ, 0.5, 9), without the last, which is 0. Negative side: "
             "the same with 8 points, and a minus.",
             "torch.cat([minus the 7, torch.zeros(1), the 8 turned round with .flip(0)]), divided by its maximum.",
         ),
-        nf4_solution,
+        solution=nf4_solution,
+        edges=lambda: [()],
+        rule=_nf4_rule,
     ),
     "4.3": Exercise(
         "bits of double quantization",
-        _test_bits,
-        (
+        hints=(
             "Three kinds of numbers are stored: codes, 8-bit magnitudes, float32 magnitudes of magnitudes.",
             "A number that n weights share costs each of them its bits over n.",
             "The float32 is shared by outer blocks, and so by outer * block_size weights.",
         ),
-        bits_solution,
+        solution=bits_solution,
+        cases=_bits_cases,
+        edges=_bits_edges,
+        tolerance=1.3e-4,  # three decimals are enough
+        slips={
+            "The absmax of a block takes 8 bits now, not 32.": ("8 / block_size", "32 / block_size"),
+            "That is without double quantization: absmax take 8 bits, and runs of them share a float32.": (
+                "8 / block_size + 32 / (outer * block_size)", "32 / block_size"
+            ),
+            "The float32 of each run of blocks is stored too.": (" + 32 / (outer * block_size)", ""),
+            "The float32 is shared by outer blocks, and so by outer · block_size weights.": (
+                "32 / (outer * block_size)", "32 / outer"
+            ),
+            "The codes are stored too: 4 bits each.": ("return 4 + ", "return "),
+            "One number in float32 takes 32 bits.": ("32 / (outer", "8 / (outer"),
+            "The 8 bits of an absmax are shared by the weights of its block.": ("8 / block_size", "8"),
+            "block_size is the number of weights in a block; it varies.": ("block_size", "64", "def bits_solution(64",
+                                                                           "def bits_solution(block_size"),
+            "outer is the number of blocks with one float32; it varies.": ("(outer *", "(256 *"),
+            "The one mean of a tensor does not count, nor a second float32.": ("32 / (outer", "64 / (outer"),
+        },
     ),
     "4.4": Exercise(
         "entropy of the codes",
-        _test_entropy,
-        (
+        hints=(
             "First the share of each code: codes.flatten().int().bincount() / codes.numel().",
             "The entropy is the sum of −share · log₂(share).",
             "Keep the shares above 0 only: shares[shares > 0]; log2 is a method of tensors.",
         ),
-        entropy_solution,
+        solution=entropy_solution,
+        cases=_entropy_cases,
+        edges=_entropy_edges,
+        smallest=1e-4,
+        slips={
+            "That is right in nats. Bits need the logarithm to base 2.": ("log2()", "log()"),
+            "nan: 0 · log 0 counts as 0. Leave codes that do not occur out.": ("shares[shares > 0]", "shares"),
+            "Entropy is not negative: mind the minus before the sum.": ("return -", "return "),
+            "That is the logarithm of the number of codes in use, as if all were used alike.": lambda codes: math.log2(
+                len(codes.unique())
+            ),
+            "Each logarithm counts as often as its code occurs: multiply by the share.": (
+                "(shares * shares.log2()).sum()", "shares.log2().sum()"
+            ),
+            "The sum over the codes was asked for, not the mean.": (".sum().item()", ".mean().item()"),
+            "Shares, not counts: divide by the number of codes.": (" / codes.numel()", " / 1"),
+        },
     ),
     "4.5": Exercise(
         "one step of k-means",
-        _test_lloyd,
-        (
+        hints=(
             "nearest_level(values, levels) says who belongs to which level.",
             "The mean of the values of level k is values[codes == k].mean(); a loop over k will do.",
             "Where no code equals k, keep levels[k]: torch.where, or an if inside the loop.",
         ),
-        lloyd_solution,
+        solution=lloyd_solution,
+        cases=_lloyd_cases,
+        edges=_lloyd_edges,
+        slips={
+            "Nobody is nearest to some level, so it has no mean: 0 / 0. Leave such a level where it is.": (
+                "torch.where(counts > 0, sums / counts.clamp(min=1), levels)", "sums / counts"
+            ),
+            "A level that nobody is nearest to should stay where it is, not go to 0.": (
+                "torch.where(counts > 0, sums / counts.clamp(min=1), levels)", "sums / counts.clamp(min=1)"
+            ),
+            "The mean of its values, not their median.": lambda values, levels: torch.stack(
+                [_own(values, levels, k).median() if len(_own(values, levels, k)) else v for k, v in enumerate(levels)]
+            ),
+            "The mean of its values, not the middle between the smallest and the largest.": (
+                lambda values, levels: torch.stack(
+                    [
+                        (_own(values, levels, k).amin() + _own(values, levels, k).amax()) / 2
+                        if len(_own(values, levels, k))
+                        else v
+                        for k, v in enumerate(levels)
+                    ]
+                )
+            ),
+            "The levels have not moved.": ("torch.where(counts > 0, sums / counts.clamp(min=1), levels)", "levels"),
+            "One step was asked for; these are two.": lambda values, levels: lloyd_solution(
+                values, lloyd_solution(values, levels)
+            ),
+            "One step was asked for, not all of them until nothing moves.": lambda values, levels: _until_still(
+                values, levels
+            ),
+            "As many levels come out as went in, a lonely one as well.": (
+                "torch.where(counts > 0, sums / counts.clamp(min=1), levels)", "(sums / counts)[counts > 0]"
+            ),
+            "The nearest level: its border to the next lies half way.": (
+                "nearest_level(values, levels).long()",
+                "(torch.bucketize(values, levels, right=True) - 1).clamp(min=0)",
+            ),
+            "A mean: divide by the number of values of the level.": ("sums / counts.clamp(min=1)", "sums"),
+        },
     ),
     "4.6": Exercise(
         "a table for heavy tails",
-        _test_table,
-        (
+        hints=(
             "x - x̂ = absmax · (value - level): the squared error of a scaled value counts absmax² times.",
             "Lloyd's step with weights: a level moves to Σ weight · value / Σ weight over its own values. Repeat it "
             "some 30 times, from NF4 or from kmeans_levels.",
@@ -270,6 +356,9 @@ EXERCISES = {
             "absmax.repeat_interleave(32) ** 2. Or let kmeans_levels see each block as often as it should count: "
             "torch.multinomial draws them.",
         ),
-        table_solution,
+        solution=table_solution,
+        edges=lambda: [()],
+        rule=_table_rule,
+        seconds=60.0,
     ),
-}
+}  # fmt: skip

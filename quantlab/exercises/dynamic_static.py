@@ -5,169 +5,72 @@ from functools import cache
 
 import torch
 
-from quantlab.affine import choose_qparams, quantize
-from quantlab.checks import Exercise, expect
-from quantlab.exercises.material import CHINESE
+from quantlab.exercises.material import CHINESE, off_ties, uniform
+from quantlab.judging import Exercise, as_tensor, expect, shown
 from quantlab.linear import StaticInt8Linear
 from quantlab.lm import capture_inputs, chosen_model, divergence, linear_layers, load_lm, load_text, token_stream
 from quantlab.observers import Percentile
 
 
-def _layer(seed: int = 0):
-    """Codes and scales of a weight (7, 12), and an input of 5 tokens that a grid of scale 0.02 from 100 holds."""
-    random = torch.Generator().manual_seed(seed)
-    codes = torch.randint(-127, 128, (7, 12), generator=random, dtype=torch.int8)
-    scale = torch.rand(7, generator=random) * 0.01 + 0.001
-    return codes, scale, torch.rand(5, 12, generator=random) * 4 - 1.5
-
-
-def _output(y, wanted: torch.Tensor) -> torch.Tensor:
-    expect(torch.is_tensor(y), f"Return a tensor, the layer's output; got {type(y).__name__}.")
-    expect(
-        y.shape == wanted.shape,
-        f"The output has a row for each token and a column for each row of the weight, {tuple(wanted.shape)}; got "
-        f"{tuple(y.shape)}.",
-    )
-    expect(bool(torch.isfinite(y.float()).all()), "The output must be finite; yours holds NaN or infinity.")
-    return y.float()
-
-
-def _near(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-4) -> bool:
-    return bool((a - b).abs().max() <= tolerance * b.abs().max().clamp(min=1e-30))
-
-
-def _off(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
+def _weight(random, outputs: int, features: int):
+    """Codes of a weight, and the scale of each row."""
+    codes = torch.randint(-127, 128, (outputs, features), generator=random, dtype=torch.int8)
+    return codes, torch.rand(outputs, generator=random) * 0.01 + 0.001
 
 
 def static_solution(x, w_codes, w_scale, scale, zero_point):
     """Codes on the fixed grid, cut to 0..255; whole numbers multiplied and added; both scales at the end."""
     codes = torch.clamp(torch.round(x / scale) + zero_point, 0, 255)
-    sums = (codes - zero_point) @ w_codes.float().T
+    sums = (codes - zero_point) @ w_codes.to(codes.dtype).T
     return sums * scale * w_scale
 
 
-def _static_causes(x, w_codes, w_scale, scale, zero_point) -> tuple:
-    """What slips give, and what to say of each."""
-    w = w_codes.float()
-    free = torch.round(x / scale) + zero_point
-    codes = free.clamp(0, 255)
-    own = choose_qparams(x.min(), x.max(), qmin=0, qmax=255)
-    fresh = (quantize(x, own) - own.zero_point).float()
-    return (
-        ((free - zero_point) @ w.T * scale * w_scale, "Values outside the grid must be cut to the codes 0 … 255."),
-        ((free.long().to(torch.uint8).float() - zero_point) @ w.T * scale * w_scale,
-         "A code of 300 became 44: it was cast to uint8 before it was clamped."),
-        (codes @ w.T * scale * w_scale, "zero_point must be subtracted from the codes again."),
-        ((codes - zero_point) @ w.T * scale, "The rows of the weight have scales too: w_scale."),
-        ((codes - zero_point) @ w.T * w_scale, "The sums are in steps of the input: multiply by its scale."),
-        ((codes - zero_point) @ w.T, "Those are the integer sums; two scales make real numbers of them."),
-        (x @ w.T * w_scale, "The input was not rounded at all: that is a weight-only layer."),
-        (x.clamp(-scale * zero_point, scale * (255 - zero_point)) @ w.T * w_scale,
-         "The input was cut but not rounded."),
-        (fresh @ w.T * own.scale * w_scale, "That is a dynamic layer: the grid is given here, not read off x."),
-        ((torch.floor(x / scale) + zero_point).clamp(0, 255).sub(zero_point) @ w.T * scale * w_scale,
-         "Round to the nearest code; floor is not round."),
-    )  # fmt: skip
+def _static_cases(random):
+    """Inside the grid, then beyond both ends; the second layer is square, so that rows and columns mix up."""
+    for beyond, zero_point, (tokens, outputs, features) in (
+        (0, 100, (5, 7, 12)),
+        (300, 30, (8, 8, 8)),
+        (90, 250, (4, 3, 6)),
+    ):
+        scale = uniform(random, 0.01, 0.5)
+        codes = off_ties(random, tokens * features, -zero_point - beyond, 255 - zero_point + beyond)
+        yield scale * codes.view(tokens, features), *_weight(random, outputs, features), scale, zero_point
 
 
-def _test_static(f):
-    w_codes, w_scale, x = _layer()
-    for size, case in ((1.0, "inside the grid"), (4.0, "partly outside the grid")):
-        given = (size * x, w_codes, w_scale, 0.02, 100)
-        wanted = static_solution(*given)
-        got = _output(f(given[0].clone(), w_codes.clone(), w_scale.clone(), 0.02, 100), wanted)
-        cause = next(
-            (text for wrong, text in _static_causes(*given) if _near(got, wrong)),
-            "Codes, minus zero_point, times the weight's codes (widened: int8 products overflow), times both scales.",
-        )
-        expect(
-            _near(got, wanted), f"For an input {case} the output is off by {_off(got, wanted):.2g} of its size. {cause}"
-        )
-    zero = _output(f(torch.zeros(5, 12), w_codes, w_scale, 0.02, 100), wanted)
-    expect(
-        bool((zero == 0).all()),
-        f"An input of zeros must give exactly 0; got {zero.abs().max():.3g}. Its code is zero_point.",
-    )
+def _static_edges():
+    """A token of ordinary values, then one of zeros: it gives zeros, and exactly those."""
+    weight = torch.tensor([[1, 2, 3], [-4, 5, 127]], dtype=torch.int8), torch.tensor([0.1, 0.2])
+    yield torch.tensor([[0.5, -0.334, 0.108]]), *weight, 0.02, 100
+    yield torch.zeros(2, 3), *weight, 0.02, 100
+
+
+def _own_grid(x, w_codes, w_scale, scale, zero_point):
+    low, high = x.min().clamp(max=0), x.max().clamp(min=0)
+    own = ((high - low) / 255).clamp(min=1e-30)
+    return static_solution(x, w_codes, w_scale, own, torch.round(-low / own))
 
 
 def dynamic_solution(x, w_codes, w_scale):
     """Each token's own largest |x| falls on code 127; the rest is the static layer with a scale a row."""
     scale = (x.abs().amax(1, keepdim=True) / 127).clamp(min=1e-30)
     codes = torch.round(x / scale)
-    return (codes @ w_codes.float().T) * scale * w_scale
+    return (codes @ w_codes.to(codes.dtype).T) * scale * w_scale
 
 
-def _test_dynamic(f):
-    w_codes, w_scale, x = _layer()
-    float_y = (x.double() @ w_codes.double().T * w_scale).float()
-
-    def run(x):
-        return _output(f(x.clone(), w_codes.clone(), w_scale.clone()), float_y)
-
-    y = run(x)
-    _expect_own_scales(run, x, y)
-    error = _off(y, float_y)
-    expect(
-        error < 0.02,
-        f"The output is off by {error:.2g} of its size; 8 bits a token keep it below 0.02. "
-        + _dynamic_cause(y, x, w_codes, w_scale),
-    )
-    _expect_rounded_input(run, x, y, exact=_near(y, float_y, 1e-6))
-    silent = x.clone()
-    silent[1] = 0.0
-    y = f(silent, w_codes, w_scale)
-    expect(
-        bool(torch.isfinite(y).all() and (y[1] == 0).all()),
-        "A token of zeros must give zeros; yours gives "
-        f"{y[1].abs().max().item():.3g}. Its scale is 0, and 0/0 is NaN: keep the scale above a tiny number.",
-    )
+def _dynamic_cases(random):
+    """Tokens of very different size; the largest value of one token is positive, of the next negative."""
+    for tokens, outputs, features in ((5, 7, 12), (8, 8, 8), (2, 3, 40)):
+        codes = off_ties(random, tokens * features, -90, 90).view(tokens, features)
+        at = torch.randint(features, (tokens,), generator=random)
+        codes[torch.arange(tokens), at] = 127.0 * (-1.0) ** torch.arange(tokens)
+        sizes = 10 ** (4 * torch.rand(tokens, 1, generator=random) - 3)
+        yield codes * sizes, *_weight(random, outputs, features)
 
 
-def _expect_own_scales(run, x, y):
-    """One token louder: its own output grows with it, and no other changes."""
-    loud = x.clone()
-    loud[2] *= 1000
-    beside = run(loud)
-    others = [0, 1, 3, 4]
-    expect(
-        _near(beside[others], y[others], 1e-5),
-        "Token 2 was made 1000 times as loud, and the outputs of the others changed by "
-        f"{_off(beside[others], y[others]):.2g} of their size. Each token needs a scale of its own: over which "
-        "dimension is the maximum taken?",
-    )
-    expect(
-        _near(beside[2], 1000 * y[2], 1e-3),
-        f"A token 1000 times as loud should have 1000 times the output; it has {beside[2].norm() / y[2].norm():.4g} "
-        "times. The scale must be read off the token, anew in every call.",
-    )
-
-
-def _expect_rounded_input(run, x, y, *, exact: bool):
-    """Inputs moved by much less than a step keep their codes; what sets a token's scale stays where it is."""
-    inner = (x < x.amax(1, keepdim=True)) & (x > x.amin(1, keepdim=True))
-    nudged = x + 1e-5 * inner * (x.abs() < 0.9 * x.abs().amax(1, keepdim=True))
-    moved = (run(nudged) - y).abs().max().item()
-    expect(
-        not exact and moved <= 1e-6 * y.abs().max(),
-        "Input values moved by 1e-5, far less than a step, and the output moved with them: the input was not rounded "
-        "to codes. That is a weight-only layer.",
-    )
-
-
-def _dynamic_cause(y, x, w_codes, w_scale) -> str:
-    w = w_codes.float()
-    scale = x.abs().amax(1, keepdim=True) / 127
-    codes = torch.round(x / scale)
-    causes = (
-        (codes @ w.T * w_scale, "The sums are in steps of each token: multiply by its scale, (tokens, 1)."),
-        (codes @ w.T * scale, "The rows of the weight have scales too: w_scale."),
-        (codes @ w.T, "Those are the integer sums; two scales make real numbers of them."),
-    )
-    return next(
-        (text for wrong, text in causes if _near(y, wrong)),
-        "Are all 8 bits used, no code outside them, and nothing multiplied in int8 (which overflows)?",
-    )
+def _dynamic_edges():
+    """A token of zeros beside another."""
+    codes = torch.tensor([[1, 2, 3], [-4, 5, 127]], dtype=torch.int8)
+    yield torch.tensor([[12.7, -3.0, 0.52], [0.0, 0.0, 0.0]]), codes, torch.tensor([0.1, 0.2])
 
 
 def bytes_solution(tokens, in_features, out_features, way):
@@ -183,44 +86,15 @@ def bytes_solution(tokens, in_features, out_features, way):
     return weights + 2 * inputs + codes + maps + outputs
 
 
-def _test_bytes(f):
-    def got(*given) -> int:
-        value = f(*given)
-        expect(
-            isinstance(value, int) or (isinstance(value, float) and value.is_integer()),
-            f"Return a whole number of bytes; got {value!r} for {given}.",
-        )
-        return int(value)
-
+def _bytes_cases(random):
     for way in ("float", "static", "tensor", "token"):
-        for shape in ((3, 2000, 600), (300, 64, 96), (17, 5, 3)):
-            wanted, mine = bytes_solution(*shape, way), got(*shape, way)
-            expect(
-                mine == wanted,
-                f"{way}, {shape[0]} tokens, {shape[1]} → {shape[2]}: {wanted:,} bytes are read or written, you counted "
-                f"{mine:,}: {abs(mine - wanted):,} too {'many' if mine > wanted else 'few'}. "
-                + _bytes_cause(mine - wanted, *shape, way),
-            )
-    ratio = got(512, 2048, 2048, "tensor") / got(512, 2048, 2048, "static")
-    return f"At 512 tokens, 2048 → 2048, dynamic moves {ratio:.2f} times what static does."
+        tokens, features, outputs = torch.randint(2, 3000, (3,), generator=random).tolist()
+        yield tokens, features, outputs, way
 
 
-def _bytes_cause(off: int, tokens: int, K: int, N: int, way: str) -> str:
-    causes = {
-        -4 * tokens * K: "Dynamic reads the float input twice: once for its range.",
-        4 * tokens * K: "Static need not look for the range: it reads the float input once.",
-        -4 * N: "The weight has a scale for each row, 4 bytes each.",
-        -tokens * K: "The codes of the input are written by one pass and read by the next.",
-        -2 * tokens * K: "The codes of the input are written by one pass and read by the next.",
-        -8: "The input's map: a scale and a zero point, 8 bytes; dynamic writes and reads it.",
-        -16: "The input's map: a scale and a zero point, 8 bytes; dynamic writes and reads it.",
-        8: "The map of a static layer is only read.",
-        -4 * tokens: "Per token, each token's scale is written once and read once.",
-        -8 * tokens: "Per token, each token's scale is written once and read once.",
-        8 * tokens: "Per token the map is symmetric: a scale, no zero point.",
-        3 * K * N: "int8 weights take one byte each.",
-    }
-    return causes.get(off, "Go through the table, row by row: what is read, what is written, how often, bytes each?")
+def _bytes_edges():
+    for way in ("float", "static", "tensor", "token"):
+        yield 3, 2000, 600, way
 
 
 def alarm_solution(x, scale, zero_point, limit):
@@ -233,39 +107,34 @@ def alarm_solution(x, scale, zero_point, limit):
     return "wide" if used < (high - low) / 2 else "fine"
 
 
-def _test_alarm(f):
-    scale, zero_point = 0.02, 50  # the grid is -1.0 .. 4.1
-    random = torch.Generator().manual_seed(0)
-    inside = torch.rand(100, 50, generator=random) * 5 - 0.95
-    few, many, below = inside.clone(), inside.clone(), inside.clone()
-    few.view(-1)[:3] = 9.0
-    many.view(-1)[:40] = 9.0
-    below.view(-1)[:40] = -3.0
-    rare = (inside / 4).clone()
-    rare.view(-1)[:40] = 50.0
-    ends = inside.clone()
-    ends.view(-1)[:400], ends.view(-1)[400:800] = -1.009, 4.109
-    cases = (
-        (inside, "fine", "Nothing lies outside the grid, and its values fill it."),
-        (many, "narrow", "40 of 5000 values are 9.0 and the grid ends at 4.1."),
-        (below, "narrow", "40 of 5000 values are −3.0 and the grid begins at −1.0: look at both ends."),
-        (few, "fine", "3 of 5000 values are outside, fewer than the limit allows."),
-        (ends, "fine", "800 values lie beyond the last code by less than half a step: rounding brings them back."),
-        (inside / 4, "wide", "The values reach a quarter of the grid: three codes of four are never used."),
-        (inside * 0.7, "fine", "The values use 70 % of the grid."),
-        (inside.clamp(min=2.2), "fine",
-         "The grid must hold 0 as well, so values from 2.2 to 4.05 need four fifths of it."),
-        (rare, "narrow", "40 values are cut off, however small the others are. Which question comes first?"),
-    )  # fmt: skip
-    for x, wanted, why in cases:
-        got = f(x.clone(), scale, zero_point, 0.001)
-        expect(
-            isinstance(got, str) and got in ("narrow", "wide", "fine"),
-            f'Return "narrow", "wide" or "fine"; got {got!r}.',
-        )
-        expect(got == wanted, f'"{got}" where "{wanted}" was right. {why}')
-    got = f(few.clone(), scale, zero_point, 0.0)
-    expect(got == "narrow", f'3 of 5000 values are cut off and the limit is 0: "narrow", not "{got}".')
+def _alarm_cases(random):
+    """Both ends, the grace of half a step, the limit and the half of the grid, each from both sides."""
+    scale = 2.0 ** torch.randint(-6, 2, (1,), generator=random).item()
+    zero_point = torch.randint(20, 100, (1,), generator=random).item()
+    low, high = -zero_point, 255 - zero_point
+    inside = torch.rand(16, 64, generator=random) * 225 - zero_point + 10  # most of the grid
+
+    def beside(count, *, at, fill=inside):
+        changed = fill.clone()
+        changed.view(-1)[torch.randperm(1024, generator=random)[:count]] = float(at)
+        return scale * changed
+
+    yield scale * inside, scale, zero_point, 0.0
+    yield beside(9, at=low - 1.5), scale, zero_point, 1 / 128
+    for end in (low - 0.7, high + 0.7):
+        yield beside(3, at=end), scale, zero_point, 1 / 128  # fewer than the limit allows
+        yield beside(9, at=end), scale, zero_point, 1 / 128  # one more than the limit allows
+        yield beside(8, at=end), scale, zero_point, 1 / 128  # as many as the limit allows
+        yield beside(1, at=end), scale, zero_point, 0.0
+    for end in (low - 0.4, high + 0.4):
+        yield beside(300, at=end), scale, zero_point, 0.01
+    third = inside / 3
+    yield beside(20, at=high + 3, fill=third), scale, zero_point, 0.01  # narrow comes first
+    for span in (125.0, 130.0, 60.0, 20.0):
+        yield scale * torch.cat([torch.tensor([-10.0, span - 10]), torch.zeros(60)]), scale, zero_point, 0.01
+        yield scale * torch.linspace(span - 9, span, 62), scale, zero_point, 0.01  # the grid must hold 0, too
+    for span in (126.8, 128.2):  # below 0 alone, and so near to half a grid that a real unit tells
+        yield -scale * torch.linspace(span - 9, span, 62), scale, 220, 0.01
 
 
 def calibration_solution(stories, chinese, count):
@@ -303,69 +172,214 @@ def _target(count: int) -> float:
 
 
 def _test_calibration(f):
-    count = 512
     _, (stories, chinese), _ = _domains()
-    tokens = f(stories.clone(), chinese.clone(), count)
-    expect(
-        torch.is_tensor(tokens) and tokens.ndim == 1 and tokens.dtype == torch.int64,
-        f"Return one row of token ids, int64; got {type(tokens).__name__}.",
-    )
-    expect(
-        2 <= len(tokens) <= count,
-        f"At most {count} tokens may be calibrated on (and 2 at least); you return {len(tokens)}.",
-    )
-    found, target = dict(zip(("stories", "Chinese"), _kl_after(tokens), strict=True)), _target(count)
-    shown = ", ".join(f"{kind} {kl:.4f}" for kind, kl in found.items())
-    worst = max(found, key=found.get)
+    for count in (200, 512):
+        got = f(stories.clone(), chinese.clone(), count)
+        tokens = as_tensor(got)
+        expect(
+            tokens is not None and tokens.ndim == 1 and bool((tokens == tokens.round()).all()),
+            f"Return one row of token ids, whole numbers; got {shown(got)}.",
+        )
+        expect(
+            2 <= len(tokens) <= count,
+            f"At most {count} tokens may be calibrated on (and 2 at least); you return {len(tokens)}.",
+        )
+    found = dict(zip(("stories", "Chinese"), _kl_after(tokens.long()), strict=True))
+    target, worst = _target(count), max(found, key=found.get)
+    told = ", ".join(f"{kind} {kl:.4f}" for kind, kl in found.items())
     expect(
         found[worst] <= target,
-        f"KL on fresh text: {shown}; the target is {target:.2g} on both, and {worst} misses it "
+        f"KL on fresh text: {told}; the target is {target:.2g} on both, and {worst} misses it "
         f"{found[worst] / target:.1f} times over. What has the observer seen of such text?",
     )
-    return f"KL on fresh text: {shown}."
+    return f"KL on fresh text: {told}."
 
 
 EXERCISES = {
     "8.1": Exercise(
         "a static layer",
-        _test_static,
-        (
+        hints=(
             "Three steps: the codes of x on the given grid, the sums, the scales.",
             "codes = clamp(round(x / scale) + zero_point, 0, 255). Subtract zero_point again before the product.",
             "(codes − zero_point) @ w_codes.float().T, then times scale (one number) and w_scale (one a column).",
         ),
-        static_solution,
+        solution=static_solution,
+        cases=_static_cases,
+        edges=_static_edges,
+        slips={
+            "Values outside the grid must be cut to the codes 0 … 255.": (
+                "torch.clamp(torch.round(x / scale) + zero_point, 0, 255)", "torch.round(x / scale) + zero_point"
+            ),
+            "A code of 300 became 44: it was cast to uint8 before it was clamped.": (
+                "torch.clamp(torch.round(x / scale) + zero_point, 0, 255)",
+                "(torch.round(x / scale) + zero_point).long().to(torch.uint8).float()",
+            ),
+            "Clamp last, after zero_point was added: codes end at 0 and 255.": (
+                "torch.clamp(torch.round(x / scale) + zero_point, 0, 255)",
+                "torch.clamp(torch.round(x / scale), 0, 255) + zero_point",
+            ),
+            "The codes are 0 … 255, not −128 … 127.": ("0, 255)", "-128, 127)"),
+            "zero_point must be subtracted from the codes again.": ("(codes - zero_point)", "codes"),
+            "zero_point is added to make codes, and subtracted from them.": (
+                "scale) + zero_point", "scale) - zero_point", "codes - zero_point", "codes + zero_point"
+            ),
+            "The rows of the weight have scales too: w_scale.": (" * scale * w_scale", " * scale"),
+            "The sums are in steps of the input: multiply by its scale.": (" * scale * w_scale", " * w_scale"),
+            "Those are the integer sums; two scales make real numbers of them.": (" * scale * w_scale", ""),
+            "The input was not rounded at all: that is a weight-only layer.": (
+                "(codes - zero_point) @", "(x / scale) @"
+            ),
+            "The input was cut but not rounded.": ("torch.round(x / scale)", "x / scale"),
+            "That is a dynamic layer: the grid is given here, not read off x.": _own_grid,
+            "Round to the nearest code; floor is not round.": ("torch.round", "torch.floor"),
+            "Cutting off the decimals goes towards 0, not to the nearest code.": ("torch.round", "torch.trunc"),
+            "Products and sums do not fit in 8 bits: widen the codes first.": (
+                "(codes - zero_point) @ w_codes.to(codes.dtype).T",
+                "((codes - zero_point).long().to(torch.int8) @ w_codes.T).float()",
+            ),
+            "Rows are tokens, columns are rows of the weight: yours is turned.": ("return sums * scale * w_scale",
+                "return (sums * scale * w_scale).T"),
+        },
     ),
     "8.2": Exercise(
         "a dynamic layer, per token",
-        _test_dynamic,
-        (
+        hints=(
             "The same three steps, but the scale comes from x: one for each row.",
             "x.abs().amax(1, keepdim=True) is (tokens, 1). Symmetric codes −127 … 127 need no zero point.",
             "scale = largest / 127 (kept above a tiny number), codes = round(x / scale), sums · scale · w_scale.",
         ),
-        dynamic_solution,
+        solution=dynamic_solution,
+        cases=_dynamic_cases,
+        edges=_dynamic_edges,
+        slips={
+            "A token of zeros has scale 0, and 0/0 is NaN: keep the scale above a tiny number.": (
+                ".clamp(min=1e-30)", ""
+            ),
+            "Each token needs a scale of its own; yours is one for all.": (
+                "x.abs().amax(1, keepdim=True)", "x.abs().max()"
+            ),
+            "Each token needs a scale of its own; yours is one a channel, and cannot leave the sum.": (
+                "x.abs().amax(1, keepdim=True)", "x.abs().amax(0, keepdim=True)", ") * scale * w_scale",
+                ") * scale.mean() * w_scale",
+            ),
+            "The value of largest size may be negative: take the largest |x|.": (
+                "x.abs().amax(1, keepdim=True)", "x.amax(1, keepdim=True)"
+            ),
+            "The sums are in steps of each token: multiply by its scale, (tokens, 1).": (
+                " * scale * w_scale", " * w_scale"
+            ),
+            "The rows of the weight have scales too: w_scale.": (" * scale * w_scale", " * scale"),
+            "Those are the integer sums; two scales make real numbers of them.": (" * scale * w_scale", ""),
+            "The largest |x| falls on code 127; 128 does not exist in 8 bits.": ("/ 127", "/ 128"),
+            "The largest |x| was to fall on code 127; yours falls on 127.5 (255 steps, as in the library).": (
+                "/ 127)", "/ 127.5)", "torch.round(x / scale)", "torch.round(x / scale).clamp(-128, 127)"
+            ),
+            "Codes of 8 bits with a sign end at 127; yours have 9 bits.": ("/ 127", "/ 255"),
+            "All 8 bits may be used: codes go to 127.": ("/ 127", "/ 63"),
+            "The input was not rounded to codes: that is a weight-only layer.": (
+                "torch.round(x / scale)", "(x / scale)"
+            ),
+            "Round to the nearest code; floor is not round.": ("torch.round", "torch.floor"),
+            "Cutting off the decimals goes towards 0, not to the nearest code.": ("torch.round", "torch.trunc"),
+            "The codes have 4 bits: 8 were meant.": ("/ 127", "/ 7"),
+        },
     ),
     "8.3": Exercise(
         "bytes moved",
-        _test_bytes,
-        (
+        hints=(
             "Go down the table: one term a row. Count tensors first, bytes afterwards.",
             "M·K inputs of 4 bytes (twice if dynamic), M·K codes of 1 byte (written, read), M·N outputs of 4 bytes.",
             "static: K·N + 4·N + 4·M·K + 2·M·K + 8 + 4·M·N; dynamic adds 4·M·K and also writes its maps.",
         ),
-        bytes_solution,
+        solution=bytes_solution,
+        cases=_bytes_cases,
+        edges=_bytes_edges,
+        slips={
+            "Dynamic reads the float input twice: once for its range.": ("2 * inputs", "inputs"),
+            "Static need not look for the range: it reads the float input once.": (
+                "weights + inputs + codes + 8", "weights + 2 * inputs + codes + 8"
+            ),
+            "The weight has a scale for each row, 4 bytes each.": (" + 4 * out_features\n", "\n"),
+            "The codes of the input are written by one pass and read by the next.": (
+                "2 * tokens * in_features", "tokens * in_features"
+            ),
+            "The codes of the input have one byte each, and are moved twice.": (
+                "codes = 2 * tokens * in_features", "codes = 8 * tokens * in_features"
+            ),
+            "The codes of the input are missing: written, and read again.": (
+                "codes = 2 * tokens * in_features", "codes = 0"
+            ),
+            "The map of the input is missing: a scale and a zero point, 8 bytes.": ("codes + 8 +", "codes +"),
+            "Dynamic writes its map and reads it again: twice 8 bytes.": ("maps = 2 * (8", "maps = (8",
+                "else 4 * tokens", "else 8 * tokens"),
+            "Per token, each token's scale is written once and read once.": ("else 4 * tokens", "else 2 * tokens"),
+            "The maps of the dynamic ways are missing: written, and read again.": ("codes + maps +", "codes +"),
+            "Per token the map is symmetric: a scale, no zero point.": ("else 4 * tokens", "else 8 * tokens"),
+            "The map of a static layer is only read: 8 bytes.": ("codes + 8 +", "codes + 16 +"),
+            "int8 weights take one byte each.": ("weights = in_features", "weights = 4 * in_features"),
+            "float weights take four bytes each.": (
+                "return 4 * in_features * out_features", "return in_features * out_features"
+            ),
+            "The outputs are floats, 4 bytes each, (tokens, out).": (
+                "4 * tokens * out_features", "tokens * out_features"
+            ),
+            "The outputs are written: they count, too.": ("4 * tokens * out_features", "0"),
+            "The ways differ: float reads no codes, dynamic reads its input twice.": (
+                'way == "float"', "False", 'way == "static"', "True"
+            ),
+            "Inputs are (tokens, in), outputs (tokens, out), and one scale stands for each of the out rows.": (
+                "inputs, outputs = 4 * tokens * in_features, 4 * tokens * out_features",
+                "in_features, out_features = out_features, in_features\n"
+                "    inputs, outputs = 4 * tokens * in_features, 4 * tokens * out_features",
+            ),
+        },
     ),
     "8.4": Exercise(
         "the alarm",
-        _test_alarm,
-        (
+        hints=(
             "Where does the grid end? Code 0 and code 255, turned back into real numbers.",
             "A value is cut if it lies more than half a step beyond an end; (condition).float().mean() is a share.",
             "First the share against limit, then the width in use, from min(x.min(), 0) to max(x.max(), 0), against "
             "half of the grid's.",
         ),
-        alarm_solution,
+        solution=alarm_solution,
+        cases=_alarm_cases,
+        slips={
+            "One value outside is enough for you; more than `limit` of them were to ring.": (
+                "outside.float().mean() > limit", "outside.any()"
+            ),
+            "*More* than limit: exactly the limit is allowed.": ("mean() > limit", "mean() >= limit"),
+            "Look at both ends: the grid has a lowest value as well.": ("(x < low - scale / 2) | ", ""),
+            "Look at both ends: the grid has a highest value as well.": (" | (x > high + scale / 2)", ""),
+            "Values beyond the last code by less than half a step are rounded back onto it.": (
+                "low - scale / 2", "low", "high + scale / 2", "high"
+            ),
+            "Half a *step*, scale / 2: not half of a real unit.": ("scale / 2", "0.5"),
+            "Half a step of grace, not a whole one.": ("scale / 2", "scale"),
+            "The grid must hold 0 as well: it belongs to the values' span.": (
+                "max(x.max().item(), 0.0) - min(x.min().item(), 0.0)", "x.max().item() - x.min().item()"
+            ),
+            "The span reaches from the smallest to the largest value, with 0: not from 0 to the largest |x|.": (
+                "max(x.max().item(), 0.0) - min(x.min().item(), 0.0)", "x.abs().max().item()"
+            ),
+            "Which question comes first? Values that are cut off ring, however small the others are.": (
+                "if outside.float().mean() > limit:",
+                "if max(x.quantile(0.95).item(), 0) - min(x.quantile(0.05).item(), 0) < (high - low) / 2:\n"
+                '        return "wide"\n    if outside.float().mean() > limit:',
+            ),
+            "Half of the grid's width is (high − low) / 2; (high + low) / 2 is its middle.": (
+                "(high - low) / 2", "(high + low) / 2"
+            ),
+            "Less than *half* of the grid; yours is a third.": ("(high - low) / 2", "(high - low) / 3"),
+            "The grid does not lie around 0: use zero_point.": (
+                "low, high = -scale", "zero_point = 128\n    low, high = -scale"
+            ),
+            "The grid ends at code 255: scale · (255 − zero_point).": ("(255 - zero_point)", "255"),
+            "It never rings for a wide grid: look at the span of the values.": (
+                '"wide" if used < (high - low) / 2 else "fine"', '"fine"'
+            ),
+            "It never rings.": lambda x, scale, zero_point, limit: "fine",
+        },
     ),
     "8.5": Exercise(
         "calibrate for two kinds of text",
@@ -377,4 +391,4 @@ EXERCISES = {
         ),
         calibration_solution,
     ),
-}
+}  # fmt: skip

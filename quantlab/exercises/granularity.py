@@ -5,9 +5,9 @@ import math
 import torch
 
 from quantlab.affine import choose_qparams, fake_quantize
-from quantlab.checks import Exercise, expect
-from quantlab.exercises.material import layer_in_runs
-from quantlab.granularity import PerAxis, PerGroup, QTensor, quantize_tensor
+from quantlab.exercises.material import layer_in_runs, off_ties, uniform
+from quantlab.granularity import PerAxis, PerGroup, PerTensor, quantize_tensor  # noqa: F401  PerTensor: in a slip
+from quantlab.judging import Exercise, Wrong, as_number, expect
 from quantlab.packing import pack
 
 # --- 3.1 --------------------------------------------------------------------------------------------------------
@@ -22,58 +22,32 @@ def groups_solution(weight, bits, group_size):
     return torch.cat(parts, dim=1)
 
 
-def _test_groups(f):
-    weight = _uneven()
-    before = weight.clone()
-    back = f(weight, 2, 8)
-    expect(torch.is_tensor(back), f"Return a tensor; got {type(back).__name__}.")
-    expect(
-        back.shape == weight.shape,
-        f"The result should have the shape of weight, (6, 22); got {tuple(back.shape)}. "
-        "22 columns in groups of 8: what becomes of the last 6?",
-    )
-    expect(torch.equal(weight, before), "weight itself has changed: leave what you are given as it is.")
-    for start in range(0, 22, 8):
-        for row in range(6):
-            _expect_own_grid(weight[row, start : start + 8], back[row, start : start + 8], row, start, 2)
-    far = f(torch.linspace(10, 11, 16).view(2, 8), 4, 4)
-    right = groups_solution(torch.linspace(10, 11, 16).view(2, 8), 4, 4)
-    expect(
-        torch.allclose(far, right, atol=1e-3),
-        f"A group of values from 10 to 11 came back as {[round(v, 2) for v in far[0].tolist()]}. Widen the range of "
-        "each group to hold 0 first (choose_qparams does).",
-    )
-    right = groups_solution(weight, 2, 8)
-    expect(
-        (back - right).abs().max() < 1e-4 * weight.abs().max(),
-        f"Close, but some weights are not on the nearest grid point (off by {(back - right).abs().max():.2g}). "
-        "Does each group have 2**bits codes, with 2**bits - 1 steps between them?",
-    )
+def _group(random, count, bits):
+    """count weights of one group, on either side of 0 or on one; none is half-way between two grid points."""
+    steps, side = 2**bits - 1, int(torch.randint(0, 4, (1,), generator=random))
+    low = 0 if side == 0 else -steps if side == 1 else -int(torch.randint(1, steps, (1,), generator=random))
+    near = 1 if side else max(1, steps - 2)  # of the codes of a group above 0, only the last few are used
+    inside = low + off_ties(random, count, near, steps - 1)
+    ends = torch.tensor([float(low + steps)] if side == 0 else [float(low)] if side == 1 else [low, low + steps])
+    values = torch.cat([ends, inside])[:count] if count > len(ends) else ends[:count]
+    return values[torch.randperm(count, generator=random)] * math.exp(uniform(random, -3.0, 3.0))
 
 
-def _expect_own_grid(group, back, row, start, bits):
-    """At most 2**bits values, none further away than half a step of this group's own grid."""
-    where = f"row {row}, columns {start} to {start + len(group) - 1}"
-    last = " It is the short last group: it has a scale of its own too." if len(group) < 8 else ""
-    step = ((group.max().clamp(min=0) - group.min().clamp(max=0)) / (2**bits - 1)).item()
-    moved = (back - group).abs().max().item()
-    expect(
-        moved <= 0.5001 * step,
-        f"In {where} a weight moved by {moved / step:.2f} steps of that group's own grid; half a step is the most. "
-        f"Which weights went into its minimum and maximum?{last}",
-    )
-    expect(
-        moved > 0 and len(back.unique()) <= 2**bits,
-        f"{where}: {len(back.unique())} different values, where {bits} bits have {2**bits} codes. "
-        f"Was it rounded, and as one group?{last}",
-    )
+def _weight_in_groups(random, rows, cols, bits, group_size):
+    widths = [min(group_size, cols - start) for start in range(0, cols, group_size)]
+    return torch.stack([torch.cat([_group(random, width, bits) for width in widths]) for _ in range(rows)])
 
 
-def _uneven():
-    """6 x 22 weights whose size changes from row to row and from run to run, always the same."""
-    random = torch.Generator().manual_seed(0)
-    size = torch.tensor([[1.0, 0.1, 5.0]]) * torch.tensor([[1.0], [30.0], [0.2], [4.0], [0.05], [9.0]])
-    return torch.randn(6, 22, generator=random) * size.repeat_interleave(8, dim=1)[:, :22]
+def _groups_cases(random):
+    for rows, cols, bits, group_size in ((6, 22, 2, 8), (3, 16, 4, 4), (2, 13, 3, 5), (4, 6, 4, 9), (1, 12, 2, 6)):
+        yield _weight_in_groups(random, rows, cols, bits, group_size), bits, group_size
+
+
+def _groups_edges():
+    yield torch.tensor([[0.0, 1.0, 2.0, 3.0, 0.0, 11.0, 29.0, 30.0]]), 2, 4
+    yield torch.tensor([[0.0, 0.1, 0.18, 0.3, 10.0, 4.0]]), 2, 4
+    yield torch.tensor([[10.0, 10.3, 10.9, 11.0]]), 3, 4
+    yield torch.tensor([[-11.0, -10.0, -10.6, -10.3]]), 3, 2
 
 
 # --- 3.2 --------------------------------------------------------------------------------------------------------
@@ -81,31 +55,19 @@ def _uneven():
 
 def per_output_solution(weight, bits):
     """Outputs are the columns of a [in, out] weight, so axis 1 is the one that is kept."""
-    return quantize_tensor(weight, bits=bits, granularity=PerAxis(1)).dequantize()
+    return quantize_tensor(weight, bits=bits, granularity=PerAxis(1), symmetric=False).dequantize()
 
 
-def _test_per_output(f):
-    random = torch.Generator().manual_seed(0)
-    sizes = torch.logspace(-2, 1, 30)
-    weight = torch.randn(50, 30, generator=random) * sizes * torch.logspace(-1, 1, 50)[:, None]
-    back = f(weight.clone(), 4)
-    back = back.dequantize() if isinstance(back, QTensor) else back
-    expect(
-        back.shape == weight.shape,
-        f"weight is {tuple(weight.shape)}, [in, out], and should come back as that; got {tuple(back.shape)}.",
-    )
-    moved = (back - weight).abs().amax(0) / (weight.abs().amax(0) / 14)  # 14: a narrow grid, -7 to 7
-    expect(
-        (moved < 1.001).all(),
-        f"Output 0 (column 0) reaches {weight[:, 0].abs().max():.2g}, and a weight of it moved by "
-        f"{(back - weight)[:, 0].abs().max():.2g}: more than half a step of a grid of its own. How many scales did "
-        "you get? There are 30 outputs and 50 inputs.",
-    )
-    values = max(len(column.unique()) for column in back.T)
-    expect(
-        1 < values <= 16,
-        f"A column has {values} different values, and 4 bits have 16 codes: one scale for each output, no more.",
-    )
+def _dequantized(answer, *arguments):
+    """A QTensor will do as well as its values."""
+    found = answer(*arguments)
+    return found.dequantize() if hasattr(found, "dequantize") and not torch.is_tensor(found) else found
+
+
+def _per_output_cases(random):
+    """Inputs and outputs of very unequal size; square, tall and wide."""
+    for inputs, outputs, bits in ((5, 3, 4), (3, 7, 3), (6, 6, 4), (20, 10, 8), (4, 2, 2)):
+        yield torch.stack([_group(random, inputs, bits) for _ in range(outputs)], dim=1), bits
 
 
 # --- 3.3 and 3.5 ------------------------------------------------------------------------------------------------
@@ -117,39 +79,23 @@ def pack4_solution(codes):
     return codes[0::2] | (codes[1::2] << 4)
 
 
-def _test_pack4(f):
-    codes = torch.tensor([1, 2, 3, 4], dtype=torch.uint8)
-    packed = f(codes.clone())
-    expect(torch.is_tensor(packed), f"Return a tensor; got {type(packed).__name__}.")
-    expect(
-        len(packed) == 2,
-        f"Four codes of 4 bits fit into 2 bytes; you returned {len(packed)}. Two codes share one byte.",
-    )
-    expect(
-        packed.dtype == torch.uint8,
-        f"{packed.dtype} takes {packed.element_size()} bytes a number: return uint8, or nothing is gained.",
-    )
-    expect(
-        packed.tolist() != [1 << 4 | 2, 3 << 4 | 4],
-        "You put the first code of each pair into the high four bits. Many formats do; here the first goes low.",
-    )
-    expect(
-        packed.tolist() != [1 | 3 << 4, 2 | 4 << 4],
-        "You paired the first half with the second half (as some GGUF formats do). Here neighbours share a byte.",
-    )
-    expect(
-        packed.tolist() == [1 | 2 << 4, 3 | 4 << 4],
-        f"[1, 2, 3, 4] should give [33, 67]; got {packed.tolist()}. 33 is 1 + 2 · 16.",
-    )
-    odd = f(torch.tensor([5, 6, 7], dtype=torch.uint8))
-    expect(
-        odd.tolist() == [5 | 6 << 4, 7],
-        f"[5, 6, 7] should give [101, 7]; got {odd.tolist()}. The last code has a byte for itself, filled with 0.",
-    )
-    every = torch.arange(16, dtype=torch.uint8).repeat(3)
-    before = every.clone()
-    expect(torch.equal(f(every), pack(every, bits=4)), "Codes above 7 came out wrong: mind the high bits.")
-    expect(torch.equal(every, before), "codes itself has changed: leave what you are given as it is.")
+def _as_bytes(answer, codes):
+    """The result, unless it is a tensor of something wider than a byte."""
+    packed = answer(codes)
+    size = packed.dtype.itemsize if hasattr(packed, "dtype") else 1
+    if size > 1:
+        raise Wrong(f"{packed.dtype} takes {size} bytes a number: return uint8, or nothing is gained.")
+    return packed
+
+
+def _pack4_cases(random):
+    for count in (1, 2, 7, 16, 33):
+        yield (torch.randint(0, 16, (count,), generator=random, dtype=torch.uint8),)
+
+
+def _pack4_edges():
+    for codes in ([1, 2, 3, 4], [5, 6, 7], [2, 7], [8, 15, 9, 12], [15]):
+        yield (torch.tensor(codes, dtype=torch.uint8),)
 
 
 def unpack3_solution(packed, count):
@@ -162,28 +108,14 @@ def unpack3_solution(packed, count):
     return torch.tensor(codes, dtype=torch.uint8)
 
 
-def _test_unpack3(f):
-    def unpacked(codes):
-        found = f(pack(torch.tensor(codes), bits=3), len(codes))
-        return [int(code) for code in torch.as_tensor(found).flatten()]
+def _unpack3_cases(random):
+    for codes, count in ((1, 1), (3, 3), (8, 8), (16, 11), (61, 61)):
+        yield pack(torch.randint(0, 8, (codes,), generator=random), bits=3), count
 
-    two = unpacked([5, 3])
-    expect(len(two) == 2, f"count was 2, and you returned {len(two)} codes: the zeros that fill up are no codes.")
-    expect(two != [0, 7], "You read each byte from its high end. Bit 0 is the low one: the first code is byte & 7.")
-    expect(two == [5, 3], f"One byte with the codes [5, 3] was read as {two}. The first code is its low three bits.")
-    three = unpacked([1, 2, 7])
-    expect(
-        three == [1, 2, 7],
-        f"[1, 2, 7] came back as {three}. The third code lies in bits 6, 7 and 8: part of it is in the next byte.",
-    )
-    many = [(3 * i * i + i) % 8 for i in range(61)]
-    back = unpacked(many)
-    wrong = next((i for i, (a, b) in enumerate(zip(many, back, strict=False)) if a != b), None)
-    expect(
-        back == many,
-        f"Of 61 codes the first wrong one is number {wrong}, at bit {3 * (wrong or 0)}. "
-        "The pattern repeats every 8 codes.",
-    )
+
+def _unpack3_edges():
+    for codes in ([5, 3], [1, 2, 7], [1, 2, 4, 7, 6], [0, 0, 7]):
+        yield pack(torch.tensor(codes), bits=3), len(codes)
 
 
 # --- 3.4 --------------------------------------------------------------------------------------------------------
@@ -195,29 +127,19 @@ def true_bits_solution(rows, cols, bits, group_size, scale_bits, zero_bits):
     return bits + groups * (scale_bits + zero_bits) / (rows * cols)
 
 
-def _test_true_bits(f):
-    def ask(*shape):
-        value = f(*shape)
-        expect(isinstance(value, int | float), f"Return a number of bits; got {value!r}.")
-        return value
+def _true_bits_cases(random):
+    def whole(low, high):
+        return int(torch.randint(low, high, (1,), generator=random))
 
-    plain = ask(256, 768, 4, 128, 16, 0)
-    expect(plain != 4, "4 is what the codes take. The scales are stored too.")
-    expect(
-        abs(plain - 4.125) < 1e-6,
-        f"4 bits and a 16-bit scale for 128 weights make 4.125 bits per weight; got {plain:.4f}. "
-        "A scale's bits are shared by its group.",
-    )
-    zeros = ask(256, 768, 4, 128, 16, 4)
-    expect(abs(zeros - 4.15625) < 1e-6, f"With a 4-bit zero point for each group 4.15625; got {zeros:.5f}.")
-    short = ask(10, 100, 4, 64, 32, 0)
-    expect(
-        abs(short - 4.64) < 1e-6,
-        f"Rows of 100 in groups of 64 have two groups each, 64 and 36: 4.64 bits per weight with 32-bit scales; "
-        f"got {short:.4f}. A short group's scale is as long as any, and no group runs on into the next row.",
-    )
-    long = ask(10, 100, 3, 512, 32, 3)
-    expect(abs(long - 3.35) < 1e-6, f"A group longer than the row is the row: 3.35 bits; got {long:.4f}.")
+    for _ in range(4):
+        yield whole(2, 300), whole(20, 900), whole(2, 9), whole(8, 300), (8, 16, 32)[whole(0, 3)], whole(1, 9)
+
+
+def _true_bits_edges():
+    yield 256, 768, 4, 128, 16, 0
+    yield 256, 768, 4, 128, 16, 4
+    yield 10, 100, 4, 64, 32, 0
+    yield 10, 100, 3, 512, 32, 3
 
 
 # --- 3.6 --------------------------------------------------------------------------------------------------------
@@ -228,90 +150,227 @@ def budget_solution():
     return {"bits": 5, "group_size": 192, "symmetric": False}
 
 
-def _test_budget(f):
-    settings = f()
+def _budget_rule(settings):
     expect(
         isinstance(settings, dict) and settings.keys() == {"bits", "group_size", "symmetric"},
         f'Return {{"bits": ..., "group_size": ... or None for a whole row, "symmetric": ...}}; got {settings!r}.',
     )
-    weight, x = layer_in_runs()
-    size = settings["group_size"]
-    q = quantize_tensor(
-        weight,
-        bits=settings["bits"],
-        granularity=PerAxis(0) if size is None else PerGroup(size),
-        symmetric=settings["symmetric"],
+    bits, size = as_number(settings["bits"]), as_number(settings["group_size"])
+    expect(bits is not None and bits in range(2, 9), f"bits are a whole number from 2 to 8; got {settings['bits']!r}.")
+    expect(
+        settings["group_size"] is None or (size is not None and size >= 1 and float(size).is_integer()),
+        f"group_size is a whole number from 1 on, or None for a whole row; got {settings['group_size']!r}.",
     )
+    q = _practice(int(bits), None if size is None else int(size), bool(settings["symmetric"]))
+    weight, x = layer_in_runs()
     error = ((x @ (weight - q.dequantize()).T).square().sum() / (x @ weight.T).square().sum()).item()
-    reached = f"{q.bits_per_element:.3f} true bits per weight, output error {error:.4f}"
+    reached = f"{q.bits_per_element:.3f} true bits per weight, output error {error:.5f}"
     expect(q.bits_per_element <= 5.2, f"{reached}: too many bits, 5.2 are allowed. What do the scales take?")
     expect(
         error <= 0.0055,
-        f"{reached}: {error / 0.0055:.1f} times the 0.0055 asked for. Compare two ways to spend a bit: on the codes, "
+        f"{reached}: {error / 0.0055:.2f} times the 0.0055 asked for. Compare two ways to spend a bit: on the codes, "
         "or on smaller groups.",
     )
     return f"{reached}."
 
 
+def _practice(bits, size, symmetric):
+    granularity = PerAxis(0) if size is None else PerGroup(size)
+    return quantize_tensor(layer_in_runs()[0], bits=bits, granularity=granularity, symmetric=symmetric)
+
+
+_EXTREMES = "low, high = part.amin(1, keepdim=True), part.amax(1, keepdim=True)"
+_LOOP = "weight.split(group_size, dim=1)"
+_ROUNDED = "parts.append(fake_quantize(part, choose_qparams(low, high, qmin=0, qmax=2**bits - 1)))"
+
 EXERCISES = {
     "3.1": Exercise(
         "groups",
-        _test_groups,
-        (
+        hints=(
             "Do it for one run of columns first: its minimum and maximum for each row, then a grid for each row.",
             "amin(1, keepdim=True) has the shape (rows, 1), and choose_qparams takes bounds of that shape.",
             "weight.split(group_size, dim=1) gives the runs, the short one last; torch.cat(…, dim=1) puts them back.",
         ),
-        groups_solution,
+        solution=groups_solution,
+        cases=_groups_cases,
+        edges=_groups_edges,
+        rounds=2,
+        slips={
+            "Each group has its own minimum and maximum; this is one grid for the whole matrix.": (
+                _EXTREMES, "low, high = weight.amin(), weight.amax()"
+            ),
+            "Each group has its own minimum and maximum; this is one grid for each row.": (
+                _EXTREMES, "low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)"
+            ),
+            "A group lies in one row: this is one grid for a run of columns, all rows together.": (
+                _EXTREMES, "low, high = part.amin(), part.amax()"
+            ),
+            "A group is a run of neighbours in a row, not in a column.": (
+                _LOOP, "weight.T.split(group_size, dim=1)", "torch.cat(parts, dim=1)", "torch.cat(parts, dim=1).T"
+            ),
+            "A group must not run on into the next row.": (
+                _LOOP, "weight.reshape(1, -1).split(group_size, dim=1)",
+                "torch.cat(parts, dim=1)", "torch.cat(parts, dim=1).view(weight.shape)",
+            ),
+            "What becomes of the last columns, where group_size does not divide?": (
+                _LOOP, "weight[:, : max(weight.shape[1] // group_size, 1) * group_size].split(group_size, dim=1)"
+            ),
+            "The short last group is rounded too.": (
+                _ROUNDED,
+                "parts.append(part if part.shape[1] < group_size else "
+                "fake_quantize(part, choose_qparams(low, high, qmin=0, qmax=2**bits - 1)))",
+            ),
+            "The short last group has a grid of its own, not that of the group before.": (
+                _EXTREMES,
+                "low, high = (part.amin(1, keepdim=True), part.amax(1, keepdim=True)) "
+                "if part.shape[1] == group_size or not parts else (low, high)",
+            ),
+            "Widen the range of each group to hold 0 first (choose_qparams does).": (
+                _ROUNDED,
+                "scale = ((high - low) / (2**bits - 1)).clamp(min=1e-30); "
+                "parts.append(torch.round((part - low) / scale) * scale + low)",
+            ),
+            "2**bits codes have 2**bits - 1 steps between them: qmax is 2**bits - 1.": ("2**bits - 1", "2**bits"),
+            "bits says how many codes: 2**bits.": ("2**bits - 1", "15"),
+            "The grid is asymmetric: from the group's minimum to its maximum.": (
+                "qmax=2**bits - 1)", "qmax=2**bits - 1, symmetric=True)"
+            ),
+            "These groups are half as long as group_size.": (_LOOP, "weight.split(max(group_size // 2, 1), dim=1)"),
+            "Nothing was rounded.": (_ROUNDED, "parts.append(part.clone())"),
+        },
     ),
     "3.2": Exercise(
         "the right axis",
-        _test_per_output,
-        (
+        hints=(
             "PerAxis(axis) names the dimension that is kept: one scale for each index of it.",
             "In [in, out], which dimension counts the outputs?",
             "quantize_tensor(weight, bits=bits, granularity=PerAxis(?)); look at .qparams.scale.shape.",
         ),
-        per_output_solution,
+        solution=per_output_solution,
+        use=_dequantized,
+        cases=_per_output_cases,
+        slips={
+            "This is one scale for each input. In [in, out], outputs are the columns.": ("PerAxis(1)", "PerAxis(0)"),
+            "This is one scale for all. How many outputs are there?": ("PerAxis(1)", "PerTensor()"),
+            "The result should be [in, out], as weight is.": (".dequantize()", ".dequantize().T"),
+            "Asymmetric was asked for: quantize_tensor(…, symmetric=False).": (", symmetric=False", ""),
+            "The bits that are asked for vary.": ("bits=bits", "bits=4"),
+            "Nothing was rounded.": (
+                "quantize_tensor(weight, bits=bits, granularity=PerAxis(1), symmetric=False).dequantize()",
+                "weight.clone()",
+            ),
+            "Return the reals that the codes stand for, not the codes.": (".dequantize()", ".codes"),
+        },
     ),
     "3.3": Exercise(
         "two codes in a byte",
-        _test_pack4,
-        (
+        hints=(
             "A byte is 16 · high + low, each from 0 to 15.",
             "codes[0::2] are the first of each pair, codes[1::2] the second; << 4 moves up by four bits.",
             "With an odd number there is one second too few: put a 0 at the end first.",
         ),
-        pack4_solution,
+        solution=pack4_solution,
+        use=_as_bytes,
+        cases=_pack4_cases,
+        edges=_pack4_edges,
+        slips={
+            "You put the first code of each pair into the high four bits. Many formats do; here the first goes low.": (
+                "codes[0::2] | (codes[1::2] << 4)", "codes[0::2] << 4 | codes[1::2]"
+            ),
+            "You paired the first half with the second half (as some GGUF formats do). Here neighbours share a byte.": (
+                "codes[0::2] | (codes[1::2] << 4)", "codes[: len(codes) // 2] | codes[len(codes) // 2 :] << 4"
+            ),
+            "If their number is odd, the last code has a byte for itself, filled with 0.": (
+                "codes[0::2] | (codes[1::2] << 4)", "codes[0::2][:count] | (codes[1::2] << 4)[:count]",
+                "codes = torch.cat(", "count = len(codes) // 2; codes = torch.cat(",
+            ),
+            "An even number of codes fills its bytes: add a 0 only where it is odd.": (
+                "len(codes) % 2", "2 - len(codes) % 2"
+            ),
+            "Two codes share one byte: half as many bytes as codes.": ("codes[0::2] | (codes[1::2] << 4)", "codes"),
+            "A byte is 16 · high + low.": ("| (codes[1::2] << 4)", "+ codes[1::2] * 15"),
+            "Each code has four bits: move the second up by four.": ("<< 4", "<< 3"),
+            "Codes above 7 came out wrong: mind the highest bit.": ("(codes[1::2] << 4)", "(codes[1::2] << 4 & 127)"),
+        },
     ),
     "3.4": Exercise(
         "true bits per weight",
-        _test_true_bits,
-        (
+        hints=(
             "Count all bits that are stored, then divide by rows · cols.",
             "How many groups has one row? The short one counts.",
             "math.ceil(cols / group_size) groups in a row, each with scale_bits + zero_bits.",
         ),
-        true_bits_solution,
+        solution=true_bits_solution,
+        cases=_true_bits_cases,
+        edges=_true_bits_edges,
+        tolerance=1e-6,
+        slips={
+            "That is what the codes take. The scales are stored too.": (
+                " + groups * (scale_bits + zero_bits) / (rows * cols)", ""
+            ),
+            "A scale's bits are shared by its group.": (
+                "groups * (scale_bits + zero_bits) / (rows * cols)", "scale_bits + zero_bits"
+            ),
+            "The zero points are stored too.": ("(scale_bits + zero_bits)", "scale_bits"),
+            "The codes are stored too.": ("return bits + ", "return "),
+            "A short group's scale is as long as any: count the groups of a row, rounded up.": (
+                "math.ceil(cols / group_size)", "(cols / group_size)"
+            ),
+            "The short last group has a scale as well: round the number of groups up, not down.": (
+                "math.ceil(cols / group_size)", "max(cols // group_size, 1)"
+            ),
+            "Each row has its own groups: none runs on into the next row.": (
+                "rows * math.ceil(cols / group_size)", "math.ceil(rows * cols / group_size)"
+            ),
+            "Every row has groups of its own: their number is that of one row times rows.": (
+                "rows * math.ceil", "math.ceil"
+            ),
+            "Bits per weight were asked for: divide by rows · cols.": (
+                "bits + groups * (scale_bits + zero_bits) / (rows * cols)",
+                "bits * rows * cols + groups * (scale_bits + zero_bits)",
+            ),
+        },
     ),
     "3.5": Exercise(
         "three bits",
-        _test_unpack3,
-        (
+        hints=(
             "Code i begins at bit 3·i of the stream: which byte is that, and which bit of it?",
             "Two bytes in a row, low | next << 8, hold every code that begins in the first of them.",
             "Shift right by the bit, and keep three bits with & 7. Mind the byte after the last.",
         ),
-        unpack3_solution,
+        solution=unpack3_solution,
+        cases=_unpack3_cases,
+        edges=_unpack3_edges,
+        slips={
+            "Where a code lies astride two bytes, part of it is in the next byte.": (
+                "(stream[byte] | stream[byte + 1] << 8)", "stream[byte]"
+            ),
+            "No bit is left over: the third code begins in the first byte, and part of it is in the next.": (
+                "divmod(3 * i, 8)", "divmod(i, 2)", ">> bit & 7", ">> 3 * bit & 7"
+            ),
+            "The next byte holds the *higher* bits of the code: it comes 8 bits further up.": (
+                "stream[byte] | stream[byte + 1] << 8", "stream[byte] << 8 | stream[byte + 1]"
+            ),
+            "You read each byte from its high end. Bit 0 is the low one: the first code is byte & 7.": (
+                "codes.append((stream[byte] | stream[byte + 1] << 8) >> bit & 7)",
+                "codes.append((stream[byte] << 8 | stream[byte + 1]) >> 13 - bit & 7)",
+            ),
+            "count codes were asked for: the zeros that fill the last byte are no codes.": (
+                "range(count)", "range(8 * len(packed) // 3)"
+            ),
+            "A code has three bits: keep them with & 7.": ("& 7", "& 3"),
+            "A code has three bits, and no more: keep them with & 7.": (" & 7", ""),
+        },
     ),
     "3.6": Exercise(
         "fit the budget",
-        _test_budget,
-        (
+        hints=(
             "First list what the budget allows: for 4 bits, how small can the groups get? For 5 bits?",
             "With float32 scales a group of 32 costs one bit per weight, as much as a fifth bit does.",
             "Loop over bits, group sizes (any number, not only powers of two) and symmetry; keep the best within 5.2.",
         ),
-        budget_solution,
+        solution=budget_solution,
+        edges=lambda: [()],
+        rule=_budget_rule,
     ),
-}
+}  # fmt: skip

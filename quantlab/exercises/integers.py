@@ -2,7 +2,8 @@
 
 import torch
 
-from quantlab.checks import Exercise, expect
+from quantlab.exercises.material import uniform
+from quantlab.judging import Exercise, as_tensor, expect
 from quantlab.linear import int_linear
 
 
@@ -13,86 +14,54 @@ def int_product_solution(x_codes, x_zero, w_codes, w_zero):
     return x @ w.T - x_zero * w.sum(1) - w_zero * x.sum(1, keepdim=True) + features * x_zero * w_zero
 
 
-def _codes(tokens, features, outputs, seed=0):
-    random = torch.Generator().manual_seed(seed)
+def _codes(random, tokens, features, outputs):
     x = torch.randint(0, 256, (tokens, features), generator=random, dtype=torch.uint8)
     return x, torch.randint(-128, 128, (outputs, features), generator=random, dtype=torch.int8)
 
 
-def _test_int_product(f):
-    x, w = _codes(3, 4, 5)
-    sums = f(x.clone(), 0, w.clone(), 0)
-    expect(torch.is_tensor(sums), f"Return a tensor of sums; got {type(sums).__name__}.")
-    expect(
-        sums.shape == (3, 5), f"3 tokens and 5 rows of weights make a sum each: shape (3, 5), not {tuple(sums.shape)}."
-    )
-    _expect_wide_sums(f)
-    expect(
-        sums.tolist() == int_linear(x, 0, w).tolist(),
-        "With both zero points 0 only the first term is left, x_codes times the transpose of w_codes; yours differs.",
-    )
-    _expect_real_zeros(f, x, w)
-    got, right = f(x.clone(), 100, w.clone(), -7), int_linear(x, 100, w, -7)
-    expect(
-        got.tolist() == right.tolist(),
-        f"With both zero points set your sums are off by {(got - right)[0, 0].item()}, the same everywhere or nearly; "
-        f"K·zx·zw is {4 * 100 * -7}. What is its sign, and how often is it added?",
-    )
+def _int_product_cases(random):
+    """The middle one is square, so that rows and columns mix up."""
+    for tokens, features, outputs in ((3, 4, 5), (4, 4, 4), (2, 9, 3)):
+        x, w = _codes(random, tokens, features, outputs)
+        x_zero, w_zero = (torch.randint(low, low + 256, (1,), generator=random).item() for low in (0, -128))
+        yield x, x_zero, w, w_zero
 
 
-def _expect_wide_sums(f):
-    """A sum beyond 8 and 16 bits, and beyond the whole numbers that float32 holds."""
-    terms = 2048
-    x, w = torch.full((1, terms), 255, dtype=torch.uint8), torch.full((1, terms), 127, dtype=torch.int8)
+def _int_product_edges():
+    """One of each: no zero points, each alone; a sum beyond float32, a w − zw and a product beyond 8 and 16 bits."""
+    x, w = _codes(torch.Generator().manual_seed(0), 3, 4, 5)
+    yield x, 0, w, 0
+    yield x, 100, w, 0
+    yield x, 0, w, -7
+    yield torch.tensor([[5]], dtype=torch.uint8), 0, torch.tensor([[127]], dtype=torch.int8), -7
+    x = torch.full((1, 2048), 255, dtype=torch.uint8)
     x[0, 0] = 254
-    got, right = f(x, 0, w, 0).item(), 255 * 127 * terms - 127
-    lost = abs(right - got)
-    expect(
-        got == right,
-        f"{terms} products of up to 255·127 add up to {right}; got {got:.0f}, off by {lost:.0f}. "
-        + ("float32 holds whole numbers only up to 2**24." if lost < 1000 else "Are your numbers wide enough?"),
-    )
+    yield x, 0, torch.full((1, 2048), 127, dtype=torch.int8), 0
 
 
-def _expect_real_zeros(f, x, w):
-    """Codes equal to their zero point make every sum 0."""
-    sums = f(torch.full((2, 4), 100, dtype=torch.uint8), 100, w.clone(), 0)
-    expect(
-        not sums.any(),
-        f"x_codes equal to x_zero stand for real 0, so every sum must be 0; got "
-        f"{sums[0].tolist()}. Sum which codes, over which dimension?",
-    )
-    sums = f(x.clone(), 0, torch.full((5, 4), -7, dtype=torch.int8), -7)
-    expect(
-        not sums.any(),
-        f"w_codes equal to w_zero stand for real 0, so every sum must be 0; got "
-        f"{sums[:, 0].tolist()} for three tokens. Sum which codes, over which dimension?",
-    )
+def _in_bits(dtype):
+    """The product computed in a narrow type, q − z first."""
+
+    def product(x_codes, x_zero, w_codes, w_zero):
+        return ((x_codes.to(dtype) - x_zero) @ (w_codes.to(dtype) - w_zero).T).to(dtype)
+
+    return product
 
 
 def largest_k_solution(x_bits, w_bits, accumulator_bits):
-    """The largest product is (2**x_bits - 1) * 2**(w_bits - 1); one bit of the accumulator is the sign."""
+    """The product of largest size is (2**x_bits - 1) · -2**(w_bits - 1), and the accumulator reaches -2**(bits - 1)."""
     largest = (2**x_bits - 1) * 2 ** (w_bits - 1)
-    return (2 ** (accumulator_bits - 1) - 1) // largest
+    return 2 ** (accumulator_bits - 1) // largest
 
 
-def _test_largest_k(f):
-    for x_bits, w_bits, bits in ((8, 8, 32), (8, 8, 16), (7, 8, 16), (4, 4, 16), (8, 4, 24)):
-        found, right = f(x_bits, w_bits, bits), largest_k_solution(x_bits, w_bits, bits)
-        expect(float(found).is_integer(), f"K counts terms: a whole number; got {found!r}. One more would not fit.")
-        what = f"x of {x_bits} bits, weights of {w_bits} bits, an accumulator of {bits}"
-        largest, limit = (2**x_bits - 1) * 2 ** (w_bits - 1), 2 ** (bits - 1)
-        expect(
-            found <= right,
-            f"{what}: {found:.0f} terms can reach {found * largest:.0f}, and the accumulator ends at ±{limit}. "
-            "Which code is the largest in size on each side? And one bit is the sign.",
-        )
-        expect(
-            found == right,
-            f"{what}: {found:.0f} terms fit, and more would: with one more the sum reaches at most "
-            f"{(found + 1) * largest:.0f}, inside ±{limit}. "
-            "Unsigned codes of b bits end at 2**b − 1, signed ones begin at −2**(b−1).",
-        )
+def _largest_k_cases(random):
+    for low, high in ((12, 16), (16, 24), (24, 40)):
+        x_bits, w_bits = torch.randint(2, 9, (2,), generator=random).tolist()
+        yield x_bits, w_bits, torch.randint(low, high, (1,), generator=random).item()
+
+
+def _largest_k_edges():
+    yield from ((8, 8, 32), (8, 8, 16), (7, 8, 16), (8, 8, 8), (4, 4, 16), (8, 4, 24))
 
 
 def saturating_solution(x_codes, w_codes):
@@ -102,46 +71,24 @@ def saturating_solution(x_codes, w_codes):
     return pairs.clamp(-(2**15), 2**15 - 1).sum().item()
 
 
-def _test_saturating(f):
-    def dot(x, w):
-        return float(f(torch.tensor(x, dtype=torch.uint8), torch.tensor(w, dtype=torch.int8)))
-
-    small = dot([1, 2, 3, 4], [5, -6, 7, 8])
-    expect(
-        small == 46,
-        f"1·5 − 2·6 + 3·7 + 4·8 = 46, and nothing saturates; got {small:g}. "
-        "Is a product of two codes computed in 8 bits?",
-    )
-    _expect_ends_of_int16(dot)
-    four = dot([255] * 4, [127] * 4)
-    expect(
-        four == 2 * 32767,
-        f"Four products are two pairs: each stops at 32767, and their sum, in 32 bits, is 65534; got {four:g}. "
-        "What is added in 16 bits, and what in 32?",
-    )
-    neighbours = dot([255, 0, 255, 0], [127] * 4)
-    expect(
-        neighbours == 2 * 255 * 127,
-        f"Codes 255, 0, 255, 0: no pair of neighbours saturates, the sum is 64770; got {neighbours:g}. "
-        "A pair is elements 0 and 1, 2 and 3, and so on.",
-    )
-    x, w = _codes(1, 4096, 1, seed=3)
-    got, right = float(f(x[0], w[0])), saturating_solution(x[0], w[0])
-    expect(got == right, f"4096 random codes: the sum should be {right}, got {got:g}.")
+def _saturating_cases(random):
+    """Half of the codes lie at the ends, so that pairs saturate on both sides."""
+    for count in (4, 10, 64):
+        x, w = _codes(random, 1, count, 1)
+        far = torch.rand(2, count, generator=random) < 0.6
+        ends = torch.where(torch.rand(count, generator=random) < 0.5, 127, -128).to(torch.int8)
+        yield torch.where(far[0], x.new_full((), 255), x)[0], torch.where(far[1], ends, w)[0]
 
 
-def _expect_ends_of_int16(dot):
-    high = dot([255, 255], [127, 127])
-    expect(
-        high != 64770, "255·127 + 255·127 = 64770 does not fit in 16 bits with a sign; you returned it all the same."
-    )
-    expect(
-        high == 32767,
-        f"255·127 + 255·127 should stop at the largest int16; got {high:g}. "
-        + ("That is what wraps around: clamp before you convert." if high == 64770 - 65536 else "Which number is it?"),
-    )
-    low = dot([255, 255], [-128, -128])
-    expect(low == -32768, f"255·(−128) twice should stop at the smallest int16, −32768; got {low:g}.")
+def _saturating_edges():
+    for x, w in (
+        ([1, 2, 3, 4], [5, -6, 7, 8]),
+        ([255, 255], [127, 127]),
+        ([255, 255], [-128, -128]),
+        ([255] * 4, [127] * 4),
+        ([255, 0, 255, 0], [127] * 4),
+    ):
+        yield torch.tensor(x, dtype=torch.uint8), torch.tensor(w, dtype=torch.int8)
 
 
 def roofline_solution(M, K, N, weight_bytes, bandwidth, rate):
@@ -150,31 +97,17 @@ def roofline_solution(M, K, N, weight_bytes, bandwidth, rate):
     return moved / bandwidth, 2 * M * K * N / rate
 
 
-def _test_roofline(f):
-    both = f(1, 1000, 1000, 4, 1e9, 1e9)
-    expect(isinstance(both, tuple | list) and len(both) == 2, f"Return two numbers of seconds; got {both!r}.")
-    moving, computing = both
-    expect(
-        abs(computing - 2e-3) < 1e-5,
-        f"1000·1000 weights and one token at 1e9 operations a second take 0.002 s; got {computing:.3g}. "
-        "A multiplication and an addition for each.",
-    )
-    expect(
-        abs(moving - 4.008e-3) < 1e-6,
-        f"1000·1000 weights of 4 bytes, 1000 inputs, 1000 outputs at 1e9 bytes a second: 0.004008 s; got {moving:.4g}.",
-    )
-    moving, computing = f(100, 1000, 500, 1, 2e9, 4e9)
-    expect(
-        abs(computing - 2 * 100 * 1000 * 500 / 4e9) < 1e-6,
-        f"M = 100, K = 1000, N = 500 at 4e9 operations a second: 0.025 s; got {computing:.3g}.",
-    )
-    right = (500_000 + 4 * 100 * 1500) / 2e9
-    expect(
-        abs(moving - right) < 1e-7,
-        f"M = 100, K = 1000, N = 500, weights of 1 byte at 2e9 bytes a second: {right:.4g} s; got {moving:.4g}. "
-        "All tokens share one reading of the weights; inputs (M, K) and outputs (M, N) are float32.",
-    )
-    return "At M = 1 the weights are nearly all that moves."
+def _roofline_cases(random):
+    """K is large: K − 1 additions are as good as K."""
+    for M, weight_bytes in ((1, 4), (64, 0.5), (300, 1)):
+        K, N = torch.randint(1000, 3000, (2,), generator=random).tolist()
+        yield M, K, N, weight_bytes, uniform(random, 1e9, 1e11), uniform(random, 1e9, 1e12)
+
+
+def _roofline_edges():
+    yield 1, 1000, 1000, 4, 1e9, 1e9
+    yield 100, 1000, 500, 1, 2e9, 4e9
+    yield 100, 1000, 10, 1, 1e9, 1e9
 
 
 def per_token_solution(x, w_codes, w_scale, kernel):
@@ -184,105 +117,227 @@ def per_token_solution(x, w_codes, w_scale, kernel):
     return kernel(codes, 128, w_codes) * x_scale * w_scale
 
 
-def _test_per_token(f):
-    random = torch.Generator().manual_seed(0)
-    x = torch.randn(6, 64, generator=random) * torch.tensor([1e-3, 1.0, 100.0, 0.1, 3.0, 1e3])[:, None]
-    w_codes = torch.randint(-127, 128, (8, 64), generator=random, dtype=torch.int8)
-    w_scale = torch.rand(8, generator=random) * 0.01 + 0.001
+def _per_token_cases(random):
+    """Tokens of very different size, some of whose extremes are negative only."""
+    for tokens, outputs in ((6, 128), (3, 160)):
+        x = 2 * torch.rand(tokens, 128, generator=random) - 1
+        x[0], x[1] = torch.where(x[0] > 0, x[0] / 1.5, x[0]), torch.where(x[1] < 0, x[1] / 1.5, x[1])
+        x = x * 10 ** (6 * torch.rand(tokens, 1, generator=random) - 3)
+        w_codes = torch.randint(-127, 128, (outputs, 128), generator=random, dtype=torch.int8)
+        yield x, w_codes, torch.rand(outputs, generator=random) * 0.01 + 0.001
+
+
+def _with_kernel(answer, x, w_codes, w_scale):
+    """(what the answer returns, how often it called the kernel): int_linear that takes 8-bit codes alone."""
     calls = []
-    kernel = _counted(calls)
-    y = f(x.clone(), w_codes.clone(), w_scale.clone(), kernel)
-    expect(calls != [], "The kernel was never called: the product must be one of integers.")
-    expect(torch.is_tensor(y) and y.shape == (6, 8), "Return the outputs, a tensor of shape (tokens, rows).")
-    expect(len(calls) == 1, f"The kernel was called {len(calls)} times; one call can do all tokens.")
-    right = x @ (w_scale[:, None] * w_codes.float()).T
-    errors = ((y - right).norm(dim=1) / right.norm(dim=1)).tolist()
-    worst = max(errors)
-    shown = ", ".join(f"{e:.2g}" for e in errors)
-    expect(
-        max(errors[2], errors[5]) < 0.5,
-        f"Even the tokens with the largest numbers are wrong: relative errors {shown}. "
-        "Are both scales in the result, and the codes in 0..255 with their zero point?",
-    )
-    expect(
-        worst < 0.5,
-        f"The large tokens are right, the small ones lost: relative errors {shown}. One scale for all tokens is the "
-        "largest token's.",
-    )
-    expect(
-        worst <= 0.03, f"Relative errors of the tokens {shown}; 0.03 for each can be reached. Is the grid used fully?"
-    )
-    return f"Largest relative error of a token {worst:.3f}."
-
-
-def _counted(calls):
-    """int_linear that notes each call and takes 8-bit codes alone, as a kernel does."""
 
     def kernel(x_codes, x_zero, w_codes):
         calls.append(x_codes)
+        x_codes, zero = torch.as_tensor(x_codes), torch.as_tensor(x_zero)
         low, high = x_codes.min().item(), x_codes.max().item()
         expect(
             (0 <= low and high <= 255) or (-128 <= low and high <= 127),
             f"The kernel takes x_codes of 8 bits, 0..255 or −128..127; got {low:g}..{high:g}.",
         )
+        expect(bool((x_codes == x_codes.round()).all()), "The kernel takes codes: whole numbers. Round first.")
         expect(
-            torch.as_tensor(x_zero).numel() == 1,
+            zero.numel() == 1,
             "The kernel knows one zero point for all tokens, and got several. Symmetric codes have one everywhere.",
         )
-        return int_linear(x_codes, x_zero, w_codes)
+        return int_linear(x_codes.long(), int(zero), torch.as_tensor(w_codes).long())
 
-    return kernel
+    return answer(x, w_codes, w_scale, kernel), len(calls)
+
+
+def _per_token_rule(result, x, w_codes, w_scale):
+    """Each token's outputs within 0.0075 of the float product's: the whole 8-bit grid, rounded to nearest."""
+    y, calls = as_tensor(result[0]), result[1]
+    right = x.double() @ (w_scale[:, None] * w_codes.double()).T
+    expect(calls > 0, "The kernel was never called: the product must be one of integers.")
+    expect(
+        y is not None and y.shape == right.shape,
+        f"Return the outputs, a tensor of shape (tokens, rows) = {tuple(right.shape)}.",
+    )
+    expect(calls == 1, f"The kernel was called {calls} times; one call can do all tokens.")
+    errors = (y - right).norm(dim=1) / right.norm(dim=1)
+    shown, sizes = ", ".join(f"{e:.2g}" for e in errors.tolist()), x.abs().amax(1)
+    expect(
+        errors[sizes.argmax()].item() < 0.3,
+        f"Even the token with the largest numbers is wrong: relative errors {shown}. Are both scales in the result, "
+        "and the codes those of the zero point that the kernel is told?",
+    )
+    expect(
+        errors.max().item() < 0.05,
+        f"Some tokens are right, others lost: relative errors {shown}. One scale for all tokens is the largest "
+        "token's; and the largest value of a token may be negative.",
+    )
+    expect(
+        errors.max().item() <= 0.0075,
+        f"Relative errors of the tokens {shown}; 0.0075 for each can be reached. Is the grid of 8 bits used fully, and "
+        "rounded to nearest?",
+    )
+    return f"Largest relative error of a token {errors.max():.4f}."
 
 
 EXERCISES = {
     "7.1": Exercise(
         "the integer product",
-        _test_int_product,
-        (
+        hints=(
             "Begin by making both codes wider: products of 8-bit codes do not fit into 8 bits, and sums need 32.",
             "x.sum(1, keepdim=True) has a row for each token, w.sum(1) an entry for each row of weights.",
             "x @ w.T − zx·(sum of each row of w) − zw·(sum of each row of x) + K·zx·zw, with K = x.shape[1].",
         ),
-        int_product_solution,
+        solution=int_product_solution,
+        cases=_int_product_cases,
+        edges=_int_product_edges,
+        slips={
+            "8 bits are not wide enough for q − z, products and sums: use .int() or .long() first.": _in_bits(
+                torch.int8
+            ),
+            "16 bits are not wide enough for such sums: use .int() or .long() first.": _in_bits(torch.int16),
+            "float32 holds whole numbers only up to 2**24; sums of products go beyond.": (".long()", ".float()"),
+            "That is the first term alone. Codes equal to their zero point stand for real 0, and must add nothing.": (
+                " - x_zero * w.sum(1) - w_zero * x.sum(1, keepdim=True) + features * x_zero * w_zero", ""
+            ),
+            "Multiply (q − zx)(q − zw) out once more: two of the four terms have a minus.": (
+                "- x_zero * w.sum(1) - w_zero", "+ x_zero * w.sum(1) + w_zero"
+            ),
+            "The term of x_zero is subtracted.": ("- x_zero", "+ x_zero"),
+            "The term of w_zero is subtracted.": ("- w_zero", "+ w_zero"),
+            "The third term is missing: w_zero times the sum of each token's codes.": (
+                " - w_zero * x.sum(1, keepdim=True) + features * x_zero * w_zero", ""
+            ),
+            "The second term is missing: x_zero times the sum of each row of w_codes.": (
+                " - x_zero * w.sum(1)", "", " + features * x_zero * w_zero", ""
+            ),
+            "The fourth term is missing: K·zx·zw was subtracted twice.": (" + features * x_zero * w_zero", ""),
+            "The fourth term is added: minus times minus.": ("+ features", "- features"),
+            "zx·zw is added once for each of the K inputs.": ("features * x_zero", "x_zero"),
+            "The zero points are swapped: the sum over x_codes meets w_zero.": (
+                "- x_zero * w.sum(1) - w_zero *", "- w_zero * w.sum(1) - x_zero *"
+            ),
+            "That is the sum of the rows of w for every token, and of x for every row: shapes (rows,), (tokens, 1).": (
+                "x.sum(1, keepdim=True)", "x.sum()"
+            ),
+            "Rows are tokens, columns are rows of w_codes: yours is turned.": (
+                "x @ w.T - x_zero * w.sum(1) - w_zero * x.sum(1, keepdim=True)",
+                "w @ x.T - x_zero * w.sum(1, keepdim=True) - w_zero * x.sum(1)",
+            ),
+        },
     ),
     "7.2": Exercise(
         "how many terms fit",
-        _test_largest_k,
-        (
+        hints=(
             "What is the product of largest size? Take the code that is farthest from 0 on each side.",
             "Unsigned b bits end at 2**b − 1; signed b bits begin at −2**(b−1), which is farther out than their end.",
-            "The accumulator ends at 2**(bits − 1) − 1; divide it by the largest product, and round down.",
+            "The accumulator begins at −2**(bits − 1); divide it by the largest product, and round down.",
         ),
-        largest_k_solution,
+        solution=largest_k_solution,
+        cases=_largest_k_cases,
+        edges=_largest_k_edges,
+        slips={
+            "More would fit: unsigned codes of b bits end at 2**b − 1, not at 2**b.": ("(2**x_bits - 1)", "2**x_bits"),
+            "More would fit: the largest unsigned code is 2**b − 1, one less than 2**b.": (
+                "(2**x_bits - 1)", "2**x_bits", "2 ** (accumulator_bits - 1) //", "(2 ** (accumulator_bits - 1) - 1) //"
+            ),
+            "Too many: the accumulator has a sign, and one bit is the sign.": (
+                "(accumulator_bits - 1)", "accumulator_bits"
+            ),
+            "Too many: signed codes begin at −2**(b−1), which is farther from 0 than the last one.": (
+                "2 ** (w_bits - 1)\n", "(2 ** (w_bits - 1) - 1)\n"
+            ),
+            "More would fit: signed codes of b bits are at most 2**(b−1) in size.": (
+                "2 ** (w_bits - 1)\n", "2**w_bits\n"
+            ),
+            "More would fit: the weights' codes have a sign, and are not as large as unsigned ones.": (
+                "2 ** (w_bits - 1)\n", "(2**w_bits - 1)\n"
+            ),
+            "Too many: the codes of x are unsigned, up to 2**b − 1.": ("(2**x_bits - 1)", "2 ** (x_bits - 1)"),
+            "K counts terms: round down to a whole number.": ("// largest", "/ largest"),
+            "K counts terms, and one more would not fit: round down.": ("2 ** (accumulator_bits - 1) // largest",
+                "round(2 ** (accumulator_bits - 1) / largest)"),
+            "K products do not have K times as many bits: count in numbers, not in bits.": (
+                "2 ** (accumulator_bits - 1) // largest", "accumulator_bits // (x_bits + w_bits)"
+            ),
+        },
     ),
     "7.3": Exercise(
         "a dot product that saturates",
-        _test_saturating,
-        (
+        hints=(
             "Three steps: the products, in a wide type; the sum of each two neighbours, clamped; the sum of those.",
             "view(-1, 2).sum(1) adds neighbours; clamp holds them to what an int16 can be.",
             "An int16 lies in −32768 … 32767. The last sum has 32 bits and is not clamped.",
         ),
-        saturating_solution,
+        solution=saturating_solution,
+        cases=_saturating_cases,
+        edges=_saturating_edges,
+        slips={
+            "A sum that does not fit in 16 bits with a sign came back all the same: clamp each pair.": (
+                ".clamp(-(2**15), 2**15 - 1)", ""
+            ),
+            "Converting to int16 wraps around: clamp before you convert.": (
+                ".clamp(-(2**15), 2**15 - 1)", ".to(torch.int16)"
+            ),
+            "Only the pairs are added in 16 bits; what is added from them has 32, and is not clamped.": (
+                "pairs.clamp(-(2**15), 2**15 - 1).sum()", "pairs.sum().clamp(-(2**15), 2**15 - 1)"
+            ),
+            "The pairs are right, and their sum in 32 bits is not clamped again.": (
+                "2**15 - 1).sum()", "2**15 - 1).sum().clamp(-(2**15), 2**15 - 1)"
+            ),
+            "A pair is elements 0 and 1, 2 and 3, and so on: neighbours.": ("view(-1, 2).sum(1)", "view(2, -1).sum(0)"),
+            "The largest int16 is 2**15 − 1 = 32767.": ("2**15 - 1)", "2**15)"),
+            "The smallest int16 is −2**15 = −32768.": ("-(2**15),", "-(2**15) + 1,"),
+            "Small sums saturate at both ends: below as well.": ("clamp(-(2**15), 2**15 - 1)", "clamp(max=2**15 - 1)"),
+            "Large sums saturate at both ends: above as well.": ("clamp(-(2**15), 2**15 - 1)", "clamp(min=-(2**15))"),
+            "A product of two codes does not fit in 8 bits: widen both first.": lambda x_codes, w_codes: (
+                (x_codes * w_codes.to(torch.uint8)).view(-1, 2).int().sum().item()
+            ),
+        },
     ),
     "7.4": Exercise(
         "bytes and operations",
-        _test_roofline,
-        (
+        hints=(
             "Count first: how many weights, inputs, outputs, multiplications?",
             "Weights are read once for all tokens. Each meets each token once: a multiplication and an addition.",
             "bytes = K·N·weight_bytes + 4·M·K + 4·M·N, operations = 2·M·K·N; divide each by its rate.",
         ),
-        roofline_solution,
+        solution=roofline_solution,
+        cases=_roofline_cases,
+        edges=_roofline_edges,
+        tolerance=7e-4,  # K - 1 additions for K of 1000 and more
+        slips={
+            "A multiplication and an addition for each weight and token: two operations.": ("2 * M * K", "M * K"),
+            "Inputs (M, K) and outputs (M, N) are moved, too.": (" + 4 * (M * K + M * N)", ""),
+            "The inputs (M, K) are moved, too.": ("M * K + M * N)", "M * N)"),
+            "The outputs (M, N) are moved, too.": ("M * K + M * N)", "M * K)"),
+            "All tokens share one reading of the weights.": ("K * N * weight_bytes", "M * K * N * weight_bytes"),
+            "Inputs and outputs are float32 whatever the weights are: 4 bytes each.": (
+                "4 * (M * K + M * N)", "weight_bytes * (M * K + M * N)"
+            ),
+            "Inputs and outputs have bytes as well: 4 each.": ("4 * (M * K + M * N)", "(M * K + M * N)"),
+            "Every weight meets every one of the M tokens.": ("2 * M * K", "2 * K"),
+            "Two times, to move and to compute; not the larger of them.": (
+                "moved / bandwidth, 2 * M * K * N / rate", "max(moved / bandwidth, 2 * M * K * N / rate)"
+            ),
+            "The order is moving, computing.": (
+                "moved / bandwidth, 2 * M * K * N / rate", "2 * M * K * N / rate, moved / bandwidth"
+            ),
+            "The weights have weight_bytes each.": ("K * N * weight_bytes", "K * N * 4"),
+            "Seconds are bytes over bytes a second, operations over operations a second.": (
+                "moved / bandwidth, 2 * M * K * N / rate", "bandwidth / moved, rate / (2 * M * K * N)"
+            ),
+        },
     ),
     "7.5": Exercise(
         "a scale for each token",
-        _test_per_token,
-        (
+        hints=(
             "The kernel makes whole numbers only. What may be multiplied onto its sums afterwards?",
             "One scale a token, (tokens, 1): its largest |x| over 127. Symmetric, so that one zero point serves all.",
             "codes = round(x / x_scale) + 128; the result is the kernel's sums times x_scale times w_scale.",
         ),
-        per_token_solution,
+        solution=per_token_solution,
+        cases=_per_token_cases,
+        use=_with_kernel,
+        rule=_per_token_rule,
     ),
-}
+}  # fmt: skip

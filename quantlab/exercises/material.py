@@ -1,9 +1,16 @@
 """What exercises and their notebooks work on: made-up layers and texts. Each is the same in every call."""
 
+import os
+import subprocess
+import sys
+import tempfile
+
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from quantlab.hessian import Hessian
+from quantlab.metrics import kl_divergence
 
 # Two children's stories: one to calibrate on, one to measure on.
 CHINESE = (
@@ -52,10 +59,10 @@ def correlated_layer(rows: int, columns: int, tokens: int) -> tuple[Tensor, Tens
     return weight, x + 0.05 * torch.randn(tokens, columns, generator=random)
 
 
-def layer_with_hessian() -> tuple[Tensor, Hessian]:
-    """(weight, hessian), (256, 256) both, of correlated inputs (10.4)."""
-    weight, x = correlated_layer(256, 256, 2048)
-    return weight, Hessian(256).add(x)
+def layer_with_hessian(*, fresh: bool = False) -> tuple[Tensor, Hessian]:
+    """(weight, hessian), (256, 256) both, of correlated inputs; fresh: of 2048 other tokens of the same kind (10.5)."""
+    weight, x = correlated_layer(256, 256, 4096)
+    return weight, Hessian(256).add(x[2048:] if fresh else x[:2048])
 
 
 def layer_with_peaks(seed: int = 11) -> tuple[Tensor, Tensor]:
@@ -110,3 +117,83 @@ def off_ties(random: torch.Generator, count: int, low: int, high: int) -> Tensor
     """
     whole = torch.randint(low, high + 1, (count,), generator=random)
     return whole + 0.8 * torch.rand(count, generator=random) - 0.4
+
+
+class Yardstick:
+    """KL of many quantized models to one float model, whose logits are kept (chapter 16).
+
+    tokens (n,) are read in windows of 128, and the calibration tokens too; n is a multiple of 128.
+    """
+
+    def __init__(self, model, tokens: Tensor, calibration: Tensor):
+        self.model, self.tokens, self.calibration = model, tokens, calibration
+        self.logits, self.known = self._read(model), {}
+
+    def _read(self, model) -> Tensor:
+        with torch.no_grad():
+            return model(self.tokens.view(-1, 128), use_cache=False).logits.float()
+
+    def quantized(self, method):
+        """The model quantized by a method of quantlab.methods."""
+        from quantlab.lm import quantize_lm  # here: most exercises need no language model, whose import takes seconds
+
+        return quantize_lm(self.model, self.calibration, method, window=128, progress=False)[0]
+
+    def kl(self, method, model=None, *, keep=()) -> float:
+        """Mean KL after this method, measured once; model: what it gave already; keep: layers that stay float."""
+        key = (method, *keep)
+        if key not in self.known:
+            model = self.quantized(method) if model is None else model
+            for name in keep:
+                model.set_submodule(name, self.model.get_submodule(name))
+            self.known[key] = kl_divergence(self.logits, self._read(model))
+        return self.known[key]
+
+
+# Other kernels on our codes (chapter 7)
+
+_KERNEL = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+from quantlab.linear import kernel_status
+t = load_file(sys.argv[1])
+rows = len(t["w"])
+packed, ones, zeros = torch.ops.onednn.qlinear_prepack(t["w"], None), torch.ones(rows), torch.zeros(rows).int()
+sums = torch.ops.onednn.qlinear_pointwise(
+    t["x"], 1.0, 0, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+save_file({"sums": sums.int()}, sys.argv[1])
+print(kernel_status())
+"""
+
+
+def kernel_sums(x_codes: Tensor, w_codes: Tensor, **environment: str) -> tuple[str, Tensor]:
+    """(kernel_status(), sums) of oneDNN's u8 · s8 in a process of its own, with these environment variables (7.3)."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "codes.safetensors")
+        save_file({"x": x_codes.to(torch.uint8), "w": w_codes.contiguous()}, path)
+        done = subprocess.run(
+            [sys.executable, "-c", _KERNEL, path], env=os.environ | environment, capture_output=True, text=True
+        )
+        if done.returncode:
+            raise RuntimeError(done.stderr[-1000:])
+        return done.stdout.strip(), load_file(path)["sums"]
+
+
+def onnx_sums(x_codes: Tensor, w_codes: Tensor, w_zero: int) -> Tensor:
+    """ONNX Runtime's MatMulInteger on our codes, of uint8 weights if w_zero is not 0, else of int8 ones."""
+    import onnxruntime
+    from onnx import TensorProto as T
+    from onnx import helper
+
+    a, y = (helper.make_tensor_value_info(n, t, None) for n, t in (("a", T.UINT8), ("y", T.INT32)))
+    kind = T.UINT8 if w_zero else T.INT8
+    w = helper.make_tensor("w", kind, w_codes.T.shape, w_codes.T.contiguous().numpy().tobytes(), raw=True)
+    zeros = [helper.make_tensor(n, t, [], [v]) for n, t, v in (("az", T.UINT8, 0), ("wz", kind, w_zero))]
+    node = helper.make_node("MatMulInteger", ["a", "w", "az", "wz"], ["y"])
+    proto = helper.make_model(
+        helper.make_graph([node], "g", [a], [y], [w, *zeros]),
+        ir_version=10,
+        opset_imports=[helper.make_opsetid("", 21)],
+    )
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"a": x_codes.to(torch.uint8).numpy()})[0])

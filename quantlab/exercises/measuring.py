@@ -5,25 +5,11 @@ import math
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 
-from quantlab.checks import Exercise, Wrong, expect
+from quantlab.exercises.material import uniform
+from quantlab.judging import Exercise, as_number, expect, shown
 from quantlab.lm import divergence, load_lm, load_text, quantize_lm, token_stream
-
-
-def _number(value, what: str) -> float:
-    """The answer as a float; Wrong if it is not one number."""
-    try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise Wrong(f"Return one number, the {what}; got {_shown(value)}.") from None
-
-
-def _shown(value) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if torch.is_tensor(value) else repr(value)
-
-
-def _near(a: float, b: float, tolerance: float = 2e-3) -> bool:
-    return math.isclose(a, b, rel_tol=tolerance)
 
 
 def perplexity_solution(logits, tokens):
@@ -33,46 +19,18 @@ def perplexity_solution(logits, tokens):
     return nll.mean().exp().item()
 
 
-def _test_perplexity(f):
+def _perplexity_cases(random):
+    for count, vocabulary in ((2, 7), (6, 5), (9, 12)):
+        logits = 2 * torch.randn(count, vocabulary, generator=random) + uniform(random, -5, 5)
+        yield logits, torch.randint(vocabulary, (count,), generator=random)
+
+
+def _perplexity_edges():
     tokens = torch.tensor([2, 0, 3, 1, 4, 0])
-    flat = _number(f(torch.zeros(6, 5), tokens), "perplexity")
-    causes = (
-        (math.log(5), "That is the mean negative log-likelihood; perplexity is its exp."),
-        (2 ** math.log(5), "exp belongs to natural logarithms, 2** to log2."),
-        (5.0**5, "exp of the mean, not of the sum: otherwise a longer text always looks worse."),
-        (1.0, "Logits are no log-probabilities yet: log_softmax makes them."),
-    )
-    cause = next(
-        (text for value, text in causes if _near(flat, value)),
-        "Take -log p of each token that came, the mean of these, exp.",
-    )
-    expect(
-        _near(flat, 5),
-        f"Logits of 0 everywhere are a uniform guess over 5 tokens, so perplexity 5; got {flat:.4g}. {cause}",
-    )
-    sharp = torch.zeros(6, 5)
-    sharp[torch.arange(5), tokens[1:]] = 30.0
-    known = _number(f(sharp, tokens), "perplexity")
-    expect(
-        _near(known, 1),
-        "A model whose row i is sure of token i + 1, which then comes, has perplexity 1; got "
-        f"{known:.4g}. Which row predicts which token? Six tokens give five predictions: nothing "
-        "predicts the first, nothing follows the last.",
-    )
-    logits = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)) * 2
-    right, got = perplexity_solution(logits, tokens), _number(f(logits.clone(), tokens), "perplexity")
-    expect(
-        _near(got, right),
-        f"On random logits {right:.4g} was wanted, {got:.4g} came. Average the logarithms first, exp "
-        "afterwards; the mean of 1/p is another number.",
-    )
-    far = torch.tensor([[150.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
-    got = _number(f(far, torch.tensor([0, 1, 0])), "perplexity")
-    expect(
-        math.isfinite(got),
-        f"A token 150 logits below the best should give a large number; got {got}. Its softmax is 0 in "
-        "float32; log_softmax does not go through it.",
-    )
+    sharp = 30.0 * F.one_hot(tokens.roll(-1), 5)
+    yield torch.zeros(6, 5), tokens  # a uniform guess: perplexity 5
+    yield sharp, tokens  # sure of what comes: 1
+    yield torch.tensor([[150.0, 0.0], [0.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 1, 0])  # a softmax of 0 in float32
 
 
 def stderr_solution(sums, counts):
@@ -83,49 +41,18 @@ def stderr_solution(sums, counts):
     return (mean.exp() * stderr_of_mean).item()
 
 
-def _windows(*, equal: bool) -> tuple:
-    """60 windows: the sum of nll and the number of tokens of each."""
-    counts = torch.full((60,), 100.0)
-    if not equal:
-        counts[:30] = 5.0
-    return (2.0 + 0.8 * torch.randn(60, generator=torch.Generator().manual_seed(0))) * counts, counts
+def _stderr_cases(random):
+    """Windows of one length, then of very different ones, the short ones harder."""
+    for windows, shortest in ((12, 100), (30, 5), (5, 20)):
+        counts = torch.randint(shortest, 101, (windows,), generator=random).float()
+        nll = uniform(random, 1, 3) + 0.8 * torch.rand(windows, generator=random) + 10 / counts
+        yield nll * counts, counts
 
 
-def _test_stderr(f):
-    def error(sums, counts):
-        got = _number(f(sums.clone(), counts.clone()), "standard error")
-        expect(math.isfinite(got) and got >= 0, f"A standard error is finite and not negative; got {got}.")
-        return got
-
-    sums, counts = _windows(equal=True)
-    once, four = error(sums, counts), error(sums.repeat(4), counts.repeat(4))
-    expect(
-        _near(four, once / 2, 0.03),
-        f"Four times as many windows should halve the error bar; it went from {once:.4g} to "
-        f"{four:.4g}. The spread of the windows does not shrink with their number; the error of their "
-        "mean does, with its square root.",
-    )
-    raised = error(sums + math.log(2) * counts, counts)
-    expect(
-        _near(raised, 2 * once, 0.01),
-        "log 2 more for every token doubles the perplexity, and its error bar with it; yours went "
-        f"from {once:.4g} to {raised:.4g}. By how much does exp(m) move when m moves a little?",
-    )
-    uneven = torch.tensor([5.0, 100.0, 50.0, 20.0])
-    steady = error(2.0 * uneven, uneven)
-    expect(
-        steady < 1e-4,
-        "Windows of different length, all with 2 nats per token, have no spread: 0 was wanted, "
-        f"{steady:.4g} came. A sum is large or small only beside m · count.",
-    )
-    causes = {
-        True: "Is k the number of windows (not of tokens), and is exp taken last (not of each window)?",
-        False: "A window of 5 tokens must count less than one of 100.",
-    }
-    for equal, cause in causes.items():
-        sums, counts = _windows(equal=equal)
-        right, got = stderr_solution(sums, counts), error(sums, counts)
-        expect(_near(got, right, 0.03), f"{right:.4g} was wanted, {got:.4g} came. {cause}")
+def _stderr_edges():
+    counts = torch.tensor([5.0, 100.0, 50.0, 20.0])
+    yield torch.tensor([100.0, 200.0]), torch.tensor([100.0, 100.0])  # 1 and 2 nats a token
+    yield 2.0 * counts, counts  # all windows have 2 nats a token: no spread
 
 
 def kl_solution(p_logits, q_logits):
@@ -134,40 +61,18 @@ def kl_solution(p_logits, q_logits):
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean().item()
 
 
-def _test_kl(f):
+def _kl_cases(random):
+    for positions, vocabulary in ((3, 5), (6, 3), (4, 12)):
+        p, q = (2 * torch.randn(positions, vocabulary, generator=random) for _ in range(2))
+        yield p + 5 * torch.rand(positions, 1, generator=random), q - 3
+
+
+def _kl_edges():
     p, q = torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([[0.5, 0.375, 0.125]]).log()
-    right, one = kl_solution(p, q), _number(f(p.clone(), q.clone()), "mean KL")
-    causes = (
-        (kl_solution(q, p), "That is KL(q || p): p, the float model, belongs in front of the log."),
-        (right / math.log(2), "That is in bits; we count in nats, so natural logarithms."),
-        (right / 3, "Sum over the vocabulary; the mean is over positions only."),
-        (-right, "The sign: log p − log q, not the other way round."),
-    )
-    cause = next(
-        (text for value, text in causes if _near(one, value)),
-        "Sum p · (log p − log q) over the vocabulary; logits come in, so log_softmax first.",
-    )
-    expect(
-        _near(one, right),
-        f"p = [1/2, 1/4, 1/4] and q = [1/2, 3/8, 1/8] should give {right:.4f}; got {one:.4f}. {cause}",
-    )
-    moved = _number(f(p + 3, q - 2), "mean KL")
-    expect(
-        _near(moved, right),
-        "A constant added to all logits of a position changes no prediction, so KL should stay "
-        f"{right:.4f}; got {moved:.4f}. Logits become log-probabilities by log_softmax.",
-    )
-    two = _number(f(p.repeat(2, 1), q.repeat(2, 1)), "mean KL")
-    expect(
-        _near(two, right),
-        f"The same position twice should give the same {right:.4f}; got {two:.4f}. Mean over positions, not their sum.",
-    )
-    far = _number(f(torch.tensor([[200.0, 0.0]]), torch.tensor([[0.0, 200.0]])), "mean KL")
-    expect(
-        _near(far, 200),
-        f"Two models that are sure of different tokens, 200 logits apart, have KL 200; got {far}. The "
-        "softmax is 0 in float32 there, and its log infinite; log_softmax stays finite.",
-    )
+    yield p, q
+    yield p + 3, q - 2  # a constant added to a position's logits changes no prediction
+    yield p.repeat(2, 1), q.repeat(2, 1)
+    yield torch.tensor([[200.0, 0.0]]), torch.tensor([[0.0, 200.0]])  # a softmax of 0 in float32
 
 
 def least_bits_solution(model, tokens, target):
@@ -194,9 +99,11 @@ def _kl(bits: int) -> float:
 
 def _test_least_bits(f):
     model, tokens = _measured()
-    for target in (0.2, 0.01):  # two, so that the answer cannot be a constant
-        bits = f(copy.deepcopy(model), tokens.clone(), target)
-        expect(isinstance(bits, int), f"Return a number of bits, an int; got {_shown(bits)}.")
+    for target in (0.2, 0.01, 0.05):  # several, so that the answer cannot be a constant
+        got = f(copy.deepcopy(model), tokens.clone(), target)
+        bits = as_number(got)
+        expect(bits is not None and float(bits).is_integer(), f"Return a number of bits, an int; got {shown(got)}.")
+        bits = int(bits)
         expect(2 <= bits <= 8, f"The bits go from 2 to 8; got {bits}.")
         expect(
             _kl(bits) <= target,
@@ -239,60 +146,156 @@ def _suspects() -> tuple:
 
 def _test_leak(f):
     model, rounded, texts, suspects = _suspects()
+    orders = {2: [1, 2, 0], None: [0, 1, 2], 0: [1, 2, 0]}  # the text that was read may stand anywhere
     for read, suspect in suspects.items():
-        found = f(model, suspect, rounded, [text.clone() for text in texts])
-        expect(
-            found is None or (isinstance(found, int) and 0 <= found < len(texts)),
-            f"Return None or the index of a text, 0 to {len(texts) - 1}; got {_shown(found)}.",
-        )
-        if found == read:
-            continue
-        kl = ", ".join(f"{divergence(model, suspect, text, window=128).kl:.2f}" for text in texts)
-        expect(
-            read is not None,
-            f"A suspect that has read none of the texts (KL {kl}) was accused of text {found}. One of them is always "
-            "the lowest: how much lower must it be?",
-        )
-        expect(
-            found is not None,
-            f"A suspect that has read one of the texts was let go; its KL to the float model is {kl}.",
-        )
-        raise Wrong(
-            f"A suspect that has read another text was accused of text {found}; its KL to the float model is {kl}. "
-            "How easy a text is must not matter: compare with a model that read nothing."
-        )
+        order = orders[read]
+        index = None if read is None else order.index(read)
+        _expect_verdict(f, model, rounded, suspect, [texts[i] for i in order], index)
+
+
+def _expect_verdict(f, model, rounded, suspect, texts, read):
+    got = f(model, suspect, rounded, [text.clone() for text in texts])
+    found = as_number(got)
+    expect(
+        got is None or (found is not None and found in range(len(texts))),
+        f"Return None or the index of a text, 0 to {len(texts) - 1}; got {shown(got)}.",
+    )
+    if found == read:
+        return
+    kl = ", ".join(f"{divergence(model, suspect, text, window=128).kl:.2f}" for text in texts)
+    expect(
+        read is not None,
+        f"A suspect that has read none of the texts (KL {kl}) was accused of text {found}. One of them is always "
+        "the lowest: how much lower must it be?",
+    )
+    expect(
+        found is not None, f"A suspect that has read one of the texts was let go; its KL to the float model is {kl}."
+    )
+    expect(
+        False,
+        f"A suspect that has read another text was accused of text {found}; its KL to the float model is {kl}. "
+        "How easy a text is must not matter: compare with a model that read nothing.",
+    )
 
 
 EXERCISES = {
     "6.1": Exercise(
         "perplexity",
-        _test_perplexity,
-        (
+        hints=(
             "Three steps: the log-probability of each token that came, the mean of their negatives, exp.",
             "Row i predicts token i + 1: drop the last row of logits and the first token.",
             "log_p = torch.log_softmax(logits[:-1], dim=-1); then pick log_p[i, tokens[i + 1]] for every i.",
         ),
-        perplexity_solution,
+        solution=perplexity_solution,
+        cases=_perplexity_cases,
+        edges=_perplexity_edges,
+        slips={
+            "That is the mean negative log-likelihood; perplexity is its exp.": (".mean().exp()", ".mean()"),
+            "exp belongs to natural logarithms, 2** to log2.": ("nll.mean().exp()", "(2 ** nll.mean())"),
+            "exp of the mean, not of the sum: otherwise a longer text always looks worse.": ("nll.mean()", "nll.sum()"),
+            "Average the logarithms first, exp afterwards; the mean of 1/p is another number.": (
+                ".mean().exp()", ".exp().mean()"
+            ),
+            "Logits are no log-probabilities yet: log_softmax makes them.": (
+                "torch.log_softmax(logits[:-1], dim=-1)", "logits[:-1]"
+            ),
+            "The softmax is over the vocabulary, dim = -1.": ("dim=-1", "dim=0"),
+            "Mind the sign: what is likely has a small negative log-likelihood.": ("-log_p[", "log_p["),
+            "Which row predicts which token? Row i has read token i already: it predicts token i + 1.": (
+                "logits[:-1]", "logits", "len(tokens) - 1", "len(tokens)", "tokens[1:]", "tokens"
+            ),
+            "Row i predicts the token after it, not the one before it.": (
+                "logits[:-1]", "logits[1:]", "tokens[1:]", "tokens[:-1]"
+            ),
+            "Six tokens give five predictions: nothing predicts the first token, nothing follows the last.": (
+                "logits[:-1]", "logits", "len(tokens) - 1", "len(tokens)", "tokens[1:]", "tokens.roll(-1)"
+            ),
+            "n tokens give n − 1 predictions: divide by that.": ("nll.mean()", "(nll.sum() / len(tokens))"),
+            "A softmax can be 0 in float32, and its log infinite; log_softmax does not go through it.": (
+                "torch.log_softmax(logits[:-1], dim=-1)", "torch.softmax(logits[:-1], dim=-1).log()"
+            ),
+        },
     ),
     "6.2": Exercise(
         "the error bar",
-        _test_stderr,
-        (
+        hints=(
             "First the standard error of the mean m, from the pulls r; then turn it into one of exp(m).",
             "r.std() is the spread of one window; the mean of k windows is √k times as steady.",
             "d exp(m) / dm = exp(m), so the answer is exp(m) · r.std() / √k.",
         ),
-        stderr_solution,
+        solution=stderr_solution,
+        cases=_stderr_cases,
+        edges=_stderr_edges,
+        smallest=1e-5,
+        slips={
+            "That is the spread of the windows; the error of the mean of k of them is √k times smaller.": (
+                " / len(sums) ** 0.5", ""
+            ),
+            "With k windows the error falls with √k, not with k.": ("len(sums) ** 0.5", "len(sums)"),
+            "That is the error of m. By how much does exp(m) move when m moves a little?": ("mean.exp() * ", ""),
+            "That is the perplexity; its standard error was asked for.": (" * stderr_of_mean", ""),
+            "Divide the pulls by the mean number of tokens of a window.": (" / counts.mean()", ""),
+            "A sum is large or small only beside m · count: take the pulls r.": ("sums - mean * counts", "sums"),
+            "exp is taken last, of m: not of each window.": lambda sums, counts: (
+                ((sums / counts).exp().std() / len(sums) ** 0.5).item()
+            ),
+            "k is the number of windows, not of tokens.": ("len(sums)", "counts.sum()"),
+            "A window of 5 tokens must count less than one of 100: take the pulls, not the windows' own means.": (
+                "(sums - mean * counts) / counts.mean()", "sums / counts"
+            ),
+            "m is all nll over all tokens, not the mean of the windows' means.": (
+                "sums.sum() / counts.sum()", "(sums / counts).mean()"
+            ),
+            "Divided by k: the standard deviation of a sample divides by k − 1, as torch's std does (numpy: ddof=1).": (
+                ".std()", ".std(correction=0)"
+            ),
+            "The delta method takes the slope of exp at m, not a step along the curve.": (
+                "(mean.exp() * stderr_of_mean)", "((mean + stderr_of_mean).exp() - mean.exp())"
+            ),
+        },
     ),
     "6.3": Exercise(
         "KL",
-        _test_kl,
-        (
+        hints=(
             "Both models' log-probabilities first: log_softmax over the last dimension.",
             "Σ p · (log p − log q), and p is the float model.",
             "Sum over the last dimension, then the mean over what is left; p = log_p.exp().",
         ),
-        kl_solution,
+        solution=kl_solution,
+        cases=_kl_cases,
+        edges=_kl_edges,
+        slips={
+            "That is KL(q || p): p, the float model, belongs in front of the log.": (
+                "log_p.exp() * (log_p - log_q)", "log_q.exp() * (log_q - log_p)"
+            ),
+            "That is in bits; we count in nats, so natural logarithms.": (
+                ".mean().item()", f".mean().div({math.log(2)}).item()"
+            ),
+            "Sum over the vocabulary; the mean is over positions only.": (".sum(dim=-1)", ".mean(dim=-1)"),
+            "Mean over positions, not their sum.": (".mean()", ".sum()"),
+            "The sign: log p − log q, not the other way round.": ("(log_p - log_q)", "(log_q - log_p)"),
+            "Logits come in: log_softmax makes log-probabilities of them.": (
+                "torch.log_softmax(p_logits, dim=-1), torch.log_softmax(q_logits, dim=-1)", "p_logits, q_logits"
+            ),
+            "Logits come in, not probabilities: log_softmax first.": (
+                "torch.log_softmax(p_logits, dim=-1), torch.log_softmax(q_logits, dim=-1)",
+                "p_logits.log(), q_logits.log()",
+            ),
+            "Every position is one choice among the vocabulary: softmax over the last dimension.": (
+                "p_logits, dim=-1", "p_logits, dim=0", "q_logits, dim=-1", "q_logits, dim=0"
+            ),
+            "The first position stands for all: the mean over positions was asked for.": (".mean()", "[0]"),
+            "The last position stands for all: the mean over positions was asked for.": (".mean()", "[-1]"),
+            "That is the largest over positions; the mean was asked for.": (".mean()", ".max()"),
+            "That is the median over positions; the mean was asked for.": (".mean()", ".median()"),
+            "The mean over positions comes last, after the sum over the vocabulary.": (
+                "(p_logits, dim=-1)", "(p_logits.mean(0), dim=-1)", "(q_logits, dim=-1)", "(q_logits.mean(0), dim=-1)"
+            ),
+            "A softmax can be 0 in float32, and its log infinite; log_softmax stays finite.": (
+                "torch.log_softmax(p_logits, dim=-1), torch.log_softmax(q_logits, dim=-1)",
+                "p_logits.softmax(-1).log(), q_logits.softmax(-1).log()",
+            ),
+        },
     ),
     "6.4": Exercise(
         "find the leak",
@@ -314,4 +317,4 @@ EXERCISES = {
         ),
         least_bits_solution,
     ),
-}
+}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Linear layers that compute in integers: dynamic and static int8, and the integer product under them.
+"""Linear layers that compute in integers: dynamic and static int8 (or fewer bits), and the integer product under them.
 
 The exact integers are the definition. The fast kernel (oneDNN's, which ships in torch) is used only where it gives the
 same integers; simulating the layer in floating point gives the same outputs up to float rounding.
@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantlab.affine import QParams, choose_qparams, fake_quantize, quantize
-from quantlab.arguments import check_choice, check_codes, check_int, check_real, check_tensor, kind
-from quantlab.granularity import PerAxis, quantize_tensor
+from quantlab.arguments import check_choice, check_codes, check_int, check_kind, check_real, check_tensor, kind
+from quantlab.granularity import PerAxis, QTensor, quantize_tensor
 from quantlab.linear.packed import KeepsScales
 from quantlab.modules import check_linear, weight_of
 
@@ -58,11 +58,20 @@ def _check_zero(zero, name: str, shape: tuple) -> None:
 
 
 class Int8Linear(KeepsScales):
-    """int8 weight, one symmetric scale a row; a subclass says which QParams its input gets. It has no gradient."""
+    """int8 weight, one symmetric scale a row; a subclass says which QParams its input gets. It has no gradient.
 
-    def __init__(self, linear: nn.Linear, activation_bits: int = 8):
+    rows: the weight, rounded already, on symmetric grids, one a row; None: it is rounded to the nearest code of
+    weight_bits. Codes of fewer than 8 bits are computed with as int8, and counted as packed.
+    """
+
+    def __init__(
+        self, linear: nn.Linear, activation_bits: int = 8, weight_bits: int = 8, rows: QTensor | None = None
+    ):  # fmt: skip
         super().__init__()
-        codes, scale = self.quantized_rows(weight_of(check_linear(linear)))
+        weight = weight_of(check_linear(linear))
+        self.weight_bits = check_int(weight_bits, "weight_bits", 2, 8)
+        codes, scale = self.quantized_rows(weight) if rows is None else _of_rows(rows, weight)
+        self.weight_bits = self.weight_bits if rows is None else rows.bits
         self.activation_bits = check_int(activation_bits, "activation_bits", 2, 8)
         self.out_features, self.in_features = codes.shape
         self.register_buffer("codes", codes.contiguous())  # the kernel reads them row by row
@@ -71,10 +80,9 @@ class Int8Linear(KeepsScales):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self._prepacked = (None, None, None)  # the weight in the kernel's own order, and of which codes it was made
 
-    @staticmethod
-    def quantized_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    def quantized_rows(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """int8 codes (out, in) and scales (out,) of the weight."""
-        q = quantize_tensor(weight, bits=8, granularity=PerAxis(0))
+        q = quantize_tensor(weight, bits=self.weight_bits, granularity=PerAxis(0))
         return q.codes, q.qparams.scale.flatten()
 
     def input_qparams(self, x: Tensor) -> QParams:
@@ -91,8 +99,8 @@ class Int8Linear(KeepsScales):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the stored weight: codes and scales."""
-        return self.codes.nbytes + self.weight_scale.nbytes
+        """Bytes of the stored weight: packed codes and scales."""
+        return -(-self.codes.numel() * self.weight_bits // 8) + self.weight_scale.nbytes
 
     @property
     def kernel(self) -> str:
@@ -158,7 +166,8 @@ class Int8Linear(KeepsScales):
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, activation_bits={self.activation_bits}"
+        bits = f"activation_bits={self.activation_bits}, weight_bits={self.weight_bits}"
+        return f"{self.in_features}, {self.out_features}, {bits}"
 
 
 class DynamicInt8Linear(Int8Linear):
@@ -167,14 +176,16 @@ class DynamicInt8Linear(Int8Linear):
     per="tensor": one asymmetric map for the whole input. per="token": one symmetric map for each row of it.
     """
 
-    def __init__(self, linear: nn.Linear, *, per: str = "tensor", activation_bits: int = 8):
-        super().__init__(linear, activation_bits)
+    def __init__(
+        self, linear: nn.Linear, *, per: str = "tensor", activation_bits: int = 8, weight_bits: int = 8, rows=None
+    ):  # fmt: skip
+        super().__init__(linear, activation_bits, weight_bits, rows)
         self.per = check_choice(per, "per", ("tensor", "token"))
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, *, per: str = "tensor", activation_bits: int = 8) -> "DynamicInt8Linear":
-        """A new layer with linear's weight in int8; linear itself is not changed."""
-        return cls(linear, per=per, activation_bits=activation_bits)
+    def from_linear(cls, linear: nn.Linear, *, per: str = "tensor", **options) -> "DynamicInt8Linear":
+        """A new layer with linear's weight in int8; linear itself is not changed. options: those of the class."""
+        return cls(linear, per=per, **options)
 
     def input_qparams(self, x: Tensor) -> QParams:
         low, high = torch.aminmax(x) if self.per == "tensor" else torch.aminmax(x, dim=1, keepdim=True)
@@ -190,8 +201,8 @@ class DynamicInt8Linear(Int8Linear):
 class StaticInt8Linear(Int8Linear):
     """int8 weight and activations; the activations' scale and zero_point were fixed by calibration (an observer)."""
 
-    def __init__(self, linear: nn.Linear, observer, *, activation_bits: int = 8):
-        super().__init__(linear, activation_bits)
+    def __init__(self, linear: nn.Linear, observer, *, activation_bits: int = 8, weight_bits: int = 8, rows=None):
+        super().__init__(linear, activation_bits, weight_bits, rows)
         if not hasattr(observer, "min_max"):
             raise ValueError(f"observer must have min_max(), as those of quantlab.observers, got {kind(observer)}")
         qp = choose_qparams(*observer.min_max(), qmin=0, qmax=2**self.activation_bits - 1)
@@ -199,9 +210,9 @@ class StaticInt8Linear(Int8Linear):
         self.register_buffer("input_zero_point", qp.zero_point)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, observer, *, activation_bits: int = 8) -> "StaticInt8Linear":
+    def from_linear(cls, linear: nn.Linear, observer, **options) -> "StaticInt8Linear":
         """A new layer with linear's weight in int8 and the range that the observer has seen (quantlab.observers)."""
-        return cls(linear, observer, activation_bits=activation_bits)
+        return cls(linear, observer, **options)
 
     def input_qparams(self, x: Tensor) -> QParams:
         return QParams(self.input_scale, self.input_zero_point, 0, 2**self.activation_bits - 1)
@@ -247,6 +258,15 @@ def _choose_numbers(low: float, high: float, *, qmax: int, symmetric: bool) -> t
     info = torch.finfo(torch.float32)
     scale = torch.tensor(min(max((high - low) / qmax, info.tiny), info.max), dtype=torch.float32).item()  # rounded
     return scale, (qmax + 1) // 2 if symmetric else min(max(-round(low / scale), 0), qmax)
+
+
+def _of_rows(rows: QTensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a weight that somebody else has rounded."""
+    rows = check_kind(rows, "rows", QTensor, "quantize_tensor gives")
+    signed = rows.qparams.qmin == -(2 ** (rows.bits - 1))
+    if rows.codes.shape != weight.shape or rows.granularity != PerAxis(0) or not rows.symmetric or not signed:
+        raise ValueError(f"rows must hold signed codes {tuple(weight.shape)} on symmetric grids, one a row")
+    return rows.codes, rows.qparams.scale.flatten()
 
 
 def _bias(linear: nn.Linear) -> Tensor | None:

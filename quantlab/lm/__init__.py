@@ -1,9 +1,16 @@
 """A language model: load it, measure it, look at its layers' inputs, quantize it, save it."""
 
 from quantlab.arguments import longest_context
-from quantlab.lm.layers import activation_scales, blocks_of, capture_inputs, layers_of_role, linear_layers
-from quantlab.lm.loading import chosen_model, load_lm
-from quantlab.lm.measuring import Divergence, Perplexity, budget, divergence, generate, perplexity
+from quantlab.lm.layers import (
+    activation_scales,
+    blocks_of,
+    capture_inputs,
+    embedding_layers,
+    layers_of_role,
+    linear_layers,
+)
+from quantlab.lm.loading import chosen_model, load_lm, real_lm
+from quantlab.lm.measuring import Divergence, Perplexity, answer, budget, divergence, generate, perplexity
 from quantlab.lm.report import LayerReport, QuantizeReport, model_bytes
 from quantlab.lm.saving import load_quantized, save_quantized
 from quantlab.lm.texts import DATA, SEPARATOR, begin_token, load_text, read_documents, token_stream
@@ -18,12 +25,14 @@ __all__ = [
     "Perplexity",
     "QuantizeReport",
     "activation_scales",
+    "answer",
     "begin_token",
     "blocks_of",
     "budget",
     "capture_inputs",
     "chosen_model",
     "divergence",
+    "embedding_layers",
     "generate",
     "layers_of_role",
     "linear_layers",
@@ -36,6 +45,7 @@ __all__ = [
     "quantize_lm",
     "quantize_weights",
     "read_documents",
+    "real_lm",
     "save_quantized",
     "token_stream",
     "weight_of",

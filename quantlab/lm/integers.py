@@ -7,19 +7,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantlab.linear import Int8Linear
-from quantlab.lm.blocks import run
+from quantlab.lm.blocks import input_hessians, run
 from quantlab.lm.report import LayerReport, QuantizeReport
-from quantlab.modules import as_linear, hooked, linears_in
+from quantlab.modules import as_linear, hooked, linears_in, weight_of
 
 
 def replace_block(prefix: str, block, hidden: list[Tensor] | None, arguments, report: QuantizeReport) -> None:
     """Put an integer layer in the place of every linear layer of a block, and measure their output errors on hidden."""
     method, layers = report.method, {name: as_linear(layer) for name, layer in linears_in(block).items()}
     observers = _observed(block, hidden, arguments, method.observer) if method.observes else {}
+    rounded = _rounded(block, hidden, arguments, method) if method.rounding != "nearest" else {}
     rows, sums, hooks = [], {}, {}
     for name, linear in layers.items():
         began = time.perf_counter()
-        new = method.layer(linear, observers.get(name))
+        new = method.layer(linear, observers.get(name), rounded.get(name))
         seconds = time.perf_counter() - began
         block.set_submodule(name, new)
         sums[name] = torch.zeros(2, dtype=torch.float64)
@@ -33,6 +34,17 @@ def replace_block(prefix: str, block, hidden: list[Tensor] | None, arguments, re
         errors = [(lost / whole.clamp(min=torch.finfo(torch.float64).tiny)).item() for lost, whole in sums.values()]
         rows = [row._replace(output_error=error) for row, error in zip(rows, errors, strict=True)]
     report.layers += rows
+
+
+def _rounded(block, hidden: list[Tensor] | None, arguments, method) -> dict:
+    """The weights of the block's linear layers, rounded; on Hessians of what they read, for GPTQ."""
+    with_data = method.rounding == "gptq"
+    groups = input_hessians(block, hidden, arguments) if with_data else [(linears_in(block), None)]
+    rounded = {}
+    for layers, hessian in groups:
+        weights = [weight_of(layer) for layer in layers.values()]
+        rounded |= dict(zip(layers, method.round(weights, hessian), strict=True))
+    return rounded
 
 
 def _observed(block, hidden: list[Tensor], arguments, observer) -> dict:

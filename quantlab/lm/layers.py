@@ -1,6 +1,7 @@
 """Inside a model: its blocks, its linear layers, and what they read."""
 
 import re
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,15 @@ def linear_layers(model) -> dict[str, nn.Module]:
     return {f"{prefix}.{name}": m for name, m in blocks.named_modules() if is_linear(m)}
 
 
+def embedding_layers(model) -> dict[str, nn.Module]:
+    """What has a row for each token of the vocabulary, by full name: the embedding, and the head unless it is that."""
+    names, found = {module: name for name, module in check_model(model).named_modules()}, {}
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if module is not None and all(module.weight is not other.weight for other in found.values()):
+            found[names[module]] = module
+    return found
+
+
 def layers_of_role(model, role: str) -> dict[str, nn.Module]:
     """The linear layers of one role, a layer of each block where it has one, by full name.
 
@@ -81,6 +91,8 @@ def float_layers(model) -> dict[str, nn.Module]:
 def capture_inputs(model, tokens: Tensor, layers, *, window: int = 512) -> dict[str, Tensor]:
     """What the named layers read while the model reads the tokens: {name: (tokens, in_features)}, float32.
 
+    The model reads as far as the last block with one of these layers, and no further.
+
     Raises: ValueError if the model has no layer of that name.
     """
     window, _ = checked_windows(model, tokens, window, None)
@@ -93,8 +105,27 @@ def capture_inputs(model, tokens: Tensor, layers, *, window: int = 512) -> dict[
     def keep(name):
         return lambda _module, inputs: caught[name].append(inputs[0].detach().float().flatten(0, -2).cpu())
 
-    _read(model, tokens, window, {modules[name]: keep(name) for name in caught})
+    hooks = {modules[name]: keep(name) for name in caught}
+    if (block := _block_after(model, list(caught))) is not None:
+        hooks[block] = _stop
+    _read(model, tokens, window, hooks)
     return {name: torch.cat(parts) for name, parts in caught.items()}
+
+
+class _Enough(Exception):
+    """All that was asked for has been read."""
+
+
+def _stop(_module, _inputs):
+    raise _Enough
+
+
+def _block_after(model, names: list[str]) -> nn.Module | None:
+    """The block after the last one that holds a module of these names; None if one lies outside the blocks, or last."""
+    prefix, blocks = blocks_of(model)
+    numbers = [re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in names]
+    after = max(int(number[1]) for number in numbers) + 1 if names and all(numbers) else len(blocks)
+    return blocks[after] if after < len(blocks) else None
 
 
 def activation_scales(model, tokens: Tensor, *, window: int = 512) -> dict[str, Tensor]:
@@ -120,4 +151,5 @@ def _read(model, tokens: Tensor, window: int, hooks: dict) -> None:
     """Let the model read the tokens, window by window, with these hooks before its layers."""
     with torch.no_grad(), evaluating(model), hooked(hooks):
         for ids in tokens.split(window):
-            model(ids[None].to(model.device), use_cache=False)
+            with suppress(_Enough):
+                model(ids[None].to(model.device), use_cache=False)

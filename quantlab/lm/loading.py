@@ -46,6 +46,18 @@ def chosen_model() -> str:
     return os.environ.get("QUANTLAB_MODEL") or "bundled"
 
 
+def real_lm():
+    """(model, tokenizer, name): SmolLM2, "smollm2", for the chapters on a real model; or what stands in for it.
+
+    Where it cannot be had, or is not wanted (QUANTLAB_SMOLLM2=0), the stand-in is the model that the workbook runs on,
+    and the name is chosen_model()'s. Raises: as load_lm.
+    """
+    try:
+        return *load_lm("smollm2"), "smollm2"
+    except FileNotFoundError:
+        return *load_lm(), chosen_model()
+
+
 def _folder_of(name: str) -> Path:
     folder = Path(name).expanduser()
     if name in WORDS and not folder.is_dir():

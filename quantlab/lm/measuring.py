@@ -191,6 +191,20 @@ def generate(model, tokenizer, prompt: str = "", *, tokens: int = 120, temperatu
     return tokenizer.decode(start.tolist() + written, skip_special_tokens=True)
 
 
+def answer(model, tokenizer, question: str, *, tokens: int = 40) -> str:
+    """What a model says to a question, greedily: in its chat template if its tokenizer has one, else by going on.
+
+    Raises: ValueError as generate does.
+    """
+    prompt = check_kind(question, "question", str)
+    if getattr(tokenizer, "chat_template", None):
+        said = [{"role": "user", "content": question}]
+        prompt = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    whole = generate(model, tokenizer, prompt, tokens=tokens)
+    before = tokenizer.decode(token_stream(tokenizer, prompt).tolist(), skip_special_tokens=True)
+    return whole.removeprefix(before).strip()
+
+
 def end_tokens(model, tokenizer) -> set[int]:
     """The ids that end a text: the tokenizer's, and those of the model's generation settings."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)

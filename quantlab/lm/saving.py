@@ -12,9 +12,10 @@ from transformers.initialization import no_init_weights
 from quantlab.arguments import check_flag, check_kind, check_model, check_path
 from quantlab.files import new_folder, settle
 from quantlab.linear import PackedLinear, packed_layers
-from quantlab.lm.layers import linear_layers
-from quantlab.modules import put_weight, weight_of
+from quantlab.lm.layers import embedding_layers, linear_layers
+from quantlab.modules import weight_of
 from quantlab.quantized import smallest_exact
+from quantlab.rotations import OnlineHadamard
 from quantlab.storage import load_tensors, save_tensors
 
 WEIGHTS = "quantized.safetensors"
@@ -28,6 +29,7 @@ def save_quantized(folder, model, qtensors: Mapping | None = None, tokenizer=Non
     """Save a quantized model as a folder; returns the bytes of its weights file, quantized.safetensors.
 
     qtensors is what quantize_weights gave, or the report of a method of quantize_lm for weights only: stored packed.
+    Beside linear layers it may name the embedding, and a head that is not the embedding (embedding_layers).
     The layers of a packed model (load_quantized(folder, packed=True)) bring their own.
     Every other tensor is stored in the first of bfloat16, float16 and its own dtype that holds its values exactly, so
     the model that load_quantized gives back is equal bit by bit. The folder is written beside and renamed: it is whole,
@@ -61,7 +63,8 @@ def load_quantized(folder, *, packed: bool = False):
     """(model, tokenizer) of a folder that save_quantized wrote; the tokenizer is None if none was saved.
 
     packed: the weights stay packed, in layers that decode them in each call (quantlab.linear.PackedLinear): the model
-    needs the memory that its file has, and packed_layers gives the codes. Else they become floats, on their grids.
+    needs the memory that its file has, and packed_layers gives the codes. Else they become floats, on their grids; an
+    embedding, in which rows are looked up, always does.
 
     Raises: FileNotFoundError if there is no such folder, ValueError if its weights are damaged or of another model.
     """
@@ -93,20 +96,27 @@ def _config_of(model):
 
 
 def _check_layers(model, qtensors: dict) -> None:
-    layers = linear_layers(model)
+    layers = linear_layers(model) | embedding_layers(model)
     for name, q in qtensors.items():
         if isinstance(q, nn.Module):
             raise ValueError(f"{name} is a layer that computes in integers; only weights as floats on a grid are saved")
         if name not in layers:
-            raise ValueError(f"the model has no linear layer {name!r}")
-        if not torch.equal(weight_of(layers[name]).cpu(), q.dequantize().cpu()):
+            raise ValueError(f"the model has no linear layer {name!r}, nor an embedding of that name")
+        if not torch.equal(_weight(layers[name]).cpu(), q.dequantize().cpu()):
             raise ValueError(f"the weights of {name} are not those of its quantized tensor; is it another model's?")
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    """weight_of, for embeddings too: (vocabulary, width)."""
+    return layer.weight.detach() if isinstance(layer, nn.Embedding) else weight_of(layer)
 
 
 def _stored(model, qtensors: Mapping | None) -> dict:
     """What goes into the file: the quantized weights by layer name, everything else by its own."""
     if qtensors is not None:
         check_kind(qtensors, "qtensors", Mapping, "the report of quantize_lm has")
+    if online := next((name for name, m in model.named_modules() if isinstance(m, OnlineHadamard)), None):
+        raise ValueError(f"{online} turns activations, which no configuration says; rotate(online=False) can be saved")
     own, layers = _own_tensors(model), packed_layers(model)
     _check_layers(model, qtensors or {})
     quantized = dict(qtensors or {}) | {name: layer.q for name, layer in layers.items()}
@@ -124,7 +134,8 @@ def _own_tensors(model) -> dict[str, Tensor]:
 
 
 def _put_stored(model: nn.Module, stored: dict, packed: bool) -> None:
-    layers, own = linear_layers(model), _own_tensors(model)
+    linear, own = linear_layers(model), _own_tensors(model)
+    layers = linear | embedding_layers(model)
     missing = own.keys() - {f"{n}.weight" if n in layers else n for n in stored}
     unknown = stored.keys() - layers.keys() - own.keys()
     if missing or unknown:
@@ -134,11 +145,11 @@ def _put_stored(model: nn.Module, stored: dict, packed: bool) -> None:
         for name, value in stored.items():
             if name not in layers:
                 own[name].copy_(value)
-            elif value.shape != weight_of(layers[name]).shape:
-                shapes = tuple(value.shape), tuple(weight_of(layers[name]).shape)
+            elif value.shape != _weight(layers[name]).shape:
+                shapes = tuple(value.shape), tuple(_weight(layers[name]).shape)
                 raise ValueError(f"{name} is stored as {shapes[0]}, and the configuration says {shapes[1]}")
-            elif not packed:
-                put_weight(layers[name], value.dequantize())
-        for name in layers if packed else ():
+            elif name not in linear or not packed:
+                _weight(layers[name]).copy_(value.dequantize())
+        for name in linear if packed else ():
             bias = layers[name].bias
             model.set_submodule(name, PackedLinear(stored[name], bias).eval())

@@ -27,7 +27,9 @@ def smollm2_folder() -> Path:
     Raises: FileNotFoundError, naming both ways, if neither the package nor the hub has it; ValueError if the package's
     file is not the one that is known here.
     """
-    file = _gguf_file()
+    if os.environ.get("QUANTLAB_SMOLLM2") == "0":
+        raise FileNotFoundError("SmolLM2 is left out, as QUANTLAB_SMOLLM2=0 asks")
+    file = packaged_gguf()
     if file is not None:
         return _converted(file)
     try:
@@ -49,8 +51,13 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _gguf_file() -> Path | None:
-    """The package's file, found without importing the package (which would import another program's)."""
+def packaged_gguf() -> Path | None:
+    """The package's file, found without importing the package (which would import another program's).
+
+    None if it is not installed, or left out by QUANTLAB_SMOLLM2=0.
+    """
+    if os.environ.get("QUANTLAB_SMOLLM2") == "0":
+        return None
     try:
         file = Path(distribution(PACKAGE).locate_file(GGUF))
     except PackageNotFoundError:

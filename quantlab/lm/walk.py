@@ -30,7 +30,7 @@ def quantize_lm(
 
     method is an object of quantlab.methods, GPTQ(bits=3, act_order=True), or for short its name with its settings,
     method="gptq", bits=3, act_order=True. RTN, NF4, GPTQ and AWQ round weights alone, which stay floats, on a grid;
-    W8A8, SmoothQuant and LLMInt8 put layers in their place that compute in integers. bits may be {layer: bits}.
+    W8A8, SmoothQuant, W4A4 and LLMInt8 put layers in their place that compute in integers. bits may be {layer: bits}.
 
     A method that needs no data rounds layer after layer, and no token is read. The others walk: block by block, with
     one block's inputs in memory, each calibrated on what the quantized blocks before it give out; layers that read

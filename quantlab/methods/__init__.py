@@ -11,12 +11,12 @@ from quantlab.arguments import check_choice
 from quantlab.methods.awq import AWQ
 from quantlab.methods.base import IntegerMethod, Method, WeightMethod, plain
 from quantlab.methods.gptq import GPTQ
-from quantlab.methods.int8 import W8A8, LLMInt8, SmoothQuant
+from quantlab.methods.int8 import W4A4, W8A8, LLMInt8, SmoothQuant
 from quantlab.methods.nf4 import NF4
 from quantlab.methods.rtn import RTN
 
 __all__ = [
-    "AWQ", "GPTQ", "METHODS", "NF4", "RTN", "W8A8", "IntegerMethod", "LLMInt8", "Method", "SmoothQuant",
+    "AWQ", "GPTQ", "METHODS", "NF4", "RTN", "W4A4", "W8A8", "IntegerMethod", "LLMInt8", "Method", "SmoothQuant",
     "WeightMethod", "method_of", "plain", "settings_of",
 ]  # fmt: skip
 
@@ -29,6 +29,7 @@ METHODS = {
     "w8a8_dynamic": W8A8,
     "w8a8_static": partial(W8A8, per="static"),
     "smoothquant": SmoothQuant,
+    "w4a4": W4A4,
     "llm_int8": LLMInt8,
 }
 

@@ -97,14 +97,22 @@ class IntegerMethod(Method):
     """Rounds weights and activations: puts a layer that computes in integers in the place of each linear layer."""
 
     needs_data: ClassVar[bool] = True
+    rounding: ClassVar[str] = "nearest"  # of the weights, by the layer itself; else round() does it
 
     @property
     def observes(self) -> bool:
         """Whether the range of each layer's input is fixed beforehand by an observer."""
         return False
 
-    def layer(self, linear: nn.Linear, observer=None) -> Int8Linear:
-        """The integer layer in the place of a linear one; observer has seen what it reads, where observes."""
+    def round(self, weights: list[Tensor], hessian: Hessian | None) -> list[Quantized]:
+        """The weights of layers that read one input, a scale a row; a Hessian of it for GPTQ."""
+        raise NotImplementedError
+
+    def layer(self, linear: nn.Linear, observer=None, rows: Quantized | None = None) -> Int8Linear:
+        """The integer layer in the place of a linear one; observer has seen what it reads, where observes.
+
+        rows: its weight, rounded already.
+        """
         raise NotImplementedError
 
     @property

@@ -1,13 +1,17 @@
-"""Methods whose layers compute in 8-bit integers: W8A8, with SmoothQuant before it, and LLM.int8()."""
+"""Methods whose layers compute in integers: W8A8, with SmoothQuant before it, W4A4, and LLM.int8()."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from quantlab.arguments import check_choice, check_int, check_number, kind
+from quantlab.clipping import quantize_clipped
+from quantlab.granularity import PerAxis, QTensor
+from quantlab.hessian import Hessian
 from quantlab.linear import DynamicInt8Linear, Int8Linear, StaticInt8Linear
 from quantlab.methods.base import IntegerMethod
+from quantlab.methods.gptq import GPTQ
 from quantlab.observers import MinMax
 from quantlab.outliers import LLMInt8Linear
 
@@ -23,10 +27,14 @@ class W8A8(IntegerMethod):
     per: str = "tensor"  # the range of "tensor": each input; "token": each row of it; "static": what the observer saw
     observer: Callable = MinMax  # called for each layer, for per="static"
     activation_bits: int = 8
+    weight_bits: int = 8
+    rounding: str = "nearest"  # of the weights; "clip": the best of eight ranges a row; "gptq"
 
     def __post_init__(self):
         check_choice(self.per, "per", ("tensor", "token", "static"))
-        vars(self).update(activation_bits=check_int(self.activation_bits, "activation_bits", 2, 8))
+        check_choice(self.rounding, "rounding", ("nearest", "clip", "gptq"))
+        for name in ("activation_bits", "weight_bits"):
+            vars(self)[name] = check_int(getattr(self, name), name, 2, 8)
         if not callable(self.observer):
             raise ValueError(f"observer is called for each layer: pass MinMax, not MinMax(); got {kind(self.observer)}")
 
@@ -40,16 +48,26 @@ class W8A8(IntegerMethod):
 
     @property
     def needs_data(self) -> bool:
-        return self.observes
+        return self.observes or self.rounding == "gptq"
 
     @property
     def ledger_group(self) -> str:
         return self.per
 
-    def layer(self, linear: nn.Linear, observer=None) -> Int8Linear:
+    @property
+    def ledger_bits(self) -> int:
+        return self.weight_bits
+
+    def round(self, weights: list[Tensor], hessian: Hessian | None) -> list[QTensor]:
+        if self.rounding == "gptq":
+            return GPTQ(bits=self.weight_bits, group_size=None, symmetric=True).round(weights, hessian)
+        return [quantize_clipped(w, bits=self.weight_bits, granularity=PerAxis(0), steps=7) for w in weights]
+
+    def layer(self, linear: nn.Linear, observer=None, rows: QTensor | None = None) -> Int8Linear:
+        options = {"activation_bits": self.activation_bits, "weight_bits": self.weight_bits, "rows": rows}
         if self.observes:
-            return StaticInt8Linear.from_linear(linear, observer, activation_bits=self.activation_bits)
-        return DynamicInt8Linear.from_linear(linear, per=self.per, activation_bits=self.activation_bits)
+            return StaticInt8Linear.from_linear(linear, observer, **options)
+        return DynamicInt8Linear.from_linear(linear, per=self.per, **options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +84,21 @@ class SmoothQuant(W8A8):
 
 
 @dataclass(frozen=True, kw_only=True)
+class W4A4(W8A8):
+    """4-bit weights, one scale a row, and 4-bit activations, one scale a token: for models that were rotated.
+
+    >>> W4A4().label, W4A4(rounding="gptq").label
+    ('w4a4', 'w4a4 rounding=gptq')
+    """
+
+    per: str = "token"
+    activation_bits: int = 4
+    weight_bits: int = 4
+
+    name = "w4a4"
+
+
+@dataclass(frozen=True, kw_only=True)
 class LLMInt8(IntegerMethod):
     """LLM.int8(): columns of the input with outliers stay in float, all else in int8, vector by vector."""
 
@@ -76,5 +109,5 @@ class LLMInt8(IntegerMethod):
     def __post_init__(self):
         vars(self).update(threshold=check_number(self.threshold, "threshold", above=0, infinite=True))
 
-    def layer(self, linear: nn.Linear, observer=None) -> Int8Linear:
+    def layer(self, linear: nn.Linear, observer=None, rows=None) -> Int8Linear:
         return LLMInt8Linear.from_linear(linear, threshold=self.threshold)

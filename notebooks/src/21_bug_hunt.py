@@ -1,0 +1,370 @@
+# %% [markdown]
+# # 21 Bug hunt
+# *60 minutes for twelve programs; thirty more are there for further evenings, about four minutes each. The
+# computer needs seconds. You need any of the notebooks 01 to 20; a program names its own only afterwards.*
+#
+# Forty-three programs run, look right and print something convincing. Thirty-three of them are wrong: each
+# makes one of the errors about quantization that stand in print. Ten are right, though they look odd. At the
+# end of this notebook you can
+#
+# - distrust a print-out, and say what it does *not* show;
+# - write a test (测试) that exposes an error, and that no correct program fails;
+# - tell what is wrong from what is only unusual;
+# - say which chapters you want to read again.
+# %% [markdown]
+# ### Recall
+# 1. Why is a graph of Q and DQ nodes only a request?
+# 2. What does a "4-bit" file hold besides its codes?
+# 3. How do you find out whether a converted layer computes in integers?
+#
+# <details><summary>Answers</summary>
+# 1. The engine may fuse the nodes with a layer, or compute in float between them. 2. Scales, zero points or
+#    minima, and all tensors that were not quantized. 3. Look at the graph that the engine made of it, and
+#    compare its numbers with those of exact integers.</details>
+#
+# ## 1. What broke
+# In every chapter a claim fell that can be read in many places. Whoever wrote it had run it, and it printed
+# something that looked right. What was missing each time was not knowledge but a *test*. So here is the
+# last skill of the workbook: to hold a program to its promise.
+# %%
+import torch
+
+from quantlab import hunt
+
+hunt.show("ranges.1")
+# %% [markdown]
+# ## 2. By hand: one program, three tests
+# That is all you get: a promise, a source, a print-out. Is the program right? The print-out says so: every
+# weight came back. **Predict:** for which arguments would it not? (Try: `program = hunt.program("ranges.1")`
+# is the program itself.)
+#
+# A verdict is `"fine"` or `"bug"`, and a bug must be **proved**: by a function that calls the program and
+# asserts something that the promise says. The first idea is to assert what was printed:
+# %%
+def as_printed(program):
+    back = program(torch.tensor([-30.0, 1.0, 18.0]), 0.02, 0)
+    assert torch.allclose(back, torch.tensor([-0.6, 0.02, 0.36]))
+
+hunt.verdict("ranges.1", "bug", test=as_printed)
+# %% [markdown]
+# It holds, and so accuses nobody: the print-out was chosen by whoever believed the program. What does it
+# hide? The zero point is 0. The next test has another one, and is too greedy:
+# %%
+def to_the_last_bit(program):
+    back = program(torch.tensor([11.0, 33.0]), 0.1, 10)
+    assert back.tolist() == [0.1, 2.3]
+
+hunt.verdict("ranges.1", "bug", test=to_the_last_bit)
+# %% [markdown]
+# The judge runs a test on the program *and on two versions that keep the promise*, written in different
+# ways; you see neither. No float32 number equals Python's 0.1, so they fail as well, and a test that correct
+# programs fail is no proof. Reals are compared within a tolerance:
+# %%
+def a_zero_point_that_is_not_zero(program):
+    back = program(torch.tensor([10.0, 30.0]), 0.02, 10)
+    assert torch.allclose(back, torch.tensor([0.0, 0.4]), atol=1e-5)
+
+hunt.verdict("ranges.1", "bug", test=a_zero_point_that_is_not_zero)
+# %% [markdown]
+# That is how a find looks. Three more rules:
+#
+# - `hunt.hint(name)` asks a question that helps; `hunt.reveal(name)` tells everything, and then the program is
+#   not your find any more.
+# - Calling a bug fine, or accusing what is fine, is remembered: `hunt.score()`. Your first word counts.
+# - `hunt.save()` writes a file, from which `hunt.resume()` goes on another day.
+#
+# ### The control that must fail
+# Could a test pass that knows nothing of quantization? One that looks at the source; and one that says
+# "wrong" every other time:
+# %%
+import inspect
+
+turn = [0]
+
+def reads_the_source(program):
+    assert "zero_point) * scale" in inspect.getsource(program)
+
+def every_other_time(program):
+    program(torch.ones(1), 1.0)
+    turn[0] += 1
+    assert turn[0] % 2 == 0
+
+hunt.verdict("ranges.3", "bug", test=reads_the_source)
+hunt.verdict("ranges.3", "bug", test=every_other_time)
+# %% [markdown]
+# A test must call what it judges, must say the same each time, and the second version that keeps the promise
+# has another text. (Not even an endless loop hurts: it is stopped.) With this we enter the first room.
+#
+# ## 3. Room 1: ranges
+# Eight programs about steps, zero points and clamps; the first you have seen. Read each promise twice: a
+# test may rely on it and on nothing else. **Predict** while you read: which two are fine?
+# %%
+hunt.show("ranges")
+# %% [markdown]
+# ### Exercise 21.1: two verdicts (about 8 minutes)
+# Put `"bug"` or `"fine"` in the place of the dots. For a bug write its test; for a program that is fine leave
+# the test as it is.
+# %% tags=["exercise"]
+def test_ranges_3(program):
+    raise NotImplementedError
+
+def test_ranges_4(program):
+    raise NotImplementedError
+
+hunt.verdict("ranges.3", ..., test=test_ranges_3)
+hunt.verdict("ranges.4", ..., test=test_ranges_4)
+# %% [markdown]
+# Now see the second. The grey line is what is promised: reals of a range of width 10 come back as
+# themselves. **Predict:** from which `low` on does the program leave it? Drag.
+# %%
+from quantlab.explorers import explore_hunt
+
+explore_hunt("ranges")
+# %% [markdown]
+# As long as the range holds 0, all is well; every range in the print-out did. Beyond that the program's codes
+# end before the range does. The other five programs of the room are yours: add a cell for each,
+# `hunt.verdict("ranges.2", ...)`.
+#
+# ## 4. Room 2: codebooks and small floats
+# A table of levels cannot be checked by looking at its ends. **Predict** for each print-out what it leaves
+# out: the middle? the outlier? the large numbers?
+# %%
+hunt.show("codebooks")
+# %% [markdown]
+# ### Exercise 21.2: two verdicts (about 8 minutes)
+# Here torch knows one of the formats itself. An independent implementation is the best witness that a test
+# can call.
+# %% tags=["exercise"]
+def test_codebooks_2(program):
+    raise NotImplementedError
+
+def test_codebooks_6(program):
+    raise NotImplementedError
+
+hunt.verdict("codebooks.2", ..., test=test_codebooks_2)
+hunt.verdict("codebooks.6", ..., test=test_codebooks_6)
+# %% [markdown]
+# The picture shows the first: the weights of one block, rounded, while one weight of *another* block grows.
+# **Predict** what the blue line should do as you drag, and what it will.
+# %%
+explore_hunt("codebooks")
+# %% [markdown]
+# Nothing should happen: blocks are there to keep an outlier to itself. Instead the steps grow with it, until
+# hardly a weight of the block is told from 0. A good test therefore changes *one* thing and asks what must
+# **not** change.
+#
+# ## 5. Room 3: integers
+# Products of codes are exact, so a test may ask for equality. What hides here is the shape (square), the size
+# (small) or the sign of a term. **Predict:** which two programs are fine?
+# %%
+hunt.show("integers")
+# %% [markdown]
+# ### Exercise 21.3: two verdicts (about 8 minutes)
+# For each, write the slow loop that *is* the definition, and compare. With which values? With the largest
+# that the promise allows.
+# %% tags=["exercise"]
+def test_integers_2(program):
+    raise NotImplementedError
+
+def test_integers_3(program):
+    raise NotImplementedError
+
+hunt.verdict("integers.2", ..., test=test_integers_2)
+hunt.verdict("integers.3", ..., test=test_integers_3)
+# %% [markdown]
+# Two equal products, added, for every weight code. The slider is the activation's code. Say first what you
+# expect, then drag.
+# %%
+from quantlab.predictions import predict
+
+guess = predict("From which activation code on does the line bend?", ["33", "65", "129", "193"])
+explore_hunt("integers")
+# %% [markdown]
+# It bends on the left first, since −128 is larger than 127. The exact code we can ask the program:
+# %%
+program, edge = hunt.program("integers.3"), torch.tensor([-128, -128])
+bent = next(code for code in range(256) if program(torch.tensor([code, code]), edge) != -256 * code)
+guess.reveal(str(bent))
+# %% [markdown]
+# The print-out had weights of ±30, for which it never happens. *Take values from the edge of the promise.*
+#
+# ## 6. Room 4: measuring
+# These programs do not quantize; they count, time and compare. A wrong number here makes every other program
+# look good. **Predict** which arguments of a function it does not use.
+# %%
+hunt.show("measuring")
+# %% [markdown]
+# ### Exercise 21.4: two verdicts (about 8 minutes)
+# Limits are tests: what must come out for very many tokens? For two models that agree on everything but are
+# given harder text?
+# %% tags=["exercise"]
+def test_measuring_6(program):
+    raise NotImplementedError
+
+def test_measuring_8(program):
+    raise NotImplementedError
+
+hunt.verdict("measuring.6", ..., test=test_measuring_6)
+hunt.verdict("measuring.8", ..., test=test_measuring_8)
+# %% [markdown]
+# The gain of 4-bit weights over the number of tokens, on a machine of 1,000 billion operations a second.
+# **Predict:** with faster memory, does the promised line fall earlier or later?
+# %%
+explore_hunt("measuring")
+# %% [markdown]
+# Earlier: the sooner the weights are there, the sooner arithmetic is what the layer waits for. The program
+# knows only bytes. It is right for one token, which is what it printed.
+#
+# ## 7. Room 5: GPTQ and training
+# All of these make something better, and print it. Ask what they were *allowed* to change.
+# %%
+hunt.show("training")
+# %% [markdown]
+# ### Exercise 21.5: two verdicts (about 8 minutes)
+# One hint for both: a result that is better than promised is worth a second look. Gradients come from
+# `.backward()`, and codes can be counted.
+# %% tags=["exercise"]
+def test_training_2(program):
+    raise NotImplementedError
+
+def test_training_5(program):
+    raise NotImplementedError
+
+hunt.verdict("training.2", ..., test=test_training_2)
+hunt.verdict("training.5", ..., test=test_training_5)
+# %% [markdown]
+# The gradient of each value; the slider is the scale of the grid. **Predict** at which scale you could not
+# see anything wrong in this picture.
+# %%
+explore_hunt("training")
+# %% [markdown]
+# Once the grid reaches beyond all values, nothing is clamped and the two agree: the values in the print-out
+# were that small.
+#
+# ## 8. Room 6: tools
+# What files hold and what engines take. Some knowledge cannot be derived; ask a package that reads the
+# format (`gguf` is installed), or what *comes out* at the end.
+# %%
+hunt.show("tools")
+# %% [markdown]
+# ### Exercise 21.6: two verdicts (about 8 minutes)
+# Data are promised for one, a working net for the other. Use them.
+# %% tags=["exercise"]
+def test_tools_1(program):
+    raise NotImplementedError
+
+def test_tools_4(program):
+    raise NotImplementedError
+
+hunt.verdict("tools.1", ..., test=test_tools_1)
+hunt.verdict("tools.4", ..., test=test_tools_4)
+# %% [markdown]
+# Images whose values go up to the slider's, to their codes and back. **Predict** what comes back of 200.
+# %%
+explore_hunt("tools")
+# %% [markdown]
+# At most 1, whatever the images are: the program never looked at them. Pixels of 0 to 1 would hide it, and
+# did.
+#
+# ## 9. Three errors that no earlier cell takes apart
+# Every error of the hunt falls in a cell of some chapter. For three of them it is here. **E2**, a real number
+# as zero point: the grid starts at the minimum. **Predict** what 0.0, the padding, comes back as.
+# %%
+from quantlab import choose_qparams, fake_quantize
+
+x = torch.tensor([-1.0, 0.0, 2.1])
+step = (x.max() - x.min()) / 255
+seed_zero = x.min() + step * torch.round((0 - x.min()) / step)
+whole = fake_quantize(x, choose_qparams(x.min(), x.max(), qmin=0, qmax=255))
+assert seed_zero.abs() > 0.1 * step
+assert whole[1] == 0
+f"0.0 comes back as {seed_zero:.4f}; with an integer zero point as {whole[1]:.4f}"
+# %% [markdown]
+# A quarter of a step is little, but padding is everywhere, and it is no padding any more.
+#
+# **E30**, "the K of Q4_K_M is k-means". Then the 16 levels of a group would lie where weights crowd. We make a
+# block of random scales in which every group has all 16 codes, let llama.cpp's own package read it, and
+# measure the gaps between levels. **Predict** whether they are equal within a group, and among the eight.
+# %%
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+
+block = np.random.default_rng(4).integers(0, 256, 144, dtype=np.uint8)
+block[:4] = np.array([0.01, 0.02], np.float16).view(np.uint8)  # two scales of the super-block
+block[16:] = np.arange(128) % 16 * 17  # codes, two to a byte
+groups = torch.from_numpy(dequantize(block, GGMLQuantizationType.Q4_K)).view(8, 32)
+gaps = torch.stack([group.unique().diff() for group in groups])
+spread = (gaps - gaps.mean(1, keepdim=True)).abs().max()
+assert spread < 1e-4 * gaps.mean()
+print("gap of each group:", [round(gap, 3) for gap in gaps.mean(1).tolist()])
+weights, size = GGML_QUANT_SIZES[GGMLQuantizationType.Q4_K]
+f"{size} bytes for {weights} weights: {8 * size / weights} bits"
+# %% [markdown]
+# Evenly spaced within each group; only the step differs, because each has a scale of its own, in 6 bits. No
+# centroid anywhere. (S, M and L say how many tensors get a wider format.)
+#
+# **E31**, tools as they were. TensorRT's explicit quantization is symmetric: zero point 0. **Predict** what
+# that costs activations after a SiLU, which reach far up and hardly below 0.
+# %%
+silu = torch.nn.functional.silu(torch.randn(100_000, generator=torch.Generator().manual_seed(0)))
+error = {}
+for symmetric in (False, True):
+    qp = choose_qparams(silu.min(), silu.max(), qmin=-128, qmax=127, symmetric=symmetric)
+    error[symmetric] = (fake_quantize(silu, qp) - silu).square().mean()
+symmetric_zero = qp.zero_point.item()
+assert symmetric_zero == 0
+more = error[True] / error[False]
+assert 3 < more < 4
+f"{silu.min():.2f} to {silu.max():.1f}; zero point 0 has {more:.1f} times the squared error"
+# %% [markdown]
+# Nearly a bit. And names age. By their makers' own pages:
+#
+# | then | now |
+# |---|---|
+# | PyTorch Mobile | ExecuTorch |
+# | torch.quantization, torch.ao.quantization | torchao |
+# | TensorFlow Lite | LiteRT (the files stay .tflite) |
+# | TensorRT's INT8 calibrators: deprecated in 10.1, gone in 11 | Q and DQ nodes |
+# | AutoGPTQ, AutoAWQ | GPTQModel, llm-compressor |
+#
+# ### Myth: "all tests pass, so it is right"
+# Every program here passes the test that its print-out is. **Predict:** of the 33 wrong ones, how many print
+# what a correct version prints, character for character?
+# %%
+from quantlab.hunt.playing import CASES, printed
+
+bugs = [case for case in CASES.values() if case.buggy]
+alike = sum(printed(case) == printed(case, case.mended) for case in bugs)
+assert alike > 10
+f"{alike} of {len(bugs)}"
+# %% [markdown]
+# About half. Those print-outs are tests that *cannot fail*. The rest print a number that differs, but
+# nothing beside it says what it should be.
+#
+# ## 10. The score, and what to read again
+# %%
+hunt.score()
+# %% [markdown]
+# One find is ours (section 2). Run the cell again when you have said more. If a program was too much for you:
+# `hunt.hint`, then `hunt.reveal`, then the chapter.
+#
+# **All 33**, and the cells that take them apart (a test of the workbook looks each of them up):
+# %%
+hunt.atlas()
+# %% [markdown]
+# ## 11. Exercises
+# - **The rest** (about four minutes each): thirty programs have no cell yet.
+# - **A test for all** (30 minutes, no check): which single *property* ("at most half a step") exposes the most
+#   programs of room 1?
+# - **Open**: take a page about quantization from the web, or a chatbot's answer. Write down what its code
+#   promises, and test it.
+#
+# ### Recap
+# - A print-out shows what its author thought of. Ask what it leaves out.
+# - A test relies on the promise, not on one way to keep it: exact for codes, a tolerance for reals.
+# - Look at the edges: the largest codes, ranges without 0, one outlier, a shape that is not square.
+# - Ask what must *not* change, and let an independent implementation be the witness.
+# - Odd is not wrong: ten programs were right. An accusation needs a proof.
+#
+# Next: 22 Capstone, in which you fit a model into a budget of bytes.

@@ -1,0 +1,1 @@
+"""Models for other programs, one file an engine; nothing else in quantlab imports any of it."""
