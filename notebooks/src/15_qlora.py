@@ -47,12 +47,12 @@ before = {name: perplexity(model, text, window=128) for name, text in texts.item
 counts = torch.bincount(log, minlength=model.config.vocab_size) + 1.0
 table = (counts / counts.sum()).log()[held].mean().neg().exp().item()
 found(before["log"].value > max(5 * before["stories"].value, 0.8 * table),
-      f"the log's perplexity is {before['log'].value:.0f}, hardly below the table's {table:.0f}")
+      f"the log's perplexity is {before['log'].value:.0f}, the table's is {table:.0f}")
 print({name: f"{p.value:.0f} ± {p.stderr:.0f}" for name, p in before.items()})
 print(f"table of counts: {table:.0f}")
 guess.reveal(min(("45", "90", "400"), key=lambda choice: abs(float(choice) - before["log"].value)))
 # %% [markdown]
-# As it stands, the bundled model predicts the log hardly better than a table of counts does. (Does it know no
+# As it stands, the bundled model predicts the log no better than a table of counts does. (Does it know no
 # more, or is it only too sure of what it knows? Section 10 asks.) So train it: notebook 13 trained all
 # weights, in float32, with AdamW. We count what that keeps in memory for a model of 7 billion weights, which exists
 # here as shapes only.

@@ -19,10 +19,15 @@ def shuffled(model, codes: Mapping, *, seed: int = 0) -> Made:
     return with_codes(model, dealt)
 
 
+def _half(scale):
+    """In float16, above 0: the smallest number there is 2^-24."""
+    return scale.clamp(min=2.0**-24).half()
+
+
 def with_half_scales(model, codes: Mapping) -> Made:
     """The same codes with their scales in float16: half the bytes of the scales, and weights that are off by 0.05%."""
     halved = {
-        name: replace(q, qparams=replace(q.qparams, scale=q.qparams.scale.half())) for name, q in _affine(codes).items()
+        name: replace(q, qparams=replace(q.qparams, scale=_half(q.qparams.scale))) for name, q in _affine(codes).items()
     }
     return with_codes(model, halved)
 
