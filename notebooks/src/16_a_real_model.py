@@ -344,8 +344,9 @@ gaps = [on_others / on_read for on_read, on_others in lost.values()]
 found(gaps[0] > 2 * gaps[-1], "with few tokens GPTQ learns them by heart")
 # %% [markdown]
 # With fewer tokens than the layer is wide, XᵀX leaves directions in which nothing was read. GPTQ may put its errors
-# there for nothing, and other text does go there. The error *on the tokens that were read* looks splendid and means
-# little. So: at least twice as many tokens as the widest layer is wide. `quantize_lm` warns below that.
+# there for nothing, and other text does go there. With 256 and 1,024 tokens the layer is *worse* on other text than
+# plain rounding, while its error on the tokens that were read looks splendid. So: at least twice as many tokens as
+# the widest layer is wide. `quantize_lm` warns below that.
 # %% [markdown]
 # ## 8. Ten sentences, two models
 # Each is true of the small model, and stands in an earlier notebook. Each cell below is a measurement on both.
@@ -413,6 +414,8 @@ bet.reveal(hold)
 for (method, *_), kl in sorted(real.known.items(), key=lambda item: -item[1]):
     print(f"{method.label:<16}{getattr(method, 'bits', 8):>3} bits {method.ledger_group:>8}{kl:>10.4f}")
 # %% [markdown]
+# (`w8a8_dynamic` per tensor stands there twice: once with the three loudest layers in float.)
+#
 # For a ledger with perplexities, bytes and times, GPTQ and AWQ included, on 2,048 tokens of general English:
 # `python -m quantlab.sweep --model smollm2 --out ledger-smollm2.csv`. It takes an hour or two of one core, shows how
 # far it is, and goes on where it was interrupted. `quantlab.ledger.read` and `Table` show what it found.
