@@ -84,11 +84,15 @@ def layer_with_peaks(seed: int = 11) -> tuple[Tensor, Tensor]:
 
 
 def planted_layer(seed: int = 12) -> tuple[Tensor, Tensor]:
-    """(weight, x), (128, 256) and (600, 256): six channels 100 times as loud, their weights a hundredth (11.5)."""
+    """(weight, x), (128, 256) and (600, 256): six channels 100 times as loud, their weights a hundredth (11.5).
+
+    Which channels they are depends on the seed.
+    """
     random = torch.Generator().manual_seed(seed)
     weight = torch.randn(128, 256, generator=random) * 0.05
     x = torch.randn(600, 256, generator=random) * (0.3 * torch.randn(256, generator=random)).exp()
-    stretch = torch.ones(256).index_fill(0, torch.arange(0, 240, 40), 100.0)
+    channels = torch.randperm(256, generator=random)[:6]
+    stretch = torch.ones(256).index_fill(0, channels, 100.0)
     return weight / stretch, x * stretch
 
 
