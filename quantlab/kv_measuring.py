@@ -70,6 +70,7 @@ def attention_on_first(model, tokens: Tensor, past: Cache, *, start: int = 64, s
 
     past: a float cache of the same tokens. Raises: ValueError as attention_queries does, or for too few tokens.
     """
+    checked_windows(model, tokens, 2, None)
     stop = check_int(stop, "stop", 2, min(len(tokens), check_kind(past, "past", Cache).get_seq_length()))
     start, shares = check_int(start, "start", 1, stop - 1), []
     later = torch.arange(stop) > torch.arange(start, stop)[:, None]
@@ -108,7 +109,8 @@ def keys_before_rope(model, tokens: Tensor, past: Cache) -> DynamicCache:
     Raises: ValueError if they are no plain output of a layer of their own, or were not only rotated: a rotation keeps
     lengths.
     """
-    makers = layers_of_role(check_model(model), "key")
+    checked_windows(model, tokens, 2, None)
+    makers = layers_of_role(model, "key")
     inputs, pairs = capture_inputs(model, tokens, makers, window=len(tokens)), []
     for (name, maker), layer in zip(makers.items(), check_kind(past, "past", Cache).layers, strict=True):
         _, heads, count, channels = layer.keys.shape
