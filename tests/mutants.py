@@ -286,16 +286,25 @@ def survivors(exercise: Exercise, some: int | None = None) -> Iterator[tuple[Mut
 
 
 def differs(exercise: Exercise, answer) -> str | None:
-    """Where an answer differs from the solution (or breaks the rule) on inputs that the check does not use."""
-    done, seed, inputs = 0, 1000, INPUTS // 30 if exercise.rule else INPUTS
+    """Where an answer differs from the solution on inputs that the check does not use.
+
+    A rule asks for a target, and what just reaches it misses it now and then: more than once in twenty is a difference.
+    """
     with untouched_state():
-        while done < inputs and exercise.cases is not None:
-            for arguments in draw(exercise, seed):
-                done += 1
-                if seen := _seen(exercise, answer, arguments):
-                    return seen
-            seed += 1
-    return None
+        if exercise.rule is None:
+            return next(_differences(exercise, answer, INPUTS), None)
+        seen = list(_differences(exercise, answer, INPUTS // 30))
+        return seen[0] if len(seen) > INPUTS // 30 / 20 else None
+
+
+def _differences(exercise: Exercise, answer, inputs: int) -> Iterator[str]:
+    done, seed = 0, 1000
+    while done < inputs and exercise.cases is not None:
+        for arguments in draw(exercise, seed):
+            done += 1
+            if seen := _seen(exercise, answer, arguments):
+                yield seen
+        seed += 1
 
 
 def _seen(exercise: Exercise, answer, arguments: tuple) -> str | None:
