@@ -178,7 +178,7 @@ def _run(recipe, reference, tokenizer, limits: Budget):
     """What the recipe returns; a folder is returned as it is. It is handed copies, so that it cannot move the goal."""
     if isinstance(recipe, str | os.PathLike):
         return recipe
-    check_function(recipe, "recipe (unless it is a folder)", "model and tokens")
+    check_function(recipe, "a recipe that is no folder", "model and tokens")
     model, tokens = copy.deepcopy(reference), given_tokens(reference, tokenizer, limits)
     with watched():
         return recipe(model, tokens)
