@@ -93,9 +93,11 @@ def _problem_cases(random):
 
 
 def _problem_edges():
-    """The example of section 2, one where a small step fills the gap, and one that greedy misses."""
+    """The example of section 2; two cheap steps against a dear one; a small step fills the gap; one greedy misses."""
     costs = {"small": {2: 2.0, 4: 0.0}, "large": {2: 10.0, 4: 1.0}}
     yield costs, {"small": {2: 10, 4: 11}, "large": {2: 10, 4: 20}}, 30
+    costs = {"dear": {2: 5.0, 4: 1.0}, "b": {2: 3.0, 4: 0.0}, "c": {2: 3.5, 4: 0.4}}  # worth most per bit, not per byte
+    yield costs, {"dear": {2: 10, 4: 50}, "b": {2: 10, 4: 29}, "c": {2: 10, 4: 30}}, 70
     yield {"c": {2: 3.0, 3: 2.0, 4: 0.5}, "d": {2: 1.2, 3: 0.09}}, {"c": {2: 6, 3: 9, 4: 12}, "d": {2: 6, 3: 9}}, 18
     costs = {"a": {2: 2.0, 4: 0.1}, "b": {2: 10.0, 4: 1.0}, "c": {2: 3.0, 3: 2.0, 4: 0.5}}
     yield costs, {"a": {2: 10, 4: 11}, "b": {2: 10, 4: 20}, "c": {2: 6, 3: 9, 4: 12}}, 38
