@@ -189,8 +189,8 @@ check("10.2", my_compensate)
 H = X.T.double() @ X.double()
 inverse = torch.linalg.inv(H)
 delta = -(w[0] - 1) / inverse[0, 0] * inverse[:, 0]
-[round(v, 2) for v in (w + delta).tolist()]
-# %%
+print([round(v, 2) for v in (w + delta).tolist()])
+
 missing = X @ w - X[:, 0]  # what the other three must make up for
 solved = torch.linalg.lstsq(X[:, 1:], missing).solution
 assert torch.allclose(solved.double(), (w + delta)[1:], atol=1e-4)
@@ -214,6 +214,8 @@ f"output error {error(w + delta):.3f}; the first weight alone: {error([1, 0.4, 0
 #
 # **Predict:** which of 1.4, 0.4, 0.1, 3.0 goes first? Last?
 # %%
+from quantlab.gptq import Hessian, obq_steps
+
 row, left, free, paid = w.double(), inverse.clone(), [0, 1, 2, 3], 0
 while free:
     cost = {i: (row[i] - row[i].round()).item() ** 2 / left[i, i].item() for i in free}
@@ -224,8 +226,6 @@ while free:
     free.remove(i)
     assert torch.allclose(left[free][:, free], torch.linalg.inv(H[free][:, free]))
     print(f"weight {i}, cost {cost[i]:.4f}:", [round(v, 2) + 0.0 for v in row.tolist()])
-# %%
-from quantlab.gptq import Hessian, obq_steps
 
 states, order = obq_steps(w, Hessian(4).add(X), bits=2, damping=0.0)
 assert torch.allclose(states[-1], row, atol=1e-5)
@@ -244,7 +244,7 @@ growths = {"nothing": 1.0, "a tenth": 1.1, "a half": 1.5, "twice": 2.0}
 by_order = predict("16 real rows, left to right, not the cheapest first: the output error grows by",
                    list(growths))
 # %% [markdown]
-# (To the answer belongs a fourth way, *act-order*: one order for all rows, by the size of the inputs.)
+# (The answer shows a fourth way as well, *act-order*: one order for all rows, the loudest inputs first.)
 # %% tags=["nbval-ignore-output"]
 from quantlab import PerAxis, gptq_quantize, quantize_tensor
 from quantlab.plots import plot_bars
@@ -261,11 +261,11 @@ of_rows = {way: hessian.output_error(rows, q) for way, q in rounded.items()}
 plot_bars({"3 bits, 16 rows": of_rows}, ylabel="output error")
 plt.show()
 plain, greedy, in_order, act_order = of_rows.values()
-found(greedy < in_order < 1.3 * greedy, "left to right is a little worse than OBQ: "
-    f"{in_order / greedy:.2f} times its error (the bundled model: 1.1)")
+grown = in_order / greedy
+found(grown > 1, "left to right is worse than OBQ")
+found(grown < 1.3, f"but a little only: {grown:.2f} times its error (the bundled model: 1.1)")
 found(in_order < 0.5 * plain, "and has less than half of rounding's error")
 found(act_order < in_order, f"act-order is better: {act_order / greedy:.2f} times OBQ's error")
-grown = in_order / greedy
 print(f"times OBQ's error: left to right {grown:.2f}, act-order {act_order / greedy:.2f}")
 by_order.reveal(min(growths, key=lambda choice: abs(growths[choice] - grown)))
 # %% [markdown]
@@ -397,8 +397,9 @@ middle = torch.tensor(list(paradox.values())).median(0).values
 # target, known since the 1980s: Babai's **nearest plane** begins where a line holds one column only, at the last.
 #
 # ### Exercise 10.4: the nearest plane (about 15 minutes)
-# From the last column of `W` (rows, n) to the first: choose the multiple of `scale` that makes line i,
-# Rᵢᵢ(wᵢ − qᵢ) + Σⱼ﹥ᵢ Rᵢⱼ(wⱼ − qⱼ), smallest. Return Q, (rows, n); leave W as it is.
+# `R` is (n, n), upper triangular. From the last column of `W` (rows, n) to the first: let qᵢ be the multiple of `scale`
+# that brings line i, the sum Rᵢᵢ(wᵢ − qᵢ) + Rᵢⱼ(wⱼ − qⱼ) over all j > i, nearest to 0. Return Q, (rows, n); leave W as
+# it is.
 # %% tags=["exercise"]
 def my_nearest_plane(W, R, scale):
     raise NotImplementedError
@@ -426,11 +427,11 @@ f"{int(differ.sum())} of {differ.numel()} elements differ"
 #
 # $$\frac{s^2}{12}\sum_i \frac{1}{U_{ii}^2}$$
 #
-# **Predict**: does a formula that knows nothing of W come within 1 %, 10 % or 50 %?
-# %%
+# **Predict**: does a formula that knows nothing of W come within 2 %, 10 % or 50 %?
+# %% tags=["nbval-ignore-output"]
 close = predict("The measured error of GPTQ is off from (s²/12)·Σ 1/Uᵢᵢ² by at most",
-                ["1 %", "10 %", "50 %"])
-# %%
+                ["2 %", "10 %", "50 %"])
+# %% tags=["nbval-ignore-output"]
 U = torch.linalg.cholesky(torch.linalg.inv(few), upper=True)
 fine = step / 8  # a finer grid: errors spread evenly over a step
 lost = some - column_solution(some, U, fine)
@@ -439,7 +440,7 @@ measured, formula = (((lost @ few) * lost).sum(1).mean(),
 off = abs(measured / formula - 1).item()
 found(off < 0.1, f"the formula is off by {off:.1%}, less than a tenth")
 print(f"measured over the formula: {measured / formula:.3f}")
-close.reveal("1 %" if off < 0.01 else "10 %" if off < 0.1 else "50 %")
+close.reveal("2 %" if off < 0.02 else "10 %" if off < 0.1 else "50 %")
 # %% [markdown]
 # H alone, through U, says how good GPTQ will be: twice the step, four times the error, just as for round-to-nearest,
 # whose mean error has H's diagonal in the place of 1/Uᵢᵢ². On the two numbers of section 4 the first of these was 4
@@ -550,14 +551,15 @@ of_text = {kind: of_plain(Hessian(weight.shape[1]).add(read)) for kind, read in 
 plot_bars({"fresh stories": of_text}, ylabel="output error,\ntimes rounding's")
 plt.show()
 stories, shuffled, chance, repeated, noise = of_text.values()
-found(shuffled < 1.2 * stories, f"shuffled stories serve as well: {shuffled:.2f} and {stories:.2f}")
-found(
-    1.2 * stories < chance < 0.7, f"random tokens serve less, but more than a little: {chance:.2f}")
-found(1.2 * stories < repeated < 0.95, f"repeated text helps less: {repeated:.2f}")
-found(noise > 0.95, f"noise does not help: {noise:.2f}")
+print("times rounding's error:", {kind: round(error, 2) for kind, error in of_text.items()})
+found(shuffled < 1.2 * stories, "shuffled stories serve nearly as well as stories")
+found(min(chance, repeated) > 1.2 * stories, "random tokens and repeated text serve less")
+found(chance < 0.7, "random tokens still take a good part away")
+found(repeated < 0.95, "repeated text does so too")
+found(noise > 0.95, "noise does not help")
 # %% [markdown]
 # For this layer of the bundled model shuffled stories serve as well as stories: it is enough that the right
-# tokens come. Random tokens still halve the error, so a good part of H comes with the model,
+# tokens come. Random tokens still take away about half of the error, so a good part of H comes with the model,
 # whatever it reads. Little text, however often repeated, is little text. And noise that never was this
 # layer's input gains *nothing*.
 #
@@ -575,7 +577,8 @@ for size in (None, 128, 64, 32, 16):
         bits.append(q.bits_per_element)
         errors.append(fresh.output_error(weight, q.dequantize()))
 ordered, unordered = curves["GPTQ, act-order"], curves["GPTQ"]
-assert abs(ordered[0][-1] - unordered[0][-1] - 32 / len(weight)) < 1e-6  # the index of groups of 16
+index = ordered[0][-1] - unordered[0][-1]  # bits, in groups of 16
+assert abs(index - 32 / len(weight)) < 1e-6
 # %% tags=["nbval-ignore-output"]
 plot_curves(curves, xlabel="true bits per weight (row, groups of 128, 64, 32, 16)",
     ylabel="output error", log="y")
@@ -584,12 +587,12 @@ coarse = unordered[1][0] / curves["round to nearest"][1][-1]
 found(coarse < 1,
     f"GPTQ with one scale a row beats rounding in groups of 16: {coarse:.2f} times its error")
 gains = [a / b for a, b in zip(ordered[1], unordered[1], strict=True)]
-found(max(gains) < 1,
-    f"act-order lowers every error; it leaves {min(gains):.2f} to {max(gains):.2f} of them")
-f"GPTQ, a scale a row: {unordered[0][0]:.2f} bits; groups of 16: {unordered[0][-1]:.2f} bits"
+found(max(gains) < 1, "act-order lowers every error")
+print(f"GPTQ, a scale a row: {unordered[0][0]:.2f} bits; groups of 16: {unordered[0][-1]:.2f}")
+f"act-order leaves {min(gains):.2f} to {max(gains):.2f} of the error; its index: {index:.3f} bits"
 # %% [markdown]
-# GPTQ with one scale a row (3.14 bits) beats rounding in groups of 16 (5.19 bits). Act-order gains a tenth:
-# the loudest columns are rounded while many others can take over their errors. But with groups the order must
+# GPTQ with one scale a row (3.14 bits) beats rounding in groups of 16 (5.19 bits). Act-order lowers every error: the
+# loudest columns are rounded while many others can take over their errors. But with groups the order must
 # be stored, 32 bits a column: over 256 rows an eighth of a bit per weight, so that blue and green lie on one
 # line; over thousands of rows nearly nothing. (Numbers of the bundled model.)
 #
@@ -676,21 +679,20 @@ found(kl["gptq", 2] > 4 * kl["gptq", 3],
 # ### Myth: "GPTQ quantizes the important weights more carefully"
 # Two things to look at: the grids; and how far each column has moved, beside round-to-nearest. **Predict:** is
 # the ratio below 1 for the loudest inputs (diag H large)? What else might it depend on?
-# %%
+# %% tags=["nbval-ignore-output"]
 assert torch.equal(gptq.qparams.scale[:, 0], grid.scale)
 assert torch.equal(gptq.qparams.zero_point[:, 0], grid.zero_point)
 moved = (gptq.dequantize().float() - weight).square().sum(0) / (nearest - weight).square().sum(0)
 loudness = hessian.matrix.diagonal().float()
 loudest = loudness.topk(len(loudness) // 10 + 1).indices
-# %% tags=["nbval-ignore-output"]
+
 plt.plot(moved, ".", color="0.6", label="all columns")
 plt.plot(loudest, moved[loudest], "o", color="#D55E00", label=f"the {len(loudest)} loudest")
 plt.gca().set(xlabel="column, in the order of rounding", ylabel="weight error,\ntimes rounding's")
 plt.legend(fontsize="small")
 plt.show()
-of_place, of_loudness = torch.corrcoef(torch.stack([moved, torch.arange(len(moved)), loudness]))[
-    0, 1:]
-# The median of 25 columns around each.
+measured = torch.stack([moved, torch.arange(len(moved)), loudness])
+of_place, of_loudness = torch.corrcoef(measured)[0, 1:]
 around = torch.stack([moved[max(0, i - 12) : i + 13].median() for i in range(len(moved))])
 beside = (moved / around)[loudest].mean()
 found(of_place > 0.7, f"the ratio goes with place: correlation {of_place:.2f}")
