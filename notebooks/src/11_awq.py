@@ -484,7 +484,7 @@ ledger.Table([row for *_, row in made.values()])
 # GPTQ is far ahead, as section 7 foretold. AWQ and round-to-nearest lie so near to each other that their error bars
 # overlap. Does AWQ gain anything, then? Both methods were measured on the same text, window by window. An easy
 # window is easy for both, so what is hard about the text cancels in the *difference* of the two. The mean of these
-# differences (the **paired** comparison, 配对, of notebook 10) is much surer than either KL.
+# differences (the **paired** comparison, 配对, of notebook 10b) is much surer than either KL.
 # %% tags=["nbval-ignore-output"]
 from quantlab.metrics import kl_per_position
 
