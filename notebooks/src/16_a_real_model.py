@@ -31,16 +31,16 @@ bet = predict("How many of the ten hold for the larger model as well?", (0, 10),
 # %% [markdown]
 # ## 2. Meet it
 # If SmolLM2 cannot be had here, the notebook runs on the model of the other notebooks, and says so.
-# %%
+# %% tags=["nbval-ignore-output"]
 from functools import partial
 
 from quantlab.checks import check, hint, solution
 from quantlab.checks import found as found_on
-from quantlab.lm import answer, linear_layers, load_lm, load_text, real_lm, token_stream
+from quantlab.lm import DATA, answer, linear_layers, load_lm, load_text, real_lm, token_stream
 
 model, tokenizer, which = real_lm()
 found = partial(found_on, on=which, home="smollm2")  # what follows was found on SmolLM2
-small, small_tokenizer = load_lm()
+small, small_tokenizer = load_lm(str(DATA / "model"))
 f"this notebook runs on {which}"
 # %% tags=["nbval-ignore-output"]
 answer(model, tokenizer, "What is the capital of France?", tokens=12)
@@ -49,7 +49,7 @@ answer(model, tokenizer, "What is the capital of France?", tokens=12)
 # speaking. `answer` puts them there.
 #
 # Where are its parameters? **Predict** which part is larger than in the small model: the embedding, or the blocks?
-# %%
+# %% tags=["nbval-ignore-output"]
 def parts_of(model):
     total = sum(p.numel() for p in model.parameters())
     linear = sum(layer.weight.numel() for layer in linear_layers(model).values())
@@ -76,7 +76,7 @@ def my_levels(weight, group_size):
     raise NotImplementedError
 # %%
 check("16.1", my_levels)
-# %%
+# %% tags=["nbval-ignore-output"]
 from quantlab.exercises.real_model import levels_solution
 from quantlab.lm import layers_of_role, weight_of
 
@@ -95,7 +95,7 @@ def some_weight(model, role="down", block=2):
 # %%
 grids = predict("Which grid of 4 bits for groups of 32 has next to no error on SmolLM2?",
                 ["symmetric", "integer zero point", "real offset", "none of them"])
-# %%
+# %% tags=["nbval-ignore-output"]
 import torch
 
 from quantlab import PerGroup, quantize_tensor
@@ -119,14 +119,14 @@ errors = {"symmetric": grid_error(w, True), "integer zero point": grid_error(w, 
 found(errors["real offset"] < 1e-5, "a real offset gives the weights back")
 found(errors["integer zero point"] > 1e-3, "an integer zero point does not")
 {name: f"{error:.1e}" for name, error in errors.items()}
-# %%
+# %% tags=["nbval-ignore-output"]
 grids.reveal("real offset" if errors["real offset"] < 1e-5 else "none of them")
 # %% [markdown]
 # Only the grid that was used before. Ours has an *integer* zero point (notebook 01), and that is enough to miss it.
 # So are our numbers on this model honest? A test: shake each weight evenly within its old cell, ± half a step, which
 # gives a weight that was never quantized but is just as large. If the old grid flattered ours, ours would now do
 # much worse.
-# %%
+# %% tags=["nbval-ignore-output"]
 from quantlab import PerAxis, quantize_codebook, nf4_levels
 
 groups = w.reshape(-1, 32)
@@ -153,7 +153,7 @@ found(0.9 < min(ratios.values()), "none of our grids is flattered by more than a
 loud = predict("Where are this model's largest activations?",
                ["in a few channels, for all tokens", "in a few tokens, in all channels",
                 "in single values"])
-# %%
+# %% tags=["nbval-ignore-output"]
 from quantlab.explorers import explore_activations, loudness
 from quantlab.lm import capture_inputs
 
@@ -164,7 +164,7 @@ for name in loudest:
     it = loudness(read[name])
     print(f"{name:<34} |x| up to {it.largest:7.1f}, token {it.token:>3}, channel {it.channel:>4};",
           f"{(read[name].abs() > it.largest / 10).sum():>3} values reach a tenth of that")
-# %%
+# %% tags=["nbval-ignore-output"]
 first = [loudness(read[name]).token == 0 for name in loudest[:4]]
 few = [(read[name].abs() > read[name].abs().max() / 10).sum().item() for name in loudest[:4]]
 found(all(first), "the loudest values of the loudest layers belong to the first token")
@@ -177,7 +177,7 @@ loud.reveal("in single values" if max(few[:2]) < 10 else "in a few channels, for
 # first token, which carries nothing else: an **attention sink** (注意力汇聚点).
 #
 # Is it the first *word*, or the first *place*? The control: let the text begin one word later.
-# %%
+# %% tags=["nbval-ignore-output"]
 name = loudest[0]
 moved = loudness(capture_inputs(model, text[1:257], [name])[name])
 words = [tokenizer.decode(text[i : i + 1]) for i in (0, 1)]
@@ -185,7 +185,7 @@ found(moved.token == 0, f"the first place is loud, whatever word stands there ({
 {words[0]: f"{read[name].abs().max():.0f}", words[1]: f"{moved.largest:.0f} at token {moved.token}"}
 # %% [markdown]
 # The place. Beside it the planted model of notebook 09: six channels, made 100 times as loud, for every token.
-# %%
+# %% tags=["nbval-ignore-output"]
 from quantlab.outliers import norm_readers, plant_outliers
 
 width = small.config.hidden_size
@@ -208,7 +208,7 @@ def my_sharing(x, bits):
     raise NotImplementedError
 # %%
 check("16.2", my_sharing)
-# %%
+# %% tags=["nbval-ignore-output"]
 from quantlab.exercises.real_model import sharing_solution
 
 for title, x in (("planted", planted_x), (which, read[loudest[0]])):
@@ -216,7 +216,7 @@ for title, x in (("planted", planted_x), (which, read[loudest[0]])):
 # %% [markdown]
 # Such an error is measured against the size of x, and the first token *is* nearly all of that size. What happens to
 # everybody else? **Predict** how much of the other 255 tokens is lost when the first one sets the scale.
-# %%
+# %% tags=["nbval-ignore-output"]
 lost = {}
 for title, x in (("planted", planted_x), (which, read[loudest[0]])):
     step, others = x.abs().max() / 127, x[1:]
@@ -234,7 +234,7 @@ found(lost["planted"][0] < 2 * lost["planted"][1], "planted: the first token is 
 #
 # 1. In which layers do both curves begin with a cliff, and in which only the channels'?
 # 2. Where is the error of "one scale" a hundred times that of "a scale a token"?
-# %%
+# %% tags=["nbval-ignore-output"]
 layers = linear_layers(model)
 shown = {"planted, " + query.split(".")[-1]: (some_weight(planted, "query", 0), planted_x)}
 for name in [next(iter(layers_of_role(model, "query"))), *sorted(loudest)]:
@@ -264,7 +264,7 @@ table = {way: [y.kl(method) for y in (tale, loud_tale, real)] for way, method in
 print(f"{'KL':<18}{'small':>9}{'planted':>9}{which:>12}")
 for way, (a, b, c) in table.items():
     print(f"{way:<18}{a:>9.4f}{b:>9.4f}{c:>12.4f}")
-# %%
+# %% tags=["nbval-ignore-output"]
 tensor, token, _, smooth, split = table.values()
 found(tensor[2] > 5 * token[2], "on the real model a scale a token helps at least five times")
 found(smooth[1] < 0.1 * tensor[1], "on the planted model SmoothQuant takes away nine tenths")
@@ -397,7 +397,7 @@ for number, sentence, a, b, holds_a, holds_b in claims:
 hold = sum(holds_b for *_, holds_b in claims)
 found(all(holds_a for *_, holds_a, _ in claims), "all ten are true of the small model")
 found(3 <= hold <= 8, f"some hold for the real model as well, and some do not ({hold} of 10)")
-# %%
+# %% tags=["nbval-ignore-output"]
 bet.reveal(hold)
 # %% [markdown]
 # What is about *weights* holds: bits, groups, codebooks; weights are trained, and look alike in small and large
