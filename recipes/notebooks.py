@@ -239,6 +239,8 @@ def cell_problems(cell: NotebookNode) -> list[str]:
         found.append(f"stderr (a progress bar needs the tag {VOLATILE})")
     if "Warning" in outputs:
         found.append("a warning")
+    if "Your code stopped in line" in outputs:
+        found.append("a stub that is more than its bare raise")
     if path := MACHINE_PATH.search(outputs):
         found.append(f"a path of this machine ({path[0]}...)")
     if has_tag(cell, RAISES) != any(output.output_type == "error" for output in cell.outputs):

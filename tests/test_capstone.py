@@ -224,7 +224,7 @@ def test_memory_and_time_are_those_of_the_recipe(toy):
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        (None, "a recipe is a function of"),
+        (None, "must be a function of model and tokens"),
         (lambda model, tokens: None, "a recipe returns"),
         (lambda model, tokens: model, "a recipe returns"),
         (lambda model, tokens: (model, model), "must be a Mapping"),

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import quantlab as ql
 from quantlab import (
     awq,
+    capstone,
     floats,
     gptq,
     kv,
@@ -35,6 +36,7 @@ from quantlab import (
     rotations,
     storage,
 )
+from quantlab import hunt as hunted
 from quantlab.clipping import quantize_clipped
 from quantlab.export import gguf, gguf_models
 from quantlab.granularity import code_range
@@ -43,11 +45,11 @@ from quantlab.superblocks import round_in_superblocks
 ROOT = Path(ql.__file__).resolve().parent
 ROOMS = ("", "floats", "metrics", "clipping", "gptq", "awq", "linear", "outliers", "methods", "mixed", "qat", "storage")
 ROOMS += ("lm", "ledger", "levels", "rotations", "kv", "kv_measuring", "superblocks", "export.gguf")
-ROOMS += ("export.gguf_models",)
+ROOMS += ("export.gguf_models", "capstone", "hunt")
 # Public names that are no doors, and why.
 RECORDS = {"Sensitivity", "Allocation", "Search", "Factor", "SplitError", "Divergence", "LayerReport", "Perplexity"}
 RECORDS |= {"QuantizeReport", "Row", "Latency", "Table", "PerTensor", "Rounded"}  # results, or nothing to ask
-RECORDS |= {"BlockType", "GGUFFile", "GGUFTensor"}
+RECORDS |= {"Budget", "Score", "Board", "Plans", "Refused", "BlockType", "GGUFFile", "GGUFTensor"}
 PARTS = {
     "Chunks",
     "KVLayer",
@@ -71,6 +73,8 @@ BEHIND |= {
     "check_same_outputs",
     "OnlineHadamard",
     "row_of",
+    "write_hidden",  # would write over the hidden text
+    "qat",  # of one checkpoint
 }  # called by doors, with what they checked
 
 
@@ -114,6 +118,11 @@ def rows(weight: Tensor):
     return ql.quantize_tensor(weight, bits=4, granularity=ql.PerAxis(0))
 
 
+def eight_bits(model, tokens):
+    """A recipe for the capstone."""
+    return capstone.nearest(model, tokens, bits=8, embedding_bits=8, group_size=8)
+
+
 def good_calls(folder: Path) -> dict:
     """A call that works for each door, by name: (function, its arguments)."""
     real, row, group, edge = x(), x()[0], ql.PerGroup(4), torch.tensor(1.0)
@@ -134,6 +143,10 @@ def good_calls(folder: Path) -> dict:
     gguf.save_gguf(small, words, folder / "s.gguf", mix="F16")
     trained = qat.prepare_qat(model(), bits=4, group_size=8)
     past = model()(tokens()[None]).past_key_values
+    given = {"model": model(), "tokens": tokens()}
+    tiny, scored = random_model("llama", vocab_size=small.config.vocab_size), capstone.read()[:2]
+    capstone.append(scored[0], folder / "board.jsonl")
+    fewer = {"bits": (4,), "groups": (8,), "methods": ("nearest",), "progress": False}
     return {
         "QParams": (ql.QParams, {"scale": qp.scale, "zero_point": qp.zero_point, "qmin": -8, "qmax": 7}),
         "choose_qparams": (ql.choose_qparams, {"min_val": -edge, "max_val": edge, "qmin": 0, "qmax": 15}),
@@ -274,6 +287,35 @@ def good_calls(folder: Path) -> dict:
         "gguf_name": (gguf.gguf_name, {"name": "model.norm.weight"}),
         "measure_importance": (gguf_models.measure_importance, on_model),
         "with_values_of": (gguf_models.with_values_of, {"model": small, "path": folder / "s.gguf"}),
+        "capstone's score": (capstone.score, {"recipe": eight_bits, "name": "x", "who": "me", "on": (tiny, words)}),
+        "score": (hunted.score, {}),
+        "practice": (capstone.practice, {"recipe": eight_bits, "on": (tiny, words)}),
+        "capstone's append": (capstone.append, {"score": scored[0], "path": folder / "board.jsonl"}),
+        "capstone's read": (capstone.read, {"path": folder / "board.jsonl"}),
+        "merge": (capstone.merge, {"paths": [folder / "board.jsonl"], "out": folder / "merged.jsonl"}),
+        "best": (capstone.best, {"rows": scored, "budget": "2.2 MB"}),
+        "plans": (capstone.plans, {"calibration": tokens(), **given, **fewer}),
+        "seal": (capstone.seal, {"text": "a"}),
+        "unseal": (capstone.unseal, {"sealed": capstone.seal("a")}),
+        "hidden_text": (capstone.hidden_text, {"name": "stories"}),
+        "in_groups": (capstone.in_groups, {"weight": real, "bits": 4, "group_size": 4}),
+        "quantize_embeddings": (capstone.quantize_embeddings, {"model": model(), "quantizer": rows}),
+        "beside": (capstone.beside, {"model": model()}),
+        "by_method": (capstone.by_method, given | {"method": methods.RTN(group_size=8), "embedding_bits": 4}),
+        "by_part": (capstone.by_part, given | {"method": "rtn", "group_size": 8, "mlp": 3}),
+        "nearest": (capstone.nearest, given | {"bits": 4, "embedding_bits": 4, "group_size": 8}),
+        "gptq": (capstone.gptq, given | {"bits": 4, "embedding_bits": 4, "group_size": 8}),
+        "mixed_gptq": (capstone.mixed_gptq, given | {"nbytes": 30_000, "choices": (4,), "group_size": 8}),
+        "nf4": (capstone.nf4, given),
+        "show": (hunted.show, {"name": "ranges.1"}),
+        "program": (hunted.program, {"name": "ranges.1"}),
+        "verdict": (hunted.verdict, {"name": "ranges.1", "opinion": "fine"}),
+        "hint": (hunted.hint, {"name": "ranges.1"}),
+        "reveal": (hunted.reveal, {"name": "ranges.1"}),
+        "save": (hunted.save, {"path": folder / "hunt.json"}),
+        "resume": (hunted.resume, {"path": folder / "hunt.json"}),
+        "atlas": (hunted.atlas, {}),
+        "restart": (hunted.restart, {}),
         "compare": (ledger.compare, {"row": entry, "other": ledger.measure(model(), new, method="rtn", **reads)}),
     }  # fmt: skip
 

@@ -209,6 +209,7 @@ def test_a_good_notebook_has_no_problem(tmp_path):
         (cell("1", stream("x" * 1_000_001)), "1.0 MB"),
         (cell("1", stream("1", "stderr")), "stderr"),
         (cell("1", stream("UserWarning: x")), "a warning"),
+        (cell("1", stream("4.2: not yet. Your code stopped in line 3 of f")), "more than its bare raise"),
         (cell("1", stream("in /home/me/x")), "a path of this machine"),
         (cell("1", new_output("display_data", {"text/html": r"C:\Users\me"})), "a path of this machine"),
         (cell("1", new_output("error", ename="KeyError", evalue="'x'")), "an error"),

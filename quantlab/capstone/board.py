@@ -61,7 +61,8 @@ def merge(paths: Iterable, out=None) -> list[Score]:
 def best(rows: Iterable[Score], budget: str) -> Score | None:
     """The row with the least KL of those that fit the budget; None if none does."""
     check_choice(budget, "budget", BUDGETS)
-    fitting = [row for row in check_list(rows, "rows") if row.budget == budget and row.fits]
+    scores = [check_kind(row, "a row", Score, "score() gives") for row in check_list(rows, "rows")]
+    fitting = [row for row in scores if row.budget == budget and row.fits]
     return min(fitting, key=_rank, default=None)
 
 

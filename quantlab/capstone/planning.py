@@ -72,9 +72,9 @@ def plans(
     The embedding is rounded to nearest in both. Each setting is one reading of the tokens by the whole model.
     Raises: ValueError for bits or groups that a grid cannot have, or tokens that the model cannot read.
     """
-    bits = tuple(check_int(b, "bits", 2, 8) for b in check_list(bits, "bits"))
-    groups = tuple(check_int(g, "groups", 1) for g in check_list(groups, "groups"))
-    methods = tuple(check_choice(method, "methods", METHODS) for method in check_list(methods, "methods"))
+    bits = tuple(check_int(b, "bits", 2, 8) for b in _some(bits, "bits"))
+    groups = tuple(check_int(g, "groups", 1) for g in _some(groups, "groups"))
+    methods = tuple(check_choice(method, "methods", METHODS) for method in _some(methods, "methods"))
     hessians = _hessians(model, calibration) if "GPTQ" in methods else {}
     settings = [(group, b) for group in groups for b in bits]
     costs, codes, sides = {}, {}, {}
@@ -92,6 +92,13 @@ def plans(
     header = _file_bytes(model, everything) - model_bytes(model, everything)
     count = sum(p.numel() for p in model.parameters())
     return Plans(costs, codes, sides, others, header, count, methods, groups, bits)
+
+
+def _some(values, name: str) -> list:
+    values = check_list(values, name)
+    if not values:
+        raise ValueError(f"{name} must have at least one value, got none")
+    return values
 
 
 def _hessians(model, tokens: Tensor) -> dict[str, Hessian]:
