@@ -125,3 +125,14 @@ def test_a_finding_asserts_on_the_bundled_model_and_tells_on_others(monkeypatch,
     checks.found(False, "3 is below 2")
     checks.found(True, "so")
     assert capsys.readouterr().out == "Not so on this machine: 3 s\nNot so on this model: 3 is below 2\n"
+
+
+@pytest.mark.parametrize("chosen", ["bundled", "smollm2"])
+def test_a_finding_may_have_another_home_than_the_bundled_model(chosen, monkeypatch, capsys):
+    """Which model the workbook runs on does not matter then: `on` says on which one was measured."""
+    monkeypatch.setenv("QUANTLAB_MODEL", chosen)
+    with pytest.raises(AssertionError, match="found on this model: 3 is below 2"):
+        checks.found(False, "3 is below 2", home="smollm2", on="smollm2")
+    checks.found(False, "3 is below 2", home="smollm2", on="bundled")
+    checks.found(True, "so", home="smollm2", on="smollm2")
+    assert capsys.readouterr().out == "Not so on this model: 3 is below 2\n"
