@@ -150,7 +150,8 @@ def summary(learners: Mapping[str, Mapping[str, str]]) -> str:
         counts = [f"{name}: {sum(name in passed for passed in learners.values())}" for name in names]
         lines.append(f"{chapter:>2}  {about}   {'  '.join(counts)}")
     count = sum(len(names) for _, names in there.values())
-    lines += [f"{learner}: {len(passed)} of {count}" for learner, passed in learners.items()]
+    everything = {name for _, names in there.values() for name in names}
+    lines += [f"{learner}: {len(everything & passed.keys())} of {count}" for learner, passed in learners.items()]
     return "\n".join(lines)
 
 

@@ -180,7 +180,7 @@ def test_over_the_budget_is_said_and_does_not_rank(toy):
     assert found.kl < 1e-6
     assert not found.fits
     assert "OVER the budget" in str(found)
-    assert capstone.best([found], "2.2 MB") is None
+    assert capstone.best([found], "2.2 MB", found.model) is None
 
 
 def test_a_recipe_cannot_move_the_goal(toy):
@@ -441,6 +441,18 @@ def test_append_replaces_ones_own_row_and_sorts(row, tmp_path):
         ["2.", "mine"],
         ["over", "mine"],
     ] + [["1.", "mine"]]
+
+
+def test_only_rows_of_one_budget_model_and_text_are_ranked_together(row):
+    rows = [row, replace(row, model="smollm2", kl=0.01), replace(row, text="b", kl=0.02), replace(row, kl=0.04)]
+    lines = repr(capstone.Board(rows)).splitlines()
+    heads = [line for line in lines if "MB, " in line]
+    assert heads == ["2.2 MB, bundled, hidden text a", "2.2 MB, bundled, hidden text b", "2.2 MB, smollm2"]
+    assert [line.split()[0] for line in lines if "mine" in line] == ["1.", "2.", "1.", "1."]
+    assert capstone.best([row, *rows[1::2]], "2.2 MB").kl == 0.04
+    assert capstone.best(rows, "2.2 MB", "smollm2").kl == 0.01
+    with pytest.raises(ValueError, match="one hidden text"):
+        capstone.best(rows, "2.2 MB")
 
 
 def test_many_programs_append_at_once(row, tmp_path):

@@ -350,7 +350,7 @@ print(third)
 # %% tags=["nbval-ignore-output"]
 from quantlab.capstone import best
 
-leader = best([r for r in read() if r.model == chosen_model()], "1.5 MB") or third
+leader = best(read(), "1.5 MB", chosen_model()) or third
 found(third.fits and third.kl < leader.kl, f"{leader.recipe} is beaten")
 f"{third.recipe} {third.kl:.4f}, {leader.recipe} {leader.kl:.4f}"
 # %% [markdown]

@@ -99,8 +99,8 @@ def _test_entry(recipe):
         f"KL {mine.kl:.4f} on the hidden text; 4 bits everywhere, rounded to nearest, have {plain.kl:.4f} in "
         f"{plain.nbytes:,} bytes. What has helped in notebooks 10 to 14?",
     )
-    leader = best(read(), "2.2 MB")
-    ahead = f"The reference best, {leader.recipe}, has {leader.kl:.4f}." if mine.model == leader.model else ""
+    leader = best(read(), "2.2 MB", mine.model)
+    ahead = f"The reference best, {leader.recipe}, has {leader.kl:.4f}." if leader else ""
     return f"KL {mine.kl:.4f} in {mine.nbytes:,} bytes. {ahead}".strip()
 
 
