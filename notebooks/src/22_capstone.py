@@ -131,8 +131,9 @@ try:
 except Refused as cheat:
     print(cheat, guess.reveal("no, it is refused"), sep="\n")
 # %% [markdown]
-# Python tells a program which asks for it of every file that is opened, before it is opened. Whoever tried is
-# refused, with or without the error. The other names:
+# Python tells a program which asks for it of files that Python code opens, before it does (a C library or another
+# program can pass by); and we ask only while the recipe runs. Whoever is caught is refused, with or without the
+# error. The other names:
 # %%
 from quantlab.capstone import CHEATS
 
