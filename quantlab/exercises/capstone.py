@@ -162,6 +162,16 @@ EXERCISES = {
         },
     ),
     "22.3": Exercise(
+        "fit 2.2 MB",
+        test=_test_entry,
+        hints=(
+            "by_part takes bits for the embedding, the attention layers and the MLPs; the explorer shows their costs.",
+            "The embedding is a seventh of the weights, and it is the head as well: give it more bits than the rest.",
+            "return by_part(model, tokens, method=\"gptq\", embedding=..., attention=..., mlp=...)",
+        ),
+        solution=entry_solution,
+    ),
+    "22.4": Exercise(
         "scales in 16 bits",
         hints=(
             "A QTensor is a frozen dataclass, and so is its qparams: dataclasses.replace makes a changed copy.",
@@ -175,15 +185,5 @@ EXERCISES = {
             "The scales are float32 still.": (".half()", ""),
             "bfloat16 has as many bytes, and 8 bits of precision instead of 11.": (".half()", ".bfloat16()"),
         },
-    ),
-    "22.4": Exercise(
-        "fit 2.2 MB",
-        test=_test_entry,
-        hints=(
-            "by_part takes bits for the embedding, the attention layers and the MLPs; the explorer shows their costs.",
-            "The embedding is a seventh of the weights, and it is the head as well: give it more bits than the rest.",
-            "return by_part(model, tokens, method=\"gptq\", embedding=..., attention=..., mlp=...)",
-        ),
-        solution=entry_solution,
     ),
 }  # fmt: skip
