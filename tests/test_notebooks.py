@@ -2,8 +2,10 @@
 
 import base64
 import io
+import re
 import sys
 
+import jupytext
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
@@ -72,6 +74,15 @@ def test_every_source_has_a_notebook_and_every_notebook_a_source():
 
 def test_notebooks_are_as_built_from_their_sources():
     assert [problem for path in sorted(build.NOTEBOOKS.glob("src/*.py")) for problem in build.check(path)] == []
+
+
+@pytest.mark.parametrize("path", sorted(build.NOTEBOOKS.glob("src/*.py")), ids=lambda path: path.stem[:2])
+def test_what_a_notebook_links_is_there(path):
+    """Links are relative to the folder of notebooks; what follows # is a heading of the page."""
+    text = "\n".join(c.source for c in jupytext.read(path, fmt="py:percent").cells if c.cell_type == "markdown")
+    targets = re.findall(r"""\]\(([^)\s]+)\)|(?:src|href)=["']([^"']+)""", text)
+    local = [a or b for a, b in targets if not re.match(r"[a-z]+:|#", a or b)]
+    assert [link for link in local if not (build.NOTEBOOKS / link.partition("#")[0]).exists()] == []
 
 
 # Building
