@@ -415,8 +415,8 @@ middle = torch.tensor(list(paradox.values())).median(0).values
 score()
 # %% [markdown]
 # ### Open
-# Whose order? Permute the columns of `weight` and of `x`, quantize, and compare output errors: ten random orders, rising
-# diag H, the norm of the columns of W. How much does the order matter at 4 bits, and at 2?
+# Whose order? Permute the columns of `weight` and of `x`, quantize, and compare output errors: ten random orders,
+# rising diag H, the norm of the columns of W. How much does the order matter at 4 bits, and at 2?
 #
 # ### Recap
 # - What counts is the output: ‖X(W − Q)ᵀ‖², and all it needs of the data is H = XᵀX.
