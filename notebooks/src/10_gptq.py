@@ -343,6 +343,7 @@ for i in range(W.shape[1]):
 gptq = gptq_quantize(weight.double(), hessian, bits=3)
 same = (gptq.codes == codes).double().mean().item()
 assert same > 0.999
+assert torch.equal(gptq.qparams.scale[:, 0], grid.scale)  # the grid is rounding's
 f"the same codes: {same:.2%}"
 # %% [markdown]
 # ## 8. Drag it
