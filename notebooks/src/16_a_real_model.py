@@ -2,8 +2,8 @@
 # # 16 A real language model
 # *60 minutes, of which the computer needs about four. You need notebooks 01 to 12.*
 #
-# All that you have measured so far, you measured on a model of 3.7 million parameters. Here is one that people
-# use: **SmolLM2-135M-Instruct**, almost 37 times as large, trained by Hugging Face on two trillion tokens. At the end you can
+# All that you have measured so far, you measured on a model of 3.7 million parameters. Here is one that people use:
+# **SmolLM2-135M-Instruct**, 37 times as large, trained by Hugging Face on two trillion tokens. At the end you can
 #
 # - say of any downloaded weights whether they were quantized before, and what that does to your numbers;
 # - find a model's outliers, and tell loud *channels* (通道) from loud *tokens* (词元), which need other remedies;
@@ -41,7 +41,8 @@ from quantlab.lm import DATA, answer, linear_layers, load_lm, load_text, real_lm
 model, tokenizer, which = real_lm()
 found = partial(found_on, on=which, home="smollm2")  # what follows was found on SmolLM2
 small, small_tokenizer = load_lm(str(DATA / "model"))
-f"this notebook runs on {which}"
+sizes = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (small, model)]
+f"{which}: {sizes[1]:.0f} million parameters, {sizes[1] / sizes[0]:.0f} times the {sizes[0]:.1f} of the other"
 # %% tags=["nbval-ignore-output"]
 answer(model, tokenizer, "What is the capital of France?", tokens=12)
 # %% [markdown]
@@ -166,7 +167,8 @@ for name in loudest:
           f"{(read[name].abs() > it.largest / 10).sum():>3} values reach a tenth of that")
 # %% tags=["nbval-ignore-output"]
 its = [loudness(read[name]) for name in loudest]
-few = [(read[name].abs() > it.largest / 10).sum().item() for name, it in zip(loudest[:2], its)]
+few = [(read[name].abs() > it.largest / 10).sum().item()
+       for name, it in zip(loudest[:2], its[:2], strict=True)]
 found(all(it.token == 0 for it in its), "the loudest values of these layers belong to the first token")
 found(max(few) < 10, f"in the two loudest layers a handful of values is loud: {few}")
 lines = "channels, for all tokens" if its[0].of_channels > its[0].of_tokens else "tokens, in all channels"
