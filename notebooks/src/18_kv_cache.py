@@ -36,11 +36,11 @@ torch.set_grad_enabled(False)
 model, tokenizer = load_lm()
 context = min(longest_context(model), 512)
 text = token_stream(tokenizer, load_text("eval"))[:context]
-
+# %%
 def bytes_of(cache):
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
-def read_by_parts(model, tokens, **options):  # the float cache, and its bytes by the meter as it grows
+def read_by_parts(model, tokens, **options):  # the float cache, and the meter while it grows
     past, meter = DynamicCache(), {}
     for part in tokens.split(128):
         model(part[None], past_key_values=past, **options)
@@ -262,7 +262,7 @@ try:
 except FileNotFoundError:
     larger = None
 if larger is None:
-    print("SmolLM2 beside the bundled model is skipped: not installed, or another model was chosen.")
+    print("SmolLM2 is skipped: not installed, or another model was chosen.")
 else:
     words = token_stream(larger[1], load_text("general"))[:2048]
     larger_past, larger_meter = read_by_parts(larger[0], words, logits_to_keep=1)
@@ -277,10 +277,12 @@ else:
 if larger:
     kls = [row.kl for row in larger_parts.values()]
     share = KVCache.filled(larger_past).nbytes / cache_bytes(30, 3, 64, 2048)
-    found(kls[0] < 0.4 * kls[1], f"keys: per channel {kls[0] / kls[1]:.2f} times per token, at most 0.4")
-    found(kls[2] < 0.1 * kls[3], f"values: per token {kls[2] / kls[3]:.2f} times per channel, at most 0.1")
-    found(kls[4] < 0.005 and share < 0.33, "4 bits: KL at most 0.005, at most 0.33 of float16's bytes")
-    print(f"keys {kls[0] / kls[1]:.2f}, values {kls[2] / kls[3]:.3f} of the other axis' KL;",
+    of_keys, of_values = kls[0] / kls[1], kls[2] / kls[3]
+    found(of_keys < 0.4, f"keys: per channel {of_keys:.2f} times per token, at most 0.4")
+    found(of_values < 0.1, f"values: per token {of_values:.2f} times per channel, at most 0.1")
+    found(kls[4] < 0.005, f"4 bits for both: KL {kls[4]:.4f}, at most 0.005")
+    found(share < 0.33, f"4 bits take {share:.2f} of float16's bytes, at most 0.33")
+    print(f"the advised axis has, of the other's KL: keys {of_keys:.2f}, values {of_values:.3f};",
           f"4 bits take {share:.2f} of float16's bytes")
 # %% [markdown]
 # On SmolLM2 the advice holds, for the values by more than ten times, although on the small model it did
@@ -487,7 +489,7 @@ ledger.Table(rows)
 # Slower: our cache is unpacked whole for every token, which costs more than reading floats does on a model as
 # small as this. Engines unpack inside the attention kernel, and where memory is the bottleneck they gain speed as
 # well. What is gained here is *bytes*.
-# %% [markdown]
+#
 # ## 11. Exercises
 # ### Exercise 18.5 (about 15 minutes, no check)
 # transformers' own `QuantizedCache` rounds all tokens again whenever its window is full. Write that cache in five
