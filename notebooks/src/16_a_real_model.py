@@ -263,9 +263,9 @@ found(max(gains.values()) > 3 * planted_gain, "a scale a token gives the real mo
 {name: f"{gain:.0f} times" for name, gain in gains.items()}
 # %% [markdown]
 # **What you saw.** The planted layer has six bright columns from top to bottom, and only its channels fall off a
-# cliff: tokens are alike, and a scale for each gives little. SmolLM2's `down_proj` layers have a bright dot in the
-# first row, and the tokens' curve falls as well; block 2 has several loud tokens. There a scale a token gives up to
-# a hundred times and more.
+# cliff: tokens are alike, and a scale for each of them divides the error by 9. SmolLM2's `down_proj` layers have a
+# bright dot in the first row, and the tokens' curve falls as well (block 2 has several loud tokens): there a scale
+# for each token divides the error by up to 110.
 #
 # ## 5. Which remedy helps whom?
 # The whole models now, 8 bits for weights and activations, in five ways. KL to the float model, on 512 tokens of
