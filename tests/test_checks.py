@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,18 @@ def test_an_error_in_the_answer_is_no_traceback():
         return 1 / 0
 
     assert "ZeroDivisionError" in checks.judge(checks.find("1.1"), broken)
+
+
+def endless(*_arguments):
+    while True:
+        pass
+
+
+@pytest.mark.parametrize("name", ["8.5", "13.4", "14.5"])
+def test_an_endless_answer_is_stopped_where_a_test_judges_as_well(name, monkeypatch):
+    exercise = replace(checks.find(name), seconds=0.3)
+    monkeypatch.setitem(importlib.import_module(exercise.test.__module__).EXERCISES, name, exercise)
+    assert "No answer after 0.3 seconds" in checks.judge(exercise, endless)
 
 
 def test_every_file_is_a_chapter_and_holds_its_exercises():

@@ -293,7 +293,7 @@ def good_calls(folder: Path) -> dict:
         "capstone's append": (capstone.append, {"score": scored[0], "path": folder / "board.jsonl"}),
         "capstone's read": (capstone.read, {"path": folder / "board.jsonl"}),
         "merge": (capstone.merge, {"paths": [folder / "board.jsonl"], "out": folder / "merged.jsonl"}),
-        "best": (capstone.best, {"rows": scored, "budget": "2.2 MB"}),
+        "best": (capstone.best, {"rows": scored, "budget": "2.2 MB", "model": "bundled"}),
         "plans": (capstone.plans, {"calibration": tokens(), **given, **fewer}),
         "seal": (capstone.seal, {"text": "a"}),
         "unseal": (capstone.unseal, {"sealed": capstone.seal("a")}),
