@@ -5,8 +5,10 @@ load_checkpoint for the one exception); vLLM too. GPTQ's and AWQ's ask for gptqm
 """
 
 import copy
+import io
 import warnings
 from collections.abc import Mapping
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
@@ -75,7 +77,8 @@ def load_checkpoint(folder):
     engine("compressed_tensors" if ours else "gptqmodel")
     zeros = ours and not about["config_groups"]["group_0"]["weights"]["symmetric"]
     asked = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if zeros else {}
-    with warnings.catch_warnings():
+    bars = io.StringIO()  # the engine's; they go to stderr
+    with warnings.catch_warnings(), redirect_stderr(bars):
         warnings.simplefilter("ignore")  # of the engines about themselves
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **asked)
     return model.eval()
