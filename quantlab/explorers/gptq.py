@@ -125,7 +125,9 @@ def explore_columns(
             f"{drift.mean() if column < columns else 0.0:.3f} steps of the grid on average"
         )
 
-    return bind(controls, picture.top, picture.moving, update, few_colours=False)
+    some = thinned(list(range(rows)), 4, row)  # each picture has some 10 kB
+    filmed = [{"row": r, "column": c} for r in some for c in range(columns + 1)]
+    return bind(controls, picture.top, picture.moving, update, few_colours=False, filmed=filmed)
 
 
 class _Walk:
