@@ -20,7 +20,7 @@ from quantlab.explorers.base import Explorer
 from quantlab.explorers.data import thinned
 from quantlab.files import write_whole
 
-MOST = 400  # states of one film
+MOST = 300  # states of one film
 Place = tuple[int, ...]  # of each control, which of its stops
 
 
@@ -178,5 +178,6 @@ def _control(name: str, control: widgets.Widget) -> Control:
     stops = [control.min + i * control.step for i in range(count + 1)]
     if isinstance(control, widgets.FloatSlider):
         stops = [float(round(stop, 9)) for stop in stops]
-    stops = sorted({*stops, control.value})  # it may stand between two steps
+    if control.value not in stops:  # it stands between two steps
+        stops = sorted([*stops, control.value])
     return Control(name, control.description, "slider", stops, [format(v, control.readout_format) for v in stops])
