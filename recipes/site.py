@@ -19,11 +19,11 @@ from pathlib import Path
 import nbformat
 
 from recipes import filming, site_pages
-from recipes.notebooks import NOTEBOOKS
+from recipes.notebooks import NOTEBOOKS, notebook_of
 
 STATIC = Path(__file__).resolve().parent / "site_static"
 BUILT = filming.ROOT / "build/site"
-PAGES = ("film.js", "table.js", "site.css")
+PAGES = ("film.js", "table.js", "site.css", "icon.svg")
 LARGEST_SITE = 40_000_000  # bytes of all films
 
 
@@ -92,9 +92,9 @@ def write_pages(sources: list[Path], folder: Path) -> None:
     for name in PAGES:
         shutil.copy(STATIC / name, folder / "_static" / name)
     shutil.copy(STATIC / "conf.py", folder / "conf.py")
-    for stem in stems:
-        page = site_pages.chapter(NOTEBOOKS / f"{stem}.ipynb", films, set(stems))
-        nbformat.write(page, folder / f"chapters/{stem}.ipynb")
+    for source in sources:
+        page = site_pages.chapter(notebook_of(source), films, set(stems))
+        nbformat.write(page, folder / f"chapters/{source.stem}.ipynb")
     texts = {
         "index": site_pages.first_page(films, stems),
         "glossary": site_pages.glossary(),

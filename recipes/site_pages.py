@@ -6,9 +6,11 @@ import html
 import importlib
 import inspect
 import io
+import itertools
 import json
 import pkgutil
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,9 +61,9 @@ def chapter(path: Path, films: Path, stems: set[str]) -> nbformat.NotebookNode:
 
 def how_to_open(path: Path) -> str:
     return (
-        f":::{{note}}\nThis page shows what `notebooks/{path.name}` gave when it was run. To run it yourself, with "
-        "checks that answer, in a checkout of this repository:\n\n```text\npython run.py setup\n"
-        f"python run.py lab   # then open {path.name}\n```\n:::"
+        f"````{{note}}\nThis page shows what `notebooks/{path.name}` gave when it was run. To open it and run it "
+        "yourself, with checks that answer, in a checkout of this repository:\n\n```text\npython run.py setup\n"
+        f"python run.py lab   # then open notebooks/{path.name}\n```\n````"
     )
 
 
@@ -97,7 +99,7 @@ def html_output(text: str) -> nbformat.NotebookNode:
 
 
 def describe(cell, section: str, after: list) -> None:
-    """Give a picture its text alternative: the section, and what the text below says of it. A guess gets its choices."""
+    """Give a picture its text alternative: the section, and what the text below says. A guess gets its choices."""
     for i, output in enumerate(cell.outputs):
         text = output.get("data", {}).get("text/plain", "")
         if text.startswith("Predict. "):
@@ -130,16 +132,11 @@ def prediction_html(text: str) -> str:
     """A question, and its choices to tick: for the reader alone, nothing is sent or kept."""
     question, _, below = text.removeprefix("Predict. ").partition("\n")
     choices = [choice.strip() for choice in below.split("( )")[1:]]
-    name = f"guess-{abs(hash_of(question))}"
+    name = f"guess-{zlib.crc32(question.encode())}"
     answers = [f'<label><input type="radio" name="{name}"> {html.escape(choice)}</label>' for choice in choices]
     if not choices:
         answers = [f'<label><input type="number" step="any"> {html.escape(below)}</label>']
     return f'<fieldset class="predict"><legend>Predict. {html.escape(question)}</legend>{"".join(answers)}</fieldset>'
-
-
-def hash_of(text: str) -> int:
-    """The same in every run, unlike hash()."""
-    return int.from_bytes(text.encode()[-8:]) + len(text)
 
 
 def hints_below(cell) -> list:
@@ -171,7 +168,8 @@ def first_page(films: Path, stems: list[str]) -> str:
         parts.append(f"*Drag it: everything moves here, without a kernel. It is from [](chapters/{landing}.ipynb).*")
     if learn:
         parts.append(f"## What you will learn\n\n{learn[1]}")
-    parts.append("```{toctree}\n:caption: Chapters\n:maxdepth: 1\n\n" + "\n".join(f"chapters/{s}" for s in stems) + "\n```")
+    chapters = "\n".join(f"chapters/{stem}" for stem in stems)
+    parts.append(f"```{{toctree}}\n:caption: Chapters\n:maxdepth: 1\n\n{chapters}\n```")
     parts.append("```{toctree}\n:caption: Reference\n:maxdepth: 1\n\nglossary\nledger\napi\n```")
     return "\n\n".join(parts) + "\n"
 
@@ -274,8 +272,6 @@ def prose(doc: str) -> str:
         lines = block.splitlines()
         if block.startswith(">>>"):
             parts.append(f"```pycon\n{block}\n```")
-        elif all(line.startswith("    ") for line in lines):
-            parts.append(f"```text\n{inspect.cleandoc(block)}\n```")
         else:
             parts.append(mixed(lines))
     return "\n\n".join(parts)
@@ -283,14 +279,12 @@ def prose(doc: str) -> str:
 
 def mixed(lines: list[str]) -> str:
     """Text whose indented lines are formulas."""
-    text, out = [], []
-    for line in lines:
-        if line.startswith("    "):
-            out += [escaped(" ".join(text)), f"```text\n{line.strip()}\n```"] if text else [f"```text\n{line.strip()}\n```"]
-            text = []
-        else:
-            text.append(line.strip())
-    return "\n\n".join([*out, *([escaped(" ".join(text))] if text else [])])
+    runs = [(key, list(run)) for key, run in itertools.groupby(lines, lambda line: line.startswith("    "))]
+    texts = (" ".join(map(str.strip, run)) for _, run in runs)
+    return "\n\n".join(
+        f"```text\n{inspect.cleandoc(chr(10).join(run))}\n```" if formula else escaped(text)
+        for (formula, run), text in zip(runs, texts, strict=True)
+    )
 
 
 def escaped(text: str) -> str:

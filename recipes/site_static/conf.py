@@ -1,8 +1,7 @@
-"""Sphinx's settings for the site. Nothing here asks another host for anything: fonts, mathematics, scripts are local."""
+"""Sphinx's settings for the site. Nothing here asks another host for anything: mathematics and scripts are local."""
 
 from docutils import nodes
 from latex2mathml.converter import convert
-from sphinx.util.docutils import SphinxTranslator  # noqa: F401  the type that the two functions below are given
 
 project = "quantlab"
 author = "the authors of quantlab"
@@ -16,17 +15,15 @@ myst_dmath_double_inline = True
 myst_heading_anchors = 3
 html_theme = "furo"
 html_title = "quantlab"
+html_favicon = "_static/icon.svg"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_js_files = ["film.js", "table.js"]
 html_copy_source = False
 html_show_sphinx = False
 html_math_renderer = "mathml"
-templates_path = []
-exclude_patterns = []
 language = "en"
-# A cell's language, and words that Sphinx takes for a reference
-suppress_warnings = ["myst.header", "mystnb.unknown_mime_type", "misc.highlighting_failure"]
+suppress_warnings = ["myst.header", "misc.highlighting_failure"]  # notebooks begin sections as they like
 
 
 def inline(self, node: nodes.math) -> None:
