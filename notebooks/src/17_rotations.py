@@ -516,8 +516,9 @@ if large is not None:
            for way in ("learned", "random") for name in plain})
 # %% [markdown]
 # Where SmolLM2 is installed, rotating leaves 0.23 of the damage with one fixed scale, and 0.35 at 4 bits, which is
-# still a damaged model. (At most 0.35 was the aim for both: at 4 bits it is just reached, and another machine may miss
-# it.) Smoothing leaves 0.90, for the loudest inputs are those of `down_proj`; with a scale a token it halves the damage.
+# still a damaged model. (At most 0.35 was the aim for both: at 4 bits it is just reached, and another machine may
+# miss it.) Smoothing leaves 0.90, for the loudest inputs are those of `down_proj`; with a scale a token it halves the
+# damage.
 #
 # Here the learned turn gains nothing over Hadamard's: 1.08 times its KL at 4 bits, learnt on 1,024 rows of 128 tokens,
 # in 40 steps. A turn drawn at random does nearly as well at 8 bits (1.02 to 1.16 times) and worse at 4 (1.25 times).
