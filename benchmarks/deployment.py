@@ -1,4 +1,4 @@
-"""quantlab's codes in ONNX files, in other engines: equal codes, how far the answers are, how fast. A quarter of an hour.
+"""quantlab's codes in ONNX files, in other engines: equal codes, how far the answers are, how fast. Fifteen minutes.
 
 Bars: codes are byte-identical after the round trip; ONNX Runtime's MatMulNBits with GPTQ's codes gives quantlab's
 logits within 1e-4 (the bundled model); an int8 prefill of SmolLM2 in ONNX Runtime or OpenVINO, whose likeliest tokens
