@@ -412,6 +412,8 @@ def test_every_public_function_has_a_good_call(calls):
 
 def sound(result, depth: int = 0) -> bool:
     """Whether no float in a result is NaN, and every tensor has values, finite ones. (A ratio may be infinite.)"""
+    if hasattr(result, "qdata"):  # a tensor of torchao
+        result = result.dequantize()
     if isinstance(result, Tensor):
         return not result.is_meta and (not result.is_floating_point() or bool(result.float().isfinite().all()))
     if isinstance(result, nn.Module):
@@ -438,6 +440,7 @@ OURS = (ValueError, FileNotFoundError, TypeError)
 
 def bits(value) -> bytes | None:
     """What a dense tensor holds, to see that it is not changed."""
+    value = getattr(value, "qdata", value)  # of a tensor of torchao, its codes
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta or value.numel() == 0:
         return None
     return value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
