@@ -278,7 +278,7 @@ def survivors(exercise: Exercise, some: int | None = None) -> Iterator[tuple[Mut
     """
     quick = replace(exercise, seconds=min(exercise.seconds, SECONDS))
     found = list(mutants(exercise))
-    for mutant in found[:: max(1, len(found) // some)] if some else found:
+    for mutant in found[:: -(-len(found) // some)] if some else found:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             passed = judge(quick, mutant.function).startswith("passed")
         if passed:
@@ -396,10 +396,8 @@ def main(names: list[str]) -> None:
         passed = list(survivors(exercise))
         print(f"{name} {exercise.title}: {total} mutants, {len(passed)} passed")
         for mutant, seen in passed:
-            print(
-                f"    {'WRONG' if seen else 'equivalent on every input'}: {mutant.what}"
-                + (f"\n        {seen}" if seen else "")
-            )
+            kind = "WRONG" if seen else "not compared" if exercise.test else "equivalent on every input"
+            print(f"    {kind}: {mutant.what}" + (f"\n        {seen}" if seen else ""))
         for form, answer in right_forms(exercise).items():
             if not (verdict := judge(exercise, answer)).startswith("passed"):
                 print(f"    REFUSED, though right: {form}: {verdict}")

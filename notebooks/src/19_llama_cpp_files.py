@@ -23,7 +23,7 @@
 # Only this workbook can read the folders we stored models in. The world shares models in files like the one
 # that SmolLM2 comes in. What is in it? (Without that package, the bundled model is written in the same
 # format.)
-# %%
+# %% tags=["nbval-ignore-output"]
 import tempfile
 from pathlib import Path
 
@@ -484,4 +484,4 @@ check("19.5", my_search)
 # - Importance weights a search for scales; most of what it gains in the simple types is the search.
 # - Codes of GPTQ fit into the simplest blocks; llama.cpp runs them, and rounds activations too.
 #
-# Next: [20 From notebook to deployment](20_deployment.ipynb) takes the same model to other engines.
+# Next: [21 Bug hunt](21_bug_hunt.ipynb), in which you catch such claims yourself.

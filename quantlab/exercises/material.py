@@ -113,6 +113,24 @@ def uniform(random: torch.Generator, low: float, high: float) -> float:
     return low + (high - low) * torch.rand(1, generator=random, dtype=torch.float64).item()
 
 
+def whole(random: torch.Generator, low: int, high: int) -> int:
+    """A whole number from low up to, but not including, high.
+
+    >>> 2 <= whole(torch.Generator().manual_seed(0), 2, 5) < 5
+    True
+    """
+    return int(torch.randint(low, high, (), generator=random))
+
+
+def six_channels(width: int) -> list[int]:
+    """The six channels of `width` that notebooks make loud: the first, and then each 5/32 of the width further on.
+
+    >>> six_channels(256)
+    [0, 40, 80, 120, 160, 200]
+    """
+    return [width * 5 // 32 * k for k in range(6)]
+
+
 def off_ties(random: torch.Generator, count: int, low: int, high: int) -> Tensor:
     """Numbers (count,) that no right answer rounds differently: whole ones of low..high, up to 0.4 to either side.
 
