@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantlab.affine import QParams
 from quantlab.arguments import check_choice, check_kind
@@ -60,3 +60,23 @@ def layer_codes(parts: Mapping[str, Tensor], layout: str, *, symmetric: bool, dt
     qp = QParams(scale, zero, qmin, qmax)
     signed = (codes.short() + qmin).to(torch.int8)
     return QTensor(signed, qp, of.bits, how, symmetric, dtype, None if in_order or rows else index.int())
+
+
+def configuration(model, qtensors: dict[str, QTensor], layout: str) -> dict:
+    """What a loader needs to know, in the words of its library."""
+    q = next(iter(qtensors.values()))
+    size = q.granularity.group_size if isinstance(q.granularity, PerGroup) else None
+    group, ordered = size or -1, q.group_index is not None
+    if layout == "AWQ":
+        return {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"}
+    if layout.startswith("GPTQ"):
+        version = "gptq" if layout == "GPTQ" else "gptq_v2"
+        about = {"quant_method": "gptq", "bits": 4, "group_size": group, "sym": q.symmetric, "desc_act": ordered}
+        return about | {"checkpoint_format": version, "lm_head": False}
+    weights = {"num_bits": q.bits, "type": "int", "symmetric": q.symmetric, "strategy": "group" if size else "channel"}
+    inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    kind, inputs = ("int-quantized", inputs) if layout == "W8A8" else ("pack-quantized", None)
+    others = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in qtensors]
+    one = {"targets": ["Linear"], "weights": weights | {"group_size": size}, "input_activations": inputs}
+    about = {"quant_method": "compressed-tensors", "format": kind, "quantization_status": "compressed"}
+    return about | {"ignore": others, "config_groups": {"group_0": one | {"output_activations": None}}}

@@ -18,11 +18,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedTokenizerBase
 
 from quantlab.arguments import check_choice, check_flag, check_kind, check_model, check_path
-from quantlab.export.checkpoint_layouts import layer_codes, layer_parts
+from quantlab.export.checkpoint_layouts import configuration, layer_codes, layer_parts
 from quantlab.export.checkpoint_words import LAYOUTS
 from quantlab.export.engines import engine
 from quantlab.files import new_folder, read_json
-from quantlab.granularity import PerGroup, QTensor
+from quantlab.granularity import QTensor
 from quantlab.lm.layers import linear_layers
 from quantlab.modules import evaluating, put_weight
 from quantlab.quantized import smallest_exact
@@ -51,7 +51,7 @@ def save_checkpoint(model, folder, qtensors: Mapping, *, layout: str, tokenizer=
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if (there and WEIGHTS not in there) or folder == Path.cwd() or folder.is_file():
         raise ValueError(f"{folder} exists and holds no checkpoint; nothing was written")
-    config.dtype, config.quantization_config = model.dtype, _about(model, qtensors, layout)
+    config.dtype, config.quantization_config = model.dtype, configuration(model, qtensors, layout)
     symmetric = next(iter(qtensors.values())).symmetric
     with new_folder(folder) as new:
         config.save_pretrained(new)
@@ -80,8 +80,10 @@ def load_checkpoint(folder):
     bars = io.StringIO()  # the engine's; they go to stderr
     with warnings.catch_warnings(), redirect_stderr(bars):
         warnings.simplefilter("ignore")  # of the engines about themselves
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **asked)
-    return model.eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **asked).eval()
+        with torch.no_grad():
+            model(torch.zeros(1, 1, dtype=torch.int64))  # compressed-tensors unpacks when first called
+    return model
 
 
 def checkpoint_codes(folder) -> dict[str, QTensor]:
@@ -127,26 +129,6 @@ def _tensors(model, qtensors: dict[str, QTensor], layout: str) -> dict:
         del own[f"{name}.weight"]
         own |= {f"{name}.{end}": part for end, part in layer_parts(q, layout).items()}
     return {name: t.contiguous().cpu() for name, t in own.items()}
-
-
-def _about(model, qtensors: dict[str, QTensor], layout: str) -> dict:
-    """What a loader needs to know, in the words of its library."""
-    q = next(iter(qtensors.values()))
-    size = q.granularity.group_size if isinstance(q.granularity, PerGroup) else None
-    group, ordered = size or -1, q.group_index is not None
-    if layout == "AWQ":
-        return {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"}
-    if layout.startswith("GPTQ"):
-        version = "gptq" if layout == "GPTQ" else "gptq_v2"
-        about = {"quant_method": "gptq", "bits": 4, "group_size": group, "sym": q.symmetric, "desc_act": ordered}
-        return about | {"checkpoint_format": version, "lm_head": False}
-    weights = {"num_bits": q.bits, "type": "int", "symmetric": q.symmetric, "strategy": "group" if size else "channel"}
-    inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-    kind, inputs = ("int-quantized", inputs) if layout == "W8A8" else ("pack-quantized", None)
-    others = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in qtensors]
-    one = {"targets": ["Linear"], "weights": weights | {"group_size": size}, "input_activations": inputs}
-    about = {"quant_method": "compressed-tensors", "format": kind, "quantization_status": "compressed"}
-    return about | {"ignore": others, "config_groups": {"group_0": one | {"output_activations": None}}}
 
 
 def _compare(folder: Path, model, qtensors: dict[str, QTensor], layout: str) -> None:
