@@ -277,6 +277,7 @@ EXERCISES = {
         solution=search_solution,
         cases=_search_cases,
         rule=_search_rule,
+        seconds=60.0,
     ),
     "11.4": Exercise(
         "which columns",
@@ -304,5 +305,6 @@ EXERCISES = {
         rule=_better_rule,
         use=_use_better,
         rounds=2,
+        seconds=60.0,
     ),
 }  # fmt: skip
