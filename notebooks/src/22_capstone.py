@@ -364,8 +364,8 @@ found(third.fits and third.kl < leader.kl, f"{leader.recipe} is beaten")
 f"{third.recipe} {third.kl:.4f}, {leader.recipe} {leader.kl:.4f}"
 # %% [markdown]
 # The best of ours under 1.5 MB is beaten, by a smaller float. No new method was needed, only the question what each
-# byte is for. There is room for more: `tests/test_capstone.py` has an entry under 1.5 MB that goes further, and nobody
-# has said that 16 bits are the least for a scale.
+# byte is for. There is room for more: `tests/test_capstone.py` has an entry for each of the two budgets that goes
+# further, and nobody has said that 16 bits are the least for a scale.
 #
 # ## 8. A real model, and a class
 # SmolLM2 (notebook 16) has a budget of 70 MB. **Predict:** do 4 bits everywhere fit, in groups of 128? Each group has
