@@ -1,9 +1,10 @@
-"""python run.py lab | test | notebooks | bench | setup      (each makes .venv on first use)
+"""python run.py lab | test | notebooks | site | bench | setup      (each makes .venv on first use)
 
 lab [options]      opens the workbook in JupyterLab, which gets the options (--no-browser --port=9999)
 test [options]     runs ruff, the notebooks and the tests; given options (-k affine), pytest with them alone
 test --cpu         the notebooks and the tests as on other processors, one after the other: long
 notebooks [names]  builds notebooks/*.ipynb from notebooks/src/*.py (--help tells more)
+site [options]     builds the workbook as a static site whose sliders move without a kernel (--help tells more)
 bench              runs every script in benchmarks/
 
 QUANTLAB_TORCH_INDEX=<address of PyTorch's CPU wheel index> spares a Linux machine several GB of CUDA.
@@ -83,6 +84,16 @@ def install(torch: str) -> None:
             print("SmolLM2 is left out for the reason above; everything else runs without it.", flush=True)
 
 
+def setup_site() -> None:
+    """Add what only the site needs, or do nothing when it is there."""
+    wanted = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt")))
+    stamp = STAMP.with_name("site")
+    if not stamp.exists() or stamp.read_text() != wanted.hexdigest():
+        pip = [PYTHON, "-m", "pip", "install", *([] if sys.stdout.isatty() else ["--quiet"])]
+        or_exit("installing Sphinx and its theme", [*pip, "-e", ".[test,site]", "-c", "constraints.txt"])
+        stamp.write_text(wanted.hexdigest())
+
+
 def or_exit(step: str, command: list) -> None:
     print(step, "...", flush=True)
     if subprocess.call(command, cwd=ROOT):
@@ -115,6 +126,10 @@ def steps(what: str, options: list) -> dict:
         return {path.name: ([path], {}) for path in sorted(ROOT.glob("benchmarks/[!_]*.py"))}
     if what == "notebooks":
         return {"notebooks": (["-m", "recipes.notebooks", *options], {})}
+    if what == "site":
+        built = {"QUANTLAB_SITE": str(ROOT / "build/site/html")}  # which the last tests look at
+        build = {"site": (["-m", "recipes.site", *options], {})}
+        return build if options else build | {"its pages": (["-m", "pytest", "-s", "tests/test_site.py"], one | built)}
     if options == ["--cpu"]:
         both = {"notebooks": nbval, "tests": [*shared, "-m", "not browser"]}
         return {f"{n}, {cpu}": (command, one | env) for cpu, env in PROCESSORS.items() for n, command in both.items()}
@@ -146,10 +161,12 @@ def absolute_model() -> None:
 
 
 def main(what: str = "", *options: str) -> int:
-    if what not in ("lab", "test", "notebooks", "bench", "setup"):
+    if what not in ("lab", "test", "notebooks", "site", "bench", "setup"):
         sys.exit(__doc__)
     absolute_model()
     setup()
+    if what == "site":
+        setup_site()
     if what in ("setup", "lab"):
         return lab(*options) if what == "lab" else 0
     failed = []

@@ -218,7 +218,8 @@ def test_a_block_of_zeros_has_no_scale_to_lose(bits, symmetric):
         (lambda: codes_to_gguf(torch.ones(2, 32)), "got Tensor"),
         (lambda: codes_to_gguf(in_blocks(1e6, bits=4, symmetric=False)), "scales and offsets in float16"),
         (lambda: codes_to_gguf(in_blocks(1e8, bits=4, symmetric=True)), "up to 65504"),
-        (lambda: codes_to_gguf(in_blocks(1e-7, bits=8, symmetric=True)), "would become 0"),
+        (lambda: codes_to_gguf(in_blocks(1e-9, bits=8, symmetric=True)), "too small"),  # all scales would become 0
+        (lambda: codes_to_gguf(in_blocks(1e-5, bits=8, symmetric=True)), "too small"),  # subnormal: off by a third
     ],
 )
 def test_what_does_not_fit_is_refused(call, words):

@@ -161,6 +161,23 @@ def test_every_notebook_runs_on_another_model_with_a_browser_or_without_one(brow
     assert steps["tests"][1]["QUANTLAB_BROWSER_MODEL"] == str(run.FOREIGN)
 
 
+def test_the_site_is_built_and_then_looked_at_unless_options_say_otherwise():
+    assert list(run.steps("site", [])) == ["site", "its pages"]
+    assert list(run.steps("site", ["01"])) == ["site"]
+
+
+def test_what_the_site_needs_is_pinned_and_installed_once(monkeypatch, tmp_path):
+    for requirement in map(Requirement, PROJECT["optional-dependencies"]["site"]):
+        assert constraints()[canonicalize_name(requirement.name)] in requirement.specifier
+    commands = []
+    monkeypatch.setattr(run, "STAMP", tmp_path / "complete")
+    monkeypatch.setattr(run.subprocess, "call", lambda command, cwd: commands.append(command))
+    run.setup_site()
+    run.setup_site()
+    assert len(commands) == 1
+    assert ".[test,site]" in commands[0]
+
+
 def test_another_processor_is_played_by_other_kernels():
     steps = run.steps("test", ["--cpu"])
     assert len(steps) == 2 * len(run.PROCESSORS) >= 8

@@ -343,6 +343,7 @@ for i in range(W.shape[1]):
 gptq = gptq_quantize(weight.double(), hessian, bits=3)
 same = (gptq.codes == codes).double().mean().item()
 assert same > 0.999
+assert torch.equal(gptq.qparams.scale[:, 0], grid.scale)  # the grid is rounding's
 f"the same codes: {same:.2%}"
 # %% [markdown]
 # ## 8. Drag it
@@ -415,8 +416,8 @@ middle = torch.tensor(list(paradox.values())).median(0).values
 score()
 # %% [markdown]
 # ### Open
-# Whose order? Permute the columns of `weight` and of `x`, quantize, and compare output errors: ten random orders, rising
-# diag H, the norm of the columns of W. How much does the order matter at 4 bits, and at 2?
+# Whose order? Permute the columns of `weight` and of `x`, quantize, and compare output errors: ten random orders,
+# rising diag H, the norm of the columns of W. How much does the order matter at 4 bits, and at 2?
 #
 # ### Recap
 # - What counts is the output: ‖X(W − Q)ᵀ‖², and all it needs of the data is H = XᵀX.

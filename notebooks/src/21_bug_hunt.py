@@ -346,8 +346,7 @@ hunt.atlas()
 # - **The rest** (about four minutes each): thirty programs have no cell yet.
 # - **A test for all** (30 minutes, no check): which single *property* ("at most half a step") exposes the most
 #   programs of room 1?
-# - **Open**: take a page about quantization from the web, or a chatbot's answer. Write down what its code
-#   promises, and test it.
+# - **Open**: take a page about quantization from the web. Write down what its code promises, and test it.
 #
 # ### Recap
 # - A print-out shows what its author thought of. Ask what it leaves out.

@@ -52,12 +52,11 @@ def _scaling_cases(random):
 
 def search_solution(weight, x, bits, group_size):
     """Twenty-one alphas; the scales of the one with the least output error."""
+    hessian, strength = Hessian(x.shape[1]).add(x), x.abs().mean(0).clamp(min=1e-6)
 
     def error(s):
-        rounded = scale_and_round(weight, s, bits=bits, group_size=group_size).dequantize()
-        return (x @ (weight - rounded).T).square().sum()
+        return hessian.output_error(weight, scale_and_round(weight, s, bits=bits, group_size=group_size).dequantize())
 
-    strength = x.abs().mean(0).clamp(min=1e-6)
     return min([strength ** (i / 20) for i in range(21)], key=error)
 
 
@@ -161,12 +160,12 @@ def _columns_rule(columns, weight, x, fresh):
 
 def better_solution(weight, x, bits, group_size):
     """SmoothQuant's formula has the weights in it; search its alpha as AWQ does."""
+    of_x, of_w = x.abs().mean(0).clamp(min=1e-6), weight.abs().mean(0).clamp(min=1e-6)
+    hessian = Hessian(x.shape[1]).add(x)
 
     def error(s):
-        rounded = scale_and_round(weight, s, bits=bits, group_size=group_size).dequantize()
-        return (x @ (weight - rounded).T).square().sum()
+        return hessian.output_error(weight, scale_and_round(weight, s, bits=bits, group_size=group_size).dequantize())
 
-    of_x, of_w = x.abs().mean(0).clamp(min=1e-6), weight.abs().mean(0).clamp(min=1e-6)
     return min([of_x ** (i / 20) / of_w ** (1 - i / 20) for i in range(21)], key=error)
 
 

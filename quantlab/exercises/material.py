@@ -159,7 +159,8 @@ class Yardstick:
         """The model quantized by a method of quantlab.methods."""
         from quantlab.lm import quantize_lm  # here: most exercises need no language model, whose import takes seconds
 
-        return quantize_lm(self.model, self.calibration, method, window=128, progress=False)[0]
+        tokens = self.calibration if method.needs_data else None
+        return quantize_lm(self.model, tokens, method, window=128, progress=False)[0]
 
     def kl(self, method, model=None, *, keep=()) -> float:
         """Mean KL after this method, measured once; model: what it gave already; keep: layers that stay float."""

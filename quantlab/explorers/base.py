@@ -31,6 +31,8 @@ class Explorer:
     controls: dict[str, widgets.Widget]
     ax: Axes
     numbers: Callable[[], str]  # the line under the picture
+    picture: Callable[[], bytes]  # PNG
+    filmed: list[dict] | None = None  # {control: value} of the states worth drawing ahead; None: a grid of them
 
     def _repr_mimebundle_(self, **options):
         return self.view._repr_mimebundle_(**options)
@@ -95,7 +97,10 @@ class Canvas:
         return out.getvalue()
 
 
-def bind(controls: dict, ax: Axes, moving: list, update: Callable[..., str], *, few_colours: bool = True) -> Explorer:
+def bind(
+    controls: dict, ax: Axes, moving: list, update: Callable[..., str], *,
+    few_colours: bool = True, filmed: list[dict] | None = None,
+) -> Explorer:  # fmt: skip
     """Bind controls to a figure: update(**values) moves the artists and returns the line of numbers (or more lines)."""
     update(**_values(controls))  # the colours of a first picture
     canvas, text = Canvas(ax.figure, moving, few_colours), [""]
@@ -110,7 +115,8 @@ def bind(controls: dict, ax: Axes, moving: list, update: Callable[..., str], *, 
         control.observe(draw, names="value")
     draw()
     row = widgets.HBox(list(controls.values()), layout={"flex_flow": "row wrap"})
-    return Explorer(View([row, image, line], lambda: image.value, lambda: text[0]), controls, ax, lambda: text[0])
+    shown = (lambda: image.value), (lambda: text[0])
+    return Explorer(View([row, image, line], *shown), controls, ax, shown[1], shown[0], filmed)
 
 
 def _values(controls: dict) -> dict:

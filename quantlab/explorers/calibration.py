@@ -59,7 +59,9 @@ def explore_calibration(x: Tensor, *, bits: int = 4, weight: Tensor | None = Non
         picture.show(grid, data.curves(bits), data.marks(bits), reach)
         return grid.text
 
-    explorer = bind(controls, picture.left, picture.moving, update)
+    filmed = [{"clip": c, "observer": BY_HAND, "bits": b} for c in CLIPS for b in BITS]
+    filmed += [{"observer": name, "bits": b} for name in data.names for b in BITS]  # the clip stands where it was
+    explorer = bind(controls, picture.left, picture.moving, update, filmed=filmed)
     controls["clip"].observe(lambda _: controls["observer"].set_trait("value", BY_HAND), names="value")
     return explorer
 

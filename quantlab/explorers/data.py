@@ -30,6 +30,21 @@ def nearest(choices, value: float):
     return min(choices, key=lambda choice: abs(choice - value))
 
 
+def thinned(stops: list, count: int, kept) -> list:
+    """About so many of a slider's stops, evenly picked, both ends and the stop `kept` among them.
+
+    >>> thinned(list(range(11)), 3, 4)
+    [0, 4, 10]
+    """
+    if count >= len(stops):
+        return stops
+    places = torch.linspace(0, len(stops) - 1, max(count, 2)).round().int().tolist()
+    here = stops.index(kept)
+    if here not in places and len(places) > 2:
+        places.remove(min(places[1:-1], key=lambda place: abs(place - here)))
+    return [stops[place] for place in sorted({*places, here})]
+
+
 def check_layer(weight, x=None) -> tuple[Tensor, Tensor | None]:
     """weight (out, in) and the layer's input x as (tokens, in): float32, on the CPU, without gradient.
 

@@ -1,5 +1,6 @@
 """Sliders on the bits of a floating-point format: its numbers, over the values of a real tensor."""
 
+import itertools
 from functools import cache
 from typing import NamedTuple
 
@@ -57,7 +58,10 @@ def explore_float_format(
         picture.show(lines, shown.ends)
         return shown.text
 
-    return bind(_controls(preset, scaled), picture.top, picture.moving, update)
+    controls = _controls(preset, scaled)
+    names = "exponent", "mantissa", "scaled"  # the preset follows
+    filmed = [dict(zip(names, v, strict=True)) for v in itertools.product(range(1, 9), range(11), (False, True))]
+    return bind(controls, picture.top, picture.moving, update, filmed=filmed)
 
 
 def _controls(preset: str, scaled: bool) -> dict:

@@ -11,10 +11,10 @@ def codes_to_gguf(q: QTensor) -> tuple[str, Tensor]:
     """(type, bytes) of a quantized weight in groups of 32: quantlab's own codes, from GPTQ say, in llama.cpp's blocks.
 
     8 bits symmetric become Q8_0, 4 bits symmetric Q4_0, 4 bits with a zero point Q4_1. Codes stay as they are; scales
-    become float16, so values move by up to 2⁻¹¹ of themselves.
+    become float16, so values move by up to 2⁻¹¹ of themselves, or, where a scale is below 2⁻¹⁴, of the largest.
 
-    Raises: ValueError for other bits, other groups, or an order of columns (act-order); or if a scale or an offset is
-    too large for float16, or so small that all of a block would become 0.
+    Raises: ValueError for other bits, other groups, or an order of columns (act-order); or if float16 cannot hold the
+    scales: one, or an offset, is too large, or all are so small that they would become 0, or others than they are.
 
     >>> from quantlab import quantize_tensor
     >>> codes_to_gguf(quantize_tensor(torch.ones(2, 64), bits=4, granularity=PerGroup(32)))[0]
@@ -41,12 +41,15 @@ def codes_to_gguf(q: QTensor) -> tuple[str, Tensor]:
 
 
 def _check_halves(scale: Tensor, offset: Tensor, steps: Tensor) -> None:
-    """Float16 must hold each scale and offset, and no scale become 0 where steps, codes minus zero, are not."""
+    """Float16 must hold scales and offsets, to 2⁻¹⁰ of the largest scale where steps (codes minus zero) are not all 0.
+
+    So a block of next to nothing may become zeros, but not a weight that has such blocks alone.
+    """
     largest = max(scale.max(), offset.abs().max())
     if not largest.half().isfinite():
         raise ValueError(f"llama.cpp keeps scales and offsets in float16, up to 65504: {largest:.3g} is too large")
-    lost = (scale.half() == 0) & (steps != 0).any(-1, keepdim=True)
-    if lost.any():
+    moved = (scale.half().float() - scale).abs().where((steps != 0).any(-1, keepdim=True), 0.0)
+    if moved.max() > 2**-10 * scale.max():
         raise ValueError(
-            f"llama.cpp keeps scales in float16: {scale[lost].min():.3g} would become 0, and with it all of its block"
+            f"llama.cpp keeps scales in float16, which are too small here: the largest is {scale.max():.3g}"
         )

@@ -6,7 +6,7 @@ engine that knows the pattern computes in integers, another one in floats. fused
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantlab.affine import QParams, quantize
 from quantlab.arguments import check_choice, check_flag, check_int, check_kind, check_real
@@ -14,13 +14,24 @@ from quantlab.export.onnx_graphs import Check, blocked_constants, layer_model, n
 from quantlab.export.onnx_run import codes_in, fused, onnx_session
 from quantlab.granularity import QTensor
 from quantlab.linear import StaticInt8Linear, int_linear
+from quantlab.modules import as_linear, check_linear, weight_of
 
 __all__ = [
-    "FORMS", "INT8_FORMS", "codes_in", "expected_int8", "fused", "onnx_session", "save_onnx_int8", "save_onnx_weights",
+    "FORMS", "INT8_FORMS", "codes_in", "expected_int8", "fused", "onnx_session", "save_onnx_float", "save_onnx_int8",
+    "save_onnx_weights",
 ]  # fmt: skip
 
 INT8_FORMS = ("Gemm, int32 bias", "Gemm", "MatMul")
 FORMS = ("MatMulNBits", "MatMul", "Gemm")
+
+
+def save_onnx_float(linear: nn.Linear, path) -> int:
+    """Write a float layer, x (tokens, in) -> y (tokens, out): what the others are compared with; returns its bytes."""
+    linear = as_linear(check_linear(linear))
+    w = weight_of(linear).float()
+    b = torch.zeros(len(w)) if linear.bias is None else linear.bias.detach().float()
+    constants = {"w_grid": w.contiguous().numpy(), "b": b.numpy()}
+    return write_onnx(path, layer_model(_product("Gemm", "x"), constants, tuple(w.shape)))
 
 
 def save_onnx_int8(

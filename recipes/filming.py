@@ -1,0 +1,91 @@
+"""The films of the explorers of a notebook: its cells are run, and each explorer is filmed where it was shown.
+
+A notebook's films lie in a folder whose name is a hash of all they rest on, so they are made once.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import nbformat
+
+from recipes.notebooks import NOTEBOOKS, cells_of, run
+
+ROOT = NOTEBOOKS.parent
+FILMS = ROOT / ".films"
+DONE = "done"  # written last
+LARGEST = 2_000_000  # bytes of a film
+FIRST_CELL = "import recipes.filming; recipes.filming.record({folder!r})"
+
+
+def shows_explorer(cell) -> bool:
+    """Whether the last line of a cell may be an explorer, which is then shown under it."""
+    last = (cell.source.strip().splitlines() or [""])[-1]
+    return cell.cell_type == "code" and "explore_" in cell.source and last.isidentifier() | ("explore_" in last)
+
+
+def folder_of(source: Path) -> Path:
+    """Where the films of a source lie once they are made."""
+    parts = [source, *sorted((ROOT / "quantlab").rglob("*.py")), *sorted((ROOT / "data").rglob("*.safetensors"))]
+    hashed = hashlib.sha256()
+    for path in [*parts, *sorted((ROOT / "data").rglob("*.txt")), ROOT / "constraints.txt", Path(__file__)]:
+        hashed.update(path.read_bytes())
+    return FILMS / f"{source.stem}-{hashed.hexdigest()[:12]}"
+
+
+def make(source: Path) -> Path:
+    """Run a source up to its last explorer, unless that was done, and return the folder with one film for each."""
+    target = folder_of(source)
+    if (target / DONE).exists():
+        return target
+    for old in FILMS.glob(f"{source.stem}-*"):
+        shutil.rmtree(old)
+    target.mkdir(parents=True)
+    notebook = cells_of(source)
+    last = max((i for i, cell in enumerate(notebook.cells) if shows_explorer(cell)), default=-1)
+    if last >= 0:
+        first = nbformat.v4.new_code_cell(FIRST_CELL.format(folder=str(target)))
+        notebook.cells = [first, *notebook.cells[: last + 1]]
+        _run_apart(notebook)
+    _check(target, sum(map(shows_explorer, notebook.cells)))
+    (target / DONE).write_text("")
+    return target
+
+
+def _check(folder: Path, explorers: int) -> None:
+    """An error in a kernel's event is only printed there, so what it should have written is counted here."""
+    sizes = [path.stat().st_size for path in sorted(folder.glob("*.bin"))]
+    if len(sizes) != explorers or max(sizes, default=0) > LARGEST:
+        raise RuntimeError(
+            f"{folder.name}: {explorers} films of at most {LARGEST:,} bytes were expected (an explorer may name fewer "
+            f"states), and there are {len(sizes)} of {', '.join(f'{size:,}' for size in sizes)}"
+        )
+
+
+def _run_apart(notebook) -> None:
+    """Run it where what its cells write is nobody's."""
+    with tempfile.TemporaryDirectory() as root:
+        shutil.copytree(ROOT / "data", Path(root) / "data")
+        (Path(root) / "notebooks").mkdir()
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        os.environ["PYTHONPATH"] = path
+        run(notebook, folder=Path(root) / "notebooks")
+
+
+def record(folder: str) -> None:
+    """In a kernel: film every explorer that is the result of a cell, as 1, 2, ... in the folder."""
+    from IPython import get_ipython
+
+    from quantlab.explorers import Explorer
+    from quantlab.explorers.film import film
+
+    made = []
+
+    def keep(result) -> None:
+        if isinstance(result.result, Explorer):
+            made.append(film(result.result))
+            made[-1].save(Path(folder) / str(len(made)))
+
+    get_ipython().events.register("post_run_cell", keep)
