@@ -6,7 +6,11 @@ from importlib.util import find_spec
 from quantlab.arguments import check_kind
 
 PIP = "pip install -e .[deploy] -c constraints.txt"
-OWN_COMMAND = {"nncf": "pip install nncf -c constraints.txt", "tensorrt": "pip install tensorrt (it needs a GPU)"}
+OWN_COMMAND = {
+    "torchao": "pip install -e .[torchao] -c constraints.txt",
+    "nncf": "pip install nncf -c constraints.txt",
+    "tensorrt": "pip install tensorrt (it needs a GPU)",
+}
 
 
 def engine_here(name: str) -> bool:
