@@ -330,7 +330,7 @@ def checkpoint_calls(folder: Path) -> dict:
     sized = random_model("llama", vocab_size=64)
     report = lm.quantize_lm(sized, method="rtn", bits=8, group_size=None, symmetric=True, progress=False)[1]
     q = ql.quantize_tensor(x(8, 16), bits=4, granularity=ql.PerGroup(8))
-    words = {"bits": 4, "order": range(8)}
+    words = {"bits": 4, "awq": True}
     checkpoints.save_checkpoint(sized, folder / "c", report.qtensors, layout="W8A8")
     to_save = {"model": sized, "folder": folder / "d", "qtensors": report.qtensors, "layout": "W8A8"}
     known = {"layout": "W4A16", "symmetric": True}

@@ -54,13 +54,14 @@ HALVES = ("GPTQ", "GPTQ v2", "AWQ")
 def test_words_hold_the_codes_of_a_loop(bits, rows, runs, odd, seed):
     each = 32 // bits
     codes = torch.randint(2**bits, (rows, runs * each), generator=torch.Generator().manual_seed(seed))
-    order = AWQ_ORDER if odd and bits == 4 else range(each)
-    words = to_words(codes, bits=bits, order=order)
+    awq = odd and bits == 4
+    order = AWQ_ORDER if awq else range(each)
+    words = to_words(codes, bits=bits, awq=awq)
     for r in range(rows):
         for w in range(runs):
             meant = sum(int(codes[r, w * each + place]) << bits * i for i, place in enumerate(order))
             assert int(words[r, w]) % 2**32 == meant
-    assert torch.equal(from_words(words, bits=bits, order=order), codes.to(torch.uint8))
+    assert torch.equal(from_words(words, bits=bits, awq=awq), codes.to(torch.uint8))
 
 
 @pytest.mark.parametrize("signed", [True, False])

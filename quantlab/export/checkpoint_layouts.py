@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from quantlab.affine import QParams
-from quantlab.arguments import check_choice, check_kind
+from quantlab.arguments import check_choice, check_flag, check_kind
 from quantlab.blocks import PerAxis, PerGroup
 from quantlab.export.checkpoint_words import LAYOUTS
 from quantlab.granularity import QTensor, code_range
+from quantlab.quantized import dtype_name
 
 
 def layer_parts(q: QTensor, layout: str) -> dict[str, Tensor]:
@@ -46,7 +47,8 @@ def layer_codes(parts: Mapping[str, Tensor], layout: str, *, symmetric: bool, dt
 
     Raises: ValueError for an unknown layout, or parts that are missing or do not fit each other.
     """
-    of = LAYOUTS[check_choice(layout, "layout", LAYOUTS)]
+    of, symmetric = LAYOUTS[check_choice(layout, "layout", LAYOUTS)], check_flag(symmetric, "symmetric")
+    dtype_name(dtype)  # it is known
     try:
         codes, scale, zero, index = of.read(check_kind(parts, "parts", Mapping))
     except KeyError as error:

@@ -1,20 +1,20 @@
 """Checkpoints' ways to store codes: eight of 4 bits, or four of 8, to an int32, along one side or the other."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from quantlab.arguments import check_codes, check_int
+from quantlab.arguments import check_codes, check_flag, check_int
 from quantlab.granularity import QTensor
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the kernel of its authors unpacks pairs: the even places first
 
 
-def to_words(codes: Tensor, *, bits: int, order: Sequence[int] | None = None) -> Tensor:
-    """Codes counted from 0, the last dimension 32 / bits to an int32; place order[i] of each run takes the bits i.
+def to_words(codes: Tensor, *, bits: int, awq: bool = False) -> Tensor:
+    """Codes counted from 0, the last dimension 32 / bits to an int32, the first in the low bits; awq: in AWQ's order.
 
     Raises: ValueError if bits is not 4 or 8, codes are not 0..2**bits - 1, or their number does not divide.
 
@@ -27,18 +27,18 @@ def to_words(codes: Tensor, *, bits: int, order: Sequence[int] | None = None) ->
     low, high = (int(bound) for bound in torch.aminmax(codes.long()))
     if low < 0 or high >= 2**bits:
         raise ValueError(f"codes of {bits} bits lie in 0..{2**bits - 1}, got {low}..{high}")
-    runs = codes.long().unflatten(-1, (-1, each))[..., list(order or range(each))]
+    runs = codes.long().unflatten(-1, (-1, each))[..., _order(each, awq)]
     words = (runs << torch.arange(0, 32, bits, device=codes.device)).sum(-1)
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
-def from_words(words: Tensor, *, bits: int, order: Sequence[int] | None = None) -> Tensor:
+def from_words(words: Tensor, *, bits: int, awq: bool = False) -> Tensor:
     """The codes of to_words, uint8. Raises: ValueError if bits is not 4 or 8, or words are not int32."""
     each = _each(bits)
     if check_codes(words, "words").dtype != torch.int32:
         raise ValueError(f"words must be int32, got {words.dtype}")
     runs = (words.long()[..., None] >> torch.arange(0, 32, bits, device=words.device)) & (2**bits - 1)
-    places = torch.tensor(list(order or range(each))).argsort().to(words.device)
+    places = torch.tensor(_order(each, awq)).argsort().to(words.device)
     return runs[..., places].flatten(-2).to(torch.uint8)
 
 
@@ -58,6 +58,13 @@ def _each(bits: int) -> int:
     if check_int(bits, "bits") not in (4, 8):
         raise ValueError(f"bits must be 4 or 8, got {bits}")
     return 32 // bits
+
+
+def _order(each: int, awq: bool) -> list[int]:
+    """The places of a run of codes, by the bits that they take."""
+    if check_flag(awq, "awq") and each != 8:
+        raise ValueError(f"AWQ's order is of 8 codes to an int32, not {each}; bits must be 4")
+    return list(AWQ_ORDER if awq else range(each))
 
 
 def _from_zero(q: QTensor) -> tuple[Tensor, Tensor]:
@@ -112,12 +119,12 @@ def _read_gptq(parts: Mapping, less: int):
 
 def _write_awq(q: QTensor) -> dict[str, Tensor]:
     """Words run along the outputs, in an order of their own."""
-    codes, zero = (to_words(t.T, bits=4, order=AWQ_ORDER) for t in _from_zero(q))
+    codes, zero = (to_words(t.T, bits=4, awq=True) for t in _from_zero(q))
     return {"qweight": codes, "scales": _halves(q.qparams.scale), "qzeros": zero}
 
 
 def _read_awq(parts: Mapping):
-    codes, zero = (from_words(parts[name], bits=4, order=AWQ_ORDER).T for name in ("qweight", "qzeros"))
+    codes, zero = (from_words(parts[name], bits=4, awq=True).T for name in ("qweight", "qzeros"))
     return codes, parts["scales"].T, zero, None
 
 

@@ -30,7 +30,7 @@ def save_litert_int8(layer: StaticInt8Linear, output: QParams, path, *, tokens: 
     difference; ModuleNotFoundError if ai-edge-litert is not here.
     """
     _check_static(layer, output)
-    path, tokens = check_path(path), check_int(tokens, "tokens", 1)
+    path, tokens = check_path(path), check_int(tokens, "tokens", 1, 2**16)
     graph, sizes = Graph(), {"x": (tokens, layer.in_features), "y": (tokens, layer.out_features)}
     maps = {"x": QParams(layer.input_scale, layer.input_zero_point, 0, 255), "y": output}
     x, y = (graph.tensor(name, shape) for name, shape in sizes.items())
@@ -65,11 +65,8 @@ def save_litert_weights(
     Raises: ValueError if q or the bias does not fit, or verify finds a difference; ModuleNotFoundError if
     ai-edge-litert is not here.
     """
-    size, path, tokens = _check_weight(q), check_path(path), check_int(tokens, "tokens", 1)
-    bias = torch.zeros(q.shape[0]) if bias is None else check_real(bias, "bias").detach().float()
-    if bias.shape != q.shape[:1]:
-        raise ValueError(f"bias must be ({q.shape[0]},), got {tuple(bias.shape)}")
-    graph, scale = Graph(), q.qparams.scale
+    size, path, tokens = _check_weight(q), check_path(path), check_int(tokens, "tokens", 1, 2**16)
+    bias, graph, scale = _bias(q, bias), Graph(), q.qparams.scale
     x, y = graph.tensor("x", (tokens, q.shape[1])), graph.tensor("y", (tokens, q.shape[0]))
     kind, data = ("int4", two_a_byte(q.codes)) if q.bits == 4 else ("int8", q.codes.numpy())
     if size is None:
@@ -99,7 +96,7 @@ def expected_litert(q: QTensor, x: Tensor, *, bias: Tensor | None = None) -> Ten
     scale = q.qparams.scale.half().bfloat16().float() if grouped else q.qparams.scale
     weight = replace(q, qparams=replace(q.qparams, scale=scale), dtype=torch.float32).dequantize()
     rounded = quantize_tensor(x.float(), bits=8, granularity=PerAxis(0), symmetric=False)
-    return F.linear(rounded.dequantize(), weight, bias)
+    return F.linear(rounded.dequantize(), weight, _bias(q, bias))
 
 
 def _check_static(layer, output) -> None:
@@ -128,6 +125,13 @@ def _check_weight(q: QTensor) -> int | None:
     if q.bits == 4 and q.shape[1] % 2:
         raise ValueError(f"two codes of 4 bits share a byte: the inputs must be even, got {q.shape[1]}")
     return size
+
+
+def _bias(q: QTensor, bias: Tensor | None) -> Tensor:
+    bias = torch.zeros(q.shape[0]) if bias is None else check_real(bias, "bias").detach().float()
+    if bias.shape != q.shape[:1]:
+        raise ValueError(f"bias must be ({q.shape[0]},), got {tuple(bias.shape)}")
+    return bias
 
 
 def _halves(scale: Tensor) -> np.ndarray:

@@ -16,13 +16,11 @@ def litert_session(path):
     tokens is what the file was written for. Raises: FileNotFoundError if there is no file, ModuleNotFoundError if
     ai-edge-litert is not here; the function ValueError if x has another shape or dtype.
     """
-    path = check_path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
+    data = _bytes(path)
     engine("ai_edge_litert")
     from ai_edge_litert.interpreter import Interpreter
 
-    interpreter = Interpreter(model_path=str(path), num_threads=1)
+    interpreter = Interpreter(model_content=data, num_threads=1)
     interpreter.allocate_tensors()
     first, last = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
 
@@ -44,15 +42,10 @@ def weight_codes(path) -> Tensor:
 
     Raises: ValueError if the file holds no such layer; ModuleNotFoundError if ai-edge-litert is not here.
     """
+    data = _bytes(path)
     engine("ai_edge_litert")
     from ai_edge_litert import schema_py_generated as schema
 
-    path = check_path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    data = path.read_bytes()
-    if data[4:8] != b"TFL3":
-        raise ValueError(f"{path} is no LiteRT file: bytes 4 to 8 of one are TFL3")
     model = schema.ModelT.InitFromPackedBuf(data, 0)
     tensors = model.subgraphs[0].tensors
     found = [t for t in tensors if t.name == b"w"]
@@ -83,3 +76,13 @@ def check_file(codes: Tensor, x: Tensor, expected: Tensor, apart: float):
             )
 
     return check
+
+
+def _bytes(path) -> bytes:
+    path = check_path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    data = path.read_bytes()
+    if data[4:8] != b"TFL3":
+        raise ValueError(f"{path} is no LiteRT file: bytes 4 to 8 of one are TFL3")
+    return data
