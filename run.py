@@ -8,7 +8,7 @@ site [options]     builds the workbook as a static site whose sliders move witho
 bench              runs every script in benchmarks/
 
 QUANTLAB_TORCH_INDEX=<address of PyTorch's CPU wheel index> spares a Linux machine several GB of CUDA.
-QUANTLAB_PEERS=1 installs bitsandbytes and ONNX Runtime too, with which tests and benchmarks then compare.
+QUANTLAB_PEERS=1 installs other quantizers and engines too, with which tests, benchmarks and notebook 20 compare.
 QUANTLAB_SMOLLM2=0 leaves out SmolLM2-135M, a real language model of 93 MB; all else runs without it.
 QUANTLAB_MODEL=<smollm2, a folder, or a hub name with @revision> runs the notebooks on that model.
 """
@@ -26,7 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 PYTHON = ROOT / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-EXTRAS = "test,peers" if os.environ.get("QUANTLAB_PEERS") == "1" else "test"
+EXTRAS = "test,peers,deploy" if os.environ.get("QUANTLAB_PEERS") == "1" else "test"
 SMOLLM2 = os.environ.get("QUANTLAB_SMOLLM2") != "0"
 # What the same machine computes with when it plays others: other kernels add in another order, so last digits differ.
 PROCESSORS = {
@@ -35,6 +35,7 @@ PROCESSORS = {
     "AVX-512": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
     "two threads": {"OMP_NUM_THREADS": "2"},
 }
+LONGEST = ("17", "18", "16", "10", "22", "19")  # notebooks that are begun first, so that the workers end together
 SENSITIVE = ("04", "07", "08")  # notebooks in which last digits and integer kernels show most
 FOREIGN = ROOT / ".foreign/opt"  # a small model of another kind, made by the tests
 STAMP = ROOT / ".venv/complete"  # written last: Python's version, and a hash of what is installed and where
@@ -117,7 +118,7 @@ def steps(what: str, options: list) -> dict:
     # A file goes to one worker as a whole; each has one core, so each computes on one thread.
     workers = f"--numprocesses={min(4, os.cpu_count() or 1)}"
     shared = ["-m", "pytest", workers, "--dist=loadfile", "--no-loadscope-reorder"]
-    found = sorted(ROOT.glob("notebooks/*.ipynb"))
+    found = sorted(ROOT.glob("notebooks/*.ipynb"), key=lambda path: (not path.name.startswith(LONGEST), path.name))
     strict = [*shared, "--nbval", "--nbval-current-env", "--nbval-sanitize-with", "tests/nbval_sanitize.cfg"]
     nbval = [*strict, *found]
     one = {"OMP_NUM_THREADS": "1"}
@@ -134,17 +135,21 @@ def steps(what: str, options: list) -> dict:
         return {f"{n}, {cpu}": (command, one | env) for cpu, env in PROCESSORS.items() for n, command in both.items()}
     if options:
         return {"tests": (["-m", "pytest", *options], one)}
-    # In the browser every notebook runs on another model, so that all of them are run on two.
+    # In the browser every notebook runs on another model, so that all of them are run on two; or here, without one.
+    browser = os.environ.get("CHROMIUM") or any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
     other = {"QUANTLAB_BROWSER_MODEL": str(FOREIGN)}
+    lax = [*shared, "--nbval-lax", "--nbval-current-env", *found]
+    foreign = {"notebooks on another model": (lax, one | {"QUANTLAB_MODEL": str(FOREIGN), "QUANTLAB_SMOLLM2": "0"})}
     return {
         "ruff": (["-m", "ruff", "check", "."], {}),
         "notebooks": (nbval, one),
         "another model": (["tests/foreign_model.py", FOREIGN], one | {"PYTHONPATH": str(ROOT)}),
+        **({} if browser else foreign),
         "notebooks on another processor": (
             [*strict, *(path for path in found if path.name.startswith(SENSITIVE))],
             one | PROCESSORS["no AVX"],
         ),
-        "tests": (shared, one | other),
+        "tests": ([*shared, "--durations=40"], one | other),
     }
 
 

@@ -24,7 +24,6 @@ In reading order; each imports only from the lines above its own (tests/test_imp
 Beside the lines: plain (slow definitions of what is fast elsewhere), plots, explorers (what is dragged), exercises,
 judging and checks (what is answered), predictions (what is guessed first), hunt (what is wrong on purpose), progress
 (what is passed).
-judging and checks (what is answered), predictions (what is guessed first), hunt (what is wrong on purpose).
 A new method is a file in methods, a new quantized tensor a subclass of quantized.Quantized, a new chapter a file in
 notebooks/src with its exercises in exercises, a new engine a file in export.
 """

@@ -7,7 +7,7 @@ becomes float32 (torch does not compute in 8 bits).
 import math
 import operator
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -105,6 +105,13 @@ def check_kind(value, name: str, of: type, such_as: str = ""):
     """value; ValueError unless it is an object of this class (with an example, such_as, in the message)."""
     if not isinstance(value, of):
         raise ValueError(f"{name} must be a {of.__name__}{such_as and f', such as {such_as}'}, got {kind(value)}")
+    return value
+
+
+def check_function(value, name: str, of: str) -> Callable:
+    """The value; ValueError unless it can be called, and is no module (which can, but with a model's own inputs)."""
+    if not callable(value) or isinstance(value, nn.Module):
+        raise ValueError(f"{name} must be a function of {of}, got {kind(value)}")
     return value
 
 

@@ -37,7 +37,7 @@ def hint(name: str) -> None:
 def solution(name: str) -> None:
     """Print an exercise's solution. Raises ValueError as check does."""
     found = find(name).solution
-    print(inspect.getsource(found) if callable(found) else repr(found))
+    print(inspect.getsource(found))
 
 
 def find(name: str) -> Exercise:

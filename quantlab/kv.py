@@ -115,7 +115,8 @@ class KVLayer(CacheLayerMixin):
         stored = (self.keys, self.values) if count else ()
         left = min((s.last.shape[2] for s in stored), default=0)
         if count > left:
-            raise ValueError(f"{count} tokens cannot be forgotten: the last {left} are in float, those before rounded")
+            kept = f"{count} tokens cannot be forgotten, only the last {left}: those before"
+            raise ValueError(f"{kept} are rounded, or kept as the first")
         for s in stored:
             s.last = s.last[:, :, : s.last.shape[2] - count].clone()
 

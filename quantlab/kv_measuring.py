@@ -12,7 +12,7 @@ from quantlab.kv import KVCache, KVModel
 from quantlab.kv_codes import DIM, quantize_kv
 from quantlab.lm import Divergence, capture_inputs, layers_of_role
 from quantlab.lm.measuring import checked_windows
-from quantlab.metrics import kl_per_position
+from quantlab.metrics import kl_per_position, top1_agreement
 
 
 def kv_divergences(
@@ -31,8 +31,8 @@ def kv_divergences(
     for name, setting in settings.items():
         logits = _read_on(reader, past, following, tokens, check_kind(setting, f"settings[{name!r}]", Mapping))
         kl = torch.cat([kl_per_position(*some) for some in zip(whole.split(64), logits.split(64), strict=True)])
-        agreed = (whole.argmax(-1) == logits.argmax(-1)).double().mean().item()
-        found[name] = Divergence(kl.mean().item(), kl.std().item() / len(kl) ** 0.5, agreed, len(kl))
+        stderr = kl.std().item() / len(kl) ** 0.5
+        found[name] = Divergence(kl.mean().item(), stderr, top1_agreement(whole, logits), len(kl))
     return found
 
 

@@ -230,7 +230,7 @@ def _turn_heads(block: dict) -> None:
 
 def _with_hadamard(width: int, option: str) -> int:
     try:
-        hadamard(width)
+        transform(torch.zeros(width))
     except ValueError as error:
         raise ValueError(f"{error}; pass {option}=False") from error
     return width

@@ -170,20 +170,20 @@ def normal_outputs(outputs: list, count: int, tags: list) -> list:
 def keep_old_outputs(old: NotebookNode, new: NotebookNode) -> None:
     """Where a cell's source is as before and its outputs say the same, keep the old ones: no needless change.
 
-    What a volatile cell says counts as the same whatever its numbers, unless the output of a checked cell has
-    changed: then the library has, and the volatile numbers and pictures may be those of its old state.
+    What a volatile cell says counts as the same whatever its numbers. But a learner compares such numbers across
+    cells, so those of all volatile cells stay together: kept if the code of the notebook is as before and every
+    output says the same, else all of them are those of the new run.
     """
     before, after = ([cell for cell in notebook.cells if cell.cell_type == "code"] for notebook in (old, new))
-    matcher = SequenceMatcher(None, [c.source for c in before], [c.source for c in after], autojunk=False)
-    pairs = [
-        pair
-        for i, j, size in matcher.get_matching_blocks()
-        for pair in zip(before[i : i + size], after[j : j + size], strict=True)
+    sources = [cell.source for cell in before], [cell.source for cell in after]
+    told = [
+        (was, now, same(was.outputs, now.outputs, volatile=has_tag(now, VOLATILE)))
+        for i, j, size in SequenceMatcher(None, *sources, autojunk=False).get_matching_blocks()
+        for was, now in zip(before[i : i + size], after[j : j + size], strict=True)
     ]
-    steady = all(same(was.outputs, now.outputs) for was, now in pairs if not has_tag(now, VOLATILE))
-    for was, now in pairs:
-        volatile = has_tag(now, VOLATILE)
-        if same(was.outputs, now.outputs, volatile=volatile) and (steady or not volatile):
+    one_run = sources[0] == sources[1] and all(equal for *_, equal in told)
+    for was, now, equal in told:
+        if equal and (one_run or not has_tag(now, VOLATILE)):
             now.outputs = was.outputs
 
 
@@ -239,6 +239,8 @@ def cell_problems(cell: NotebookNode) -> list[str]:
         found.append(f"stderr (a progress bar needs the tag {VOLATILE})")
     if "Warning" in outputs:
         found.append("a warning")
+    if "Your code stopped in line" in outputs:
+        found.append("a stub that is more than its bare raise")
     if path := MACHINE_PATH.search(outputs):
         found.append(f"a path of this machine ({path[0]}...)")
     if has_tag(cell, RAISES) != any(output.output_type == "error" for output in cell.outputs):

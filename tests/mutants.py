@@ -278,7 +278,7 @@ def survivors(exercise: Exercise, some: int | None = None) -> Iterator[tuple[Mut
     """
     quick = replace(exercise, seconds=min(exercise.seconds, SECONDS))
     found = list(mutants(exercise))
-    for mutant in found[:: max(1, len(found) // some)] if some else found:
+    for mutant in found[:: -(-len(found) // some)] if some else found:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             passed = judge(quick, mutant.function).startswith("passed")
         if passed:
@@ -286,16 +286,25 @@ def survivors(exercise: Exercise, some: int | None = None) -> Iterator[tuple[Mut
 
 
 def differs(exercise: Exercise, answer) -> str | None:
-    """Where an answer differs from the solution (or breaks the rule) on inputs that the check does not use."""
-    done, seed, inputs = 0, 1000, INPUTS // 30 if exercise.rule else INPUTS
+    """Where an answer differs from the solution on inputs that the check does not use.
+
+    A rule asks for a target, and what just reaches it misses it now and then: more than once in twenty is a difference.
+    """
     with untouched_state():
-        while done < inputs and exercise.cases is not None:
-            for arguments in draw(exercise, seed):
-                done += 1
-                if seen := _seen(exercise, answer, arguments):
-                    return seen
-            seed += 1
-    return None
+        if exercise.rule is None:
+            return next(_differences(exercise, answer, INPUTS), None)
+        seen = list(_differences(exercise, answer, INPUTS // 30))
+        return seen[0] if len(seen) > INPUTS // 30 / 20 else None
+
+
+def _differences(exercise: Exercise, answer, inputs: int) -> Iterator[str]:
+    done, seed = 0, 1000
+    while done < inputs and exercise.cases is not None:
+        for arguments in draw(exercise, seed):
+            done += 1
+            if seen := _seen(exercise, answer, arguments):
+                yield seen
+        seed += 1
 
 
 def _seen(exercise: Exercise, answer, arguments: tuple) -> str | None:
@@ -387,10 +396,8 @@ def main(names: list[str]) -> None:
         passed = list(survivors(exercise))
         print(f"{name} {exercise.title}: {total} mutants, {len(passed)} passed")
         for mutant, seen in passed:
-            print(
-                f"    {'WRONG' if seen else 'equivalent on every input'}: {mutant.what}"
-                + (f"\n        {seen}" if seen else "")
-            )
+            kind = "WRONG" if seen else "not compared" if exercise.test else "equivalent on every input"
+            print(f"    {kind}: {mutant.what}" + (f"\n        {seen}" if seen else ""))
         for form, answer in right_forms(exercise).items():
             if not (verdict := judge(exercise, answer)).startswith("passed"):
                 print(f"    REFUSED, though right: {form}: {verdict}")

@@ -1,13 +1,19 @@
 """The capstone: true bytes, text that nobody has read, cheats refused by name, and a best that can be beaten."""
 
 import copy
+import io
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -62,9 +68,21 @@ def test_hidden_texts_are_long_enough_and_share_no_sentence_with_any_other():
     assert not sentences(hidden["stories"]) & sentences(hidden["general"])
 
 
-def test_the_hidden_texts_are_read_nowhere_else():
-    names = [path for path in FOLDER.parent.parent.glob("notebooks/src/*.py") if "unseal" in path.read_text()]
-    assert names == []
+def test_no_notebook_and_no_recipe_reads_a_hidden_text_but_to_show_that_it_is_refused():
+    root = FOLDER.parent.parent
+    files = [*root.glob("notebooks/src/*.py"), *root.glob("recipes/*.py"), *root.glob("benchmarks/*.py")]
+    words = r"unseal|hidden_text\(|path_of\(|\.sealed|capstone\.hidden"
+    found = {
+        (path.name, line.strip())
+        for path in files
+        for line in path.read_text("utf-8").splitlines()
+        if re.search(words, line)
+    }
+    assert found == {
+        ("22_capstone.py", "from quantlab.capstone.hidden import path_of"),
+        ("22_capstone.py", 'print(path_of("stories").read_text()[:303])'),  # sealed, as it lies there
+        ("22_capstone.py", 'hidden_text("stories")'),  # by a recipe, which is refused
+    }
 
 
 # --- a toy
@@ -180,7 +198,7 @@ def test_over_the_budget_is_said_and_does_not_rank(toy):
     assert found.kl < 1e-6
     assert not found.fits
     assert "OVER the budget" in str(found)
-    assert capstone.best([found], "2.2 MB") is None
+    assert capstone.best([found], "2.2 MB", found.model) is None
 
 
 def test_a_recipe_cannot_move_the_goal(toy):
@@ -224,7 +242,7 @@ def test_memory_and_time_are_those_of_the_recipe(toy):
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        (None, "a recipe is a function of"),
+        (None, "must be a function of model and tokens"),
         (lambda model, tokens: None, "a recipe returns"),
         (lambda model, tokens: model, "a recipe returns"),
         (lambda model, tokens: (model, model), "must be a Mapping"),
@@ -297,9 +315,20 @@ def refused(cheat: str, recipe, toy) -> str:
         lambda: open(path_of("stories")).close(),
         lambda: open(bytes(path_of("stories"))).close(),
         lambda: (FOLDER.parent / "text" / ".." / "capstone" / "stories.sealed").read_text(),
+        lambda: io.FileIO(path_of("stories")),
+        lambda: os.open(path_of("stories"), os.O_RDONLY),
+        lambda: np.fromfile(path_of("stories"), np.uint8),
+        lambda: os.symlink(path_of("stories"), "innocent"),
+        lambda: os.link(path_of("stories"), "innocent"),
+        lambda: os.rename(path_of("stories"), "innocent"),
+        lambda: shutil.copy(path_of("stories"), "innocent"),
+        lambda: subprocess.run([sys.executable, "-c", f"open({str(path_of('stories'))!r})"], check=True),
+        lambda: os.system(f"echo {path_of('stories')}"),
     ],
 )
-def test_reading_the_hidden_text_is_refused_even_if_the_error_is_caught(toy, read):
+def test_reading_the_hidden_text_is_refused_even_if_the_error_is_caught(toy, read, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
     def curious(model, tokens):
         try:
             read()
@@ -310,6 +339,29 @@ def test_reading_the_hidden_text_is_refused_even_if_the_error_is_caught(toy, rea
     refused("hidden text", curious, toy)
     assert capstone.score(rounded, on=toy).tokens > 0  # the next one is not punished for it
     assert capstone.hidden_text("stories")  # and outside of a recipe it opens
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_name_of_the_hidden_text_does_not_help(toy, tmp_path):
+    try:
+        os.link(path_of("stories"), tmp_path / "innocent")
+    except OSError:  # another disk
+        os.symlink(path_of("stories"), tmp_path / "innocent")
+
+    def curious(model, tokens):
+        return (tmp_path / "innocent").read_text(), {}
+
+    refused("hidden text", curious, toy)
+
+
+def test_a_fence_is_no_wall_as_the_notebook_says(toy):
+    """A C library opens the file by itself, and Python does not hear of it."""
+
+    def past_the_fence(model, tokens):
+        torch.from_file(str(path_of("stories")), size=100, dtype=torch.uint8)
+        return rounded(model, tokens)
+
+    assert capstone.score(past_the_fence, on=toy).tokens > 0
 
 
 def test_reading_other_files_is_not_refused(toy, tmp_path):
@@ -317,6 +369,8 @@ def test_reading_other_files_is_not_refused(toy, tmp_path):
         lm.load_text("calibration")
         (tmp_path / "mine.sealed").write_text("a")
         (tmp_path / "mine.sealed").read_text()
+        subprocess.run([sys.executable, "-c", "1"], check=True)
+        open(os.dup(1), closefd=True).close()  # a number in place of a name
         return rounded(model, tokens)
 
     assert capstone.score(diligent, on=toy).tokens > 0
@@ -441,6 +495,18 @@ def test_append_replaces_ones_own_row_and_sorts(row, tmp_path):
         ["2.", "mine"],
         ["over", "mine"],
     ] + [["1.", "mine"]]
+
+
+def test_only_rows_of_one_budget_model_and_text_are_ranked_together(row):
+    rows = [row, replace(row, model="smollm2", kl=0.01), replace(row, text="b", kl=0.02), replace(row, kl=0.04)]
+    lines = repr(capstone.Board(rows)).splitlines()
+    heads = [line for line in lines if "MB, " in line]
+    assert heads == ["2.2 MB, bundled, hidden text a", "2.2 MB, bundled, hidden text b", "2.2 MB, smollm2"]
+    assert [line.split()[0] for line in lines if "mine" in line] == ["1.", "2.", "1.", "1."]
+    assert capstone.best([row, *rows[1::2]], "2.2 MB").kl == 0.04
+    assert capstone.best(rows, "2.2 MB", "smollm2").kl == 0.01
+    with pytest.raises(ValueError, match="one hidden text"):
+        capstone.best(rows, "2.2 MB")
 
 
 def test_many_programs_append_at_once(row, tmp_path):

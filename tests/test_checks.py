@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,18 @@ def test_an_error_in_the_answer_is_no_traceback():
     assert "ZeroDivisionError" in checks.judge(checks.find("1.1"), broken)
 
 
+def endless(*_arguments):
+    while True:
+        pass
+
+
+@pytest.mark.parametrize("name", ["8.5", "13.4", "14.5"])
+def test_an_endless_answer_is_stopped_where_a_test_judges_as_well(name, monkeypatch):
+    exercise = replace(checks.find(name), seconds=0.3)
+    monkeypatch.setitem(importlib.import_module(exercise.test.__module__).EXERCISES, name, exercise)
+    assert "No answer after 0.3 seconds" in checks.judge(exercise, endless)
+
+
 def test_every_file_is_a_chapter_and_holds_its_exercises():
     found = {module.name for module in pkgutil.iter_modules(quantlab.exercises.__path__)}
     assert found == {*CHAPTERS.values(), "material"}
@@ -112,3 +125,14 @@ def test_a_finding_asserts_on_the_bundled_model_and_tells_on_others(monkeypatch,
     checks.found(False, "3 is below 2")
     checks.found(True, "so")
     assert capsys.readouterr().out == "Not so on this machine: 3 s\nNot so on this model: 3 is below 2\n"
+
+
+@pytest.mark.parametrize("chosen", ["bundled", "smollm2"])
+def test_a_finding_may_have_another_home_than_the_bundled_model(chosen, monkeypatch, capsys):
+    """Which model the workbook runs on does not matter then: `on` says on which one was measured."""
+    monkeypatch.setenv("QUANTLAB_MODEL", chosen)
+    with pytest.raises(AssertionError, match="found on this model: 3 is below 2"):
+        checks.found(False, "3 is below 2", home="smollm2", on="smollm2")
+    checks.found(False, "3 is below 2", home="smollm2", on="bundled")
+    checks.found(True, "so", home="smollm2", on="smollm2")
+    assert capsys.readouterr().out == "Not so on this model: 3 is below 2\n"

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import quantlab as ql
 from quantlab import (
     awq,
+    capstone,
     floats,
     gptq,
     kv,
@@ -35,19 +36,24 @@ from quantlab import (
     rotations,
     storage,
 )
+from quantlab import hunt as hunted
 from quantlab.clipping import quantize_clipped
-from quantlab.export import gguf, gguf_models
+from quantlab.export import bitsandbytes, checkpoint_words, checkpoints, gguf, gguf_models, litert, torchao
+from quantlab.export.engines import engine_here
 from quantlab.granularity import code_range
+from quantlab.observers import MinMax
 from quantlab.superblocks import round_in_superblocks
 
 ROOT = Path(ql.__file__).resolve().parent
 ROOMS = ("", "floats", "metrics", "clipping", "gptq", "awq", "linear", "outliers", "methods", "mixed", "qat", "storage")
 ROOMS += ("lm", "ledger", "levels", "rotations", "kv", "kv_measuring", "superblocks", "export.gguf")
-ROOMS += ("export.gguf_models",)
+ROOMS += ("export.gguf_models", "capstone", "hunt", "export.checkpoints", "export.checkpoint_words")
+ENGINES = {"export.torchao": "torchao", "export.litert": "ai_edge_litert", "export.bitsandbytes": "bitsandbytes"}
+ROOMS += tuple(room for room, engine in ENGINES.items() if engine_here(engine))
 # Public names that are no doors, and why.
 RECORDS = {"Sensitivity", "Allocation", "Search", "Factor", "SplitError", "Divergence", "LayerReport", "Perplexity"}
 RECORDS |= {"QuantizeReport", "Row", "Latency", "Table", "PerTensor", "Rounded"}  # results, or nothing to ask
-RECORDS |= {"BlockType", "GGUFFile", "GGUFTensor"}
+RECORDS |= {"Budget", "Score", "Board", "Plans", "Refused", "BlockType", "GGUFFile", "GGUFTensor", "Layout"}
 PARTS = {
     "Chunks",
     "KVLayer",
@@ -71,6 +77,8 @@ BEHIND |= {
     "check_same_outputs",
     "OnlineHadamard",
     "row_of",
+    "write_hidden",  # would write over the hidden text
+    "qat",  # of one checkpoint
 }  # called by doors, with what they checked
 
 
@@ -114,6 +122,11 @@ def rows(weight: Tensor):
     return ql.quantize_tensor(weight, bits=4, granularity=ql.PerAxis(0))
 
 
+def eight_bits(model, tokens):
+    """A recipe for the capstone."""
+    return capstone.nearest(model, tokens, bits=8, embedding_bits=8, group_size=8)
+
+
 def good_calls(folder: Path) -> dict:
     """A call that works for each door, by name: (function, its arguments)."""
     real, row, group, edge = x(), x()[0], ql.PerGroup(4), torch.tensor(1.0)
@@ -134,6 +147,10 @@ def good_calls(folder: Path) -> dict:
     gguf.save_gguf(small, words, folder / "s.gguf", mix="F16")
     trained = qat.prepare_qat(model(), bits=4, group_size=8)
     past = model()(tokens()[None]).past_key_values
+    given = {"model": model(), "tokens": tokens()}
+    tiny, scored = random_model("llama", vocab_size=small.config.vocab_size), capstone.read()[:2]
+    capstone.append(scored[0], folder / "board.jsonl")
+    fewer = {"bits": (4,), "groups": (8,), "methods": ("nearest",), "progress": False}
     return {
         "QParams": (ql.QParams, {"scale": qp.scale, "zero_point": qp.zero_point, "qmin": -8, "qmax": 7}),
         "choose_qparams": (ql.choose_qparams, {"min_val": -edge, "max_val": edge, "qmin": 0, "qmax": 15}),
@@ -274,8 +291,97 @@ def good_calls(folder: Path) -> dict:
         "gguf_name": (gguf.gguf_name, {"name": "model.norm.weight"}),
         "measure_importance": (gguf_models.measure_importance, on_model),
         "with_values_of": (gguf_models.with_values_of, {"model": small, "path": folder / "s.gguf"}),
+        "capstone's score": (capstone.score, {"recipe": eight_bits, "name": "x", "who": "me", "on": (tiny, words)}),
+        "score": (hunted.score, {}),
+        "practice": (capstone.practice, {"recipe": eight_bits, "on": (tiny, words)}),
+        "capstone's append": (capstone.append, {"score": scored[0], "path": folder / "board.jsonl"}),
+        "capstone's read": (capstone.read, {"path": folder / "board.jsonl"}),
+        "merge": (capstone.merge, {"paths": [folder / "board.jsonl"], "out": folder / "merged.jsonl"}),
+        "best": (capstone.best, {"rows": scored, "budget": "2.2 MB", "model": "bundled"}),
+        "plans": (capstone.plans, {"calibration": tokens(), **given, **fewer}),
+        "seal": (capstone.seal, {"text": "a"}),
+        "unseal": (capstone.unseal, {"sealed": capstone.seal("a")}),
+        "hidden_text": (capstone.hidden_text, {"name": "stories"}),
+        "in_groups": (capstone.in_groups, {"weight": real, "bits": 4, "group_size": 4}),
+        "quantize_embeddings": (capstone.quantize_embeddings, {"model": model(), "quantizer": rows}),
+        "beside": (capstone.beside, {"model": model()}),
+        "by_method": (capstone.by_method, given | {"method": methods.RTN(group_size=8), "embedding_bits": 4}),
+        "by_part": (capstone.by_part, given | {"method": "rtn", "group_size": 8, "mlp": 3}),
+        "nearest": (capstone.nearest, given | {"bits": 4, "embedding_bits": 4, "group_size": 8}),
+        "gptq": (capstone.gptq, given | {"bits": 4, "embedding_bits": 4, "group_size": 8}),
+        "mixed_gptq": (capstone.mixed_gptq, given | {"nbytes": 30_000, "choices": (4,), "group_size": 8}),
+        "nf4": (capstone.nf4, given),
+        "show": (hunted.show, {"name": "ranges.1"}),
+        "program": (hunted.program, {"name": "ranges.1"}),
+        "verdict": (hunted.verdict, {"name": "ranges.1", "opinion": "fine"}),
+        "hint": (hunted.hint, {"name": "ranges.1"}),
+        "reveal": (hunted.reveal, {"name": "ranges.1"}),
+        "save": (hunted.save, {"path": folder / "hunt.json"}),
+        "resume": (hunted.resume, {"path": folder / "hunt.json"}),
+        "atlas": (hunted.atlas, {}),
+        "restart": (hunted.restart, {}),
+        **checkpoint_calls(folder),
+        **engine_calls(folder),
         "compare": (ledger.compare, {"row": entry, "other": ledger.measure(model(), new, method="rtn", **reads)}),
     }  # fmt: skip
+
+
+def checkpoint_calls(folder: Path) -> dict:
+    sized = random_model("llama", vocab_size=64)
+    report = lm.quantize_lm(sized, method="rtn", bits=8, group_size=None, symmetric=True, progress=False)[1]
+    q = ql.quantize_tensor(x(8, 16), bits=4, granularity=ql.PerGroup(8))
+    words = {"bits": 4, "order": range(8)}
+    checkpoints.save_checkpoint(sized, folder / "c", report.qtensors, layout="W8A8")
+    to_save = {"model": sized, "folder": folder / "d", "qtensors": report.qtensors, "layout": "W8A8"}
+    known = {"layout": "W4A16", "symmetric": True}
+    calls = {
+        "save_checkpoint": (checkpoints.save_checkpoint, to_save),
+        "checkpoint_codes": (checkpoints.checkpoint_codes, {"folder": folder / "c"}),
+        "layer_parts": (checkpoints.layer_parts, {"q": q, "layout": "W4A16"}),
+        "layer_codes": (checkpoints.layer_codes, {"parts": checkpoints.layer_parts(q, "W4A16"), **known}),
+        "to_words": (checkpoint_words.to_words, {"codes": torch.arange(16).view(2, 8), **words}),
+        "from_words": (checkpoint_words.from_words, {"words": torch.arange(4, dtype=torch.int32), **words}),
+    }
+    if engine_here("compressed_tensors"):
+        calls |= {"load_checkpoint": (checkpoints.load_checkpoint, {"folder": folder / "c"})}
+    return calls
+
+
+def engine_calls(folder: Path) -> dict:
+    """Of the engines that are here."""
+    q, calls, inputs = ql.quantize_tensor(x(6, 32), bits=4, granularity=ql.PerAxis(0)), {}, x(1, 32)
+    if engine_here("torchao"):
+        calls |= {
+            "to_torchao": (torchao.to_torchao, {"q": q}),
+            "from_torchao": (torchao.from_torchao, {"weight": torchao.to_torchao(q)}),
+            "quantized_by_torchao": (torchao.quantized_by_torchao, {"layer": nn.Linear(8, 6), "group_size": 4}),
+            "torchao_model": (torchao.torchao_model, {"model": model(), "qtensors": {}}),
+        }
+    if engine_here("ai_edge_litert"):
+        qp = ql.choose_qparams(torch.tensor(-2.0), torch.tensor(2.0), qmin=0, qmax=255)
+        layer, path = int8_layer(), folder / "w.tflite"
+        litert.save_litert_weights(q, path)
+        calls |= {
+            "save_litert_int8": (litert.save_litert_int8, {"layer": layer, "output": qp, "path": folder / "i"}),
+            "save_litert_weights": (litert.save_litert_weights, {"q": q, "path": folder / "j"}),
+            "expected_litert": (litert.expected_litert, {"q": q, "x": inputs}),
+            "litert_session": (litert.litert_session, {"path": path}),
+            "weight_codes": (litert.weight_codes, {"path": path}),
+        }
+    if engine_here("bitsandbytes"):
+        nf4 = ql.quantize_codebook(x(6, 32), ql.nf4_levels(), block_size=32)
+        calls |= {
+            "to_bitsandbytes": (bitsandbytes.to_bitsandbytes, {"q": nf4}),
+            "from_bitsandbytes": (bitsandbytes.from_bitsandbytes, {"layer": bitsandbytes.to_bitsandbytes(nf4)}),
+        }
+    return calls
+
+
+def int8_layer():
+    """A static int8 layer of eight inputs."""
+    observer = MinMax()
+    observer.update(x())
+    return linear.StaticInt8Linear.from_linear(nn.Linear(8, 6), observer)
 
 
 def public() -> set[str]:
@@ -306,6 +412,8 @@ def test_every_public_function_has_a_good_call(calls):
 
 def sound(result, depth: int = 0) -> bool:
     """Whether no float in a result is NaN, and every tensor has values, finite ones. (A ratio may be infinite.)"""
+    if hasattr(result, "qdata"):  # a tensor of torchao
+        result = result.dequantize()
     if isinstance(result, Tensor):
         return not result.is_meta and (not result.is_floating_point() or bool(result.float().isfinite().all()))
     if isinstance(result, nn.Module):
@@ -332,6 +440,7 @@ OURS = (ValueError, FileNotFoundError, TypeError)
 
 def bits(value) -> bytes | None:
     """What a dense tensor holds, to see that it is not changed."""
+    value = getattr(value, "qdata", value)  # of a tensor of torchao, its codes
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta or value.numel() == 0:
         return None
     return value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -939,6 +939,19 @@ def test_scaling_parts_are_those_of_rounding_some_channels_only():
     assert drawn(axes(explorer, 0).lines[1]) == pytest.approx(weighted.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize(("width", "groups", "start"), [(150, (0, 128, 32), 128), (96, (0, 32), 0), (32, None, None)])
+def test_scaling_offers_only_groups_that_differ(width, groups, start):
+    """A group of 128 in rows of 96 is the whole row: as a choice it would change nothing."""
+    weight, x = layer_and_inputs()
+    layers = {name: (weight[:, :n], Hessian(n).add(x[:, :n])) for name, n in (("wide", 150), ("narrow", width))}
+    explorer = ex.explore_scaling(layers, group_size=128)
+    control = explorer.controls.get("group")
+    assert (control and tuple(value for _, value in control.options)) == groups
+    assert (control and control.value) == start
+    shown = {put(explorer, layer="narrow", group=group).numbers() for group in groups or ()}
+    assert len(shown) == len(groups or ())
+
+
 def test_scaling_of_odd_layers():
     for weight, x in ((torch.zeros(3, 4), torch.zeros(5, 4)), (torch.ones(1, 1), torch.ones(1, 1))):
         explorer = ex.explore_scaling({"odd": (weight, Hessian(weight.shape[1]).add(x))})

@@ -180,6 +180,24 @@ def test_quantlabs_codes_in_llama_cpps_blocks(bits, symmetric, kind):
         assert torch.equal(torch.cat([codes & 15, codes >> 4], 1).int(), meant)
 
 
+def in_blocks(size: float, **settings):
+    """Weights of about this size, quantized in groups of 32."""
+    return quantize_tensor(size * weights()[:2], granularity=PerGroup(32), **settings)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TYPES if TYPES[kind].size > 1])
+def test_the_largest_weights_that_are_taken_come_back_finite(kind):
+    for sign in (1, -1):
+        x = sign * torch.linspace(6e4, 65504, 256)[None]
+        assert ((dequantize_gguf(quantize_gguf(x, kind), kind) - x).abs() < 0.2 * 65504).all()
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), [(8, True), (4, True), (4, False)])
+def test_a_block_of_zeros_has_no_scale_to_lose(bits, symmetric):
+    kind, packed = codes_to_gguf(in_blocks(0.0, bits=bits, symmetric=symmetric))
+    assert (dequantize_gguf(packed, kind) == 0).all()
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -188,6 +206,8 @@ def test_quantlabs_codes_in_llama_cpps_blocks(bits, symmetric, kind):
         (lambda: quantize_gguf(torch.tensor(1.0), "Q4_0"), "blocks of 32"),
         (lambda: quantize_gguf(torch.ones(2, 32), "Q3_0"), "kind must be one of"),
         (lambda: quantize_gguf(torch.ones(2, 32) * 1e30, "Q4_0"), "float16"),
+        (lambda: quantize_gguf(torch.linspace(-1e5, -9e4, 32)[None], "Q4_1"), "weight of 1e\\+05 is too large"),
+        (lambda: quantize_gguf(torch.linspace(-1e5, -9e4, 32)[None], "Q5_1"), "weight of 1e\\+05 is too large"),
         (lambda: quantize_gguf(torch.ones(2, 32) * torch.nan, "Q4_0"), "finite"),
         (lambda: quantize_gguf(torch.ones(2, 32), "Q4_0", importance=torch.ones(31)), "importance"),
         (lambda: quantize_gguf(torch.ones(2, 32), "Q4_0", importance=-torch.ones(32)), "not negative"),
@@ -196,6 +216,10 @@ def test_quantlabs_codes_in_llama_cpps_blocks(bits, symmetric, kind):
         (lambda: codes_to_gguf(quantize_tensor(torch.ones(2, 64), bits=3, granularity=PerGroup(32))), "3 bits"),
         (lambda: codes_to_gguf(quantize_tensor(torch.ones(2, 64), bits=4, granularity=PerAxis(0))), "PerAxis"),
         (lambda: codes_to_gguf(torch.ones(2, 32)), "got Tensor"),
+        (lambda: codes_to_gguf(in_blocks(1e6, bits=4, symmetric=False)), "scales and offsets in float16"),
+        (lambda: codes_to_gguf(in_blocks(1e8, bits=4, symmetric=True)), "up to 65504"),
+        (lambda: codes_to_gguf(in_blocks(1e-9, bits=8, symmetric=True)), "too small"),  # all scales would become 0
+        (lambda: codes_to_gguf(in_blocks(1e-5, bits=8, symmetric=True)), "too small"),  # subnormal: off by a third
     ],
 )
 def test_what_does_not_fit_is_refused(call, words):
@@ -348,6 +372,9 @@ def test_damaged_files_are_named(tokenizer, tmp_path):
         path.write_bytes(whole[:at] + bytes([value]) + whole[at + 1 :])
         with pytest.raises(ValueError, match=words):
             read_gguf(path)
+    write_gguf(path, {"general.alignment": 0}, {})
+    with pytest.raises(ValueError, match="aligned to 0 bytes"):
+        read_gguf(path)
     number = whole.index(b"blk.0.attn_q.weight") + 19 + 4 + 16
     path.write_bytes(whole[:number] + bytes([23]) + whole[number + 1 :])
     with pytest.raises(ValueError, match=r"blk\.0\.attn_q\.weight has blocks of type 23"):

@@ -14,10 +14,10 @@ import pytest
 import torch
 from learners_hunt import CLEARED, PROOFS
 
-from quantlab import hunt
+from quantlab import hunt, progress
 from quantlab.explorers import explore_hunt
 from quantlab.hunt import judging, playing
-from quantlab.hunt.atlas import ATLAS
+from quantlab.hunt.atlas import ATLAS, notebooks
 from quantlab.hunt.judging import judge, run_test
 from quantlab.hunt.playing import CASES, ROOMS
 
@@ -99,11 +99,19 @@ def test_versions_take_the_same_arguments_and_differ_in_their_text(name):
     assert len({inspect.getsource(f) for f in versions}) == len(versions)
 
 
+# Bugs whose print-out is, to the last character, that of the mended program; the others print another number.
+HIDDEN_WHOLLY = {
+    "ranges.1", "ranges.4", "ranges.6", "ranges.7", "ranges.8", "codebooks.1", "codebooks.2", "integers.3",
+    "integers.4", "integers.6", "measuring.4", "measuring.7", "measuring.8", "training.2", "training.5", "tools.1",
+    "tools.4", "tools.6",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", BUGS)
-def test_a_bug_hides_in_its_print_out_but_in_the_named_cases(name):
-    """The demonstration runs on every version: what it prints is made, not written down."""
+def test_a_bug_hides_wholly_in_its_print_out_in_the_named_cases(name):
     case = CASES[name]
-    assert all(printed(lambda f=f: case.demo(f)) for f in (case.mended, case.mended_again))
+    assert playing.printed(case, case.mended_again)
+    assert (playing.printed(case) == playing.printed(case, case.mended)) == (name in HIDDEN_WHOLLY)
 
 
 @pytest.mark.parametrize("name", BUGS)
@@ -250,12 +258,6 @@ def test_a_test_that_recognises_the_text_of_the_mended_program_is_caught(name):
 def test_an_accusing_test_of_what_is_fine_is_a_false_alarm(name, capsys):
     case = CASES[name]
 
-    def accuses(program):
-        with contextlib.suppress(AssertionError):
-            case.test(program)
-            raise ValueError
-        raise AssertionError("never reached: the program keeps its promise")
-
     def too_strict(program):
         case.test(program)
         raise AssertionError
@@ -296,6 +298,20 @@ def test_a_whole_hunt(capsys):
     assert (score.missed, score.told, score.alarms) == ((BUGS[0],), (BUGS[1],), ())
     assert score.chapters == tuple(sorted({CASES[BUGS[0]].chapter, CASES[BUGS[1]].chapter}))
     assert "31 of 33" in repr(score)
+    file = notebooks()[CASES[BUGS[0]].chapter][1]
+    assert f"[01 Scale and zero point]({file}), for {BUGS[0]}" in score._repr_markdown_()
+    assert f"01 Scale and zero point, for {BUGS[0]}" in repr(score)
+
+
+def test_an_exercise_of_two_right_verdicts_is_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUANTLAB_PROGRESS", str(tmp_path / "mine.json"))
+    rooms = zip(playing.EXERCISES.values(), ROOMS, strict=True)
+    assert all(name.partition(".")[0] == room for both, room in rooms for name in both)
+    hunt.verdict("ranges.3", "bug", test=CASES["ranges.3"].test)
+    hunt.verdict("ranges.4", "fine")
+    assert progress.read() == {}
+    hunt.verdict("ranges.4", "bug", test=CASES["ranges.4"].test)
+    assert list(progress.read()) == ["21.1"]
 
 
 def test_what_was_told_is_no_find_any_more(capsys):
@@ -397,34 +413,54 @@ def test_a_file_that_is_no_hunt_is_an_error_of_ours(tmp_path, text):
 # --- the atlas --------------------------------------------------------------------------------------------------
 
 
-def code_cells(chapter: str) -> list[str]:
+def cell_source(cell: dict) -> str:
+    return "".join(cell["source"])
+
+
+def cells_with(chapter: str, text: str) -> list[dict]:
+    """The code cells of a notebook that were run and hold this text."""
     (path,) = NOTEBOOKS.glob(f"{chapter}_*.ipynb")
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code" and cell["execution_count"]]
+    return [c for c in cells if c["cell_type"] == "code" and c["execution_count"] and text in cell_source(c)]
 
 
 def test_the_atlas_has_every_error_and_the_chapters_of_the_programs():
     assert list(ATLAS) == [f"E{number}" for number in range(1, 34)]
     assert all(entry.cells for entry in ATLAS.values())
-    apart = {case.error: case.chapter for case in CASES.values() if case.buggy and case.chapter in PRESENT}
-    assert {error: ATLAS[error].chapter for error in apart if ATLAS[error].chapter != "21"}.items() <= apart.items()
+    read_again = {case.error: case.chapter for case in CASES.values() if case.buggy}
+    assert set(read_again.values()) <= notebooks().keys()
+    elsewhere = {e: (read_again[e], entry.chapter) for e, entry in ATLAS.items() if read_again[e] != entry.chapter}
+    assert elsewhere == ELSEWHERE
 
 
-PRESENT = {path.name[:2] for path in NOTEBOOKS.glob("*.ipynb")}
+# Errors that chapter 21 takes apart itself, though an earlier one explains what they break.
+ELSEWHERE = {"E2": ("01", "21")}
+# Of these the cells assert nothing: what they print is stored, and nbval compares it.
+COMPARED = {"E3", "E9", "E10"}
 
 
 @pytest.mark.parametrize("error", ATLAS)
 def test_the_chapter_has_each_cell_that_takes_an_error_apart(error):
     entry = ATLAS[error]
     for text in entry.cells:
-        assert sum(text in cell for cell in code_cells(entry.chapter)) == 1, text
+        assert len(cells_with(entry.chapter, text)) == 1, text
+
+
+@pytest.mark.parametrize("error", ATLAS)
+def test_a_cell_that_takes_an_error_apart_can_fail(error):
+    cells = [cell for text in ATLAS[error].cells for cell in cells_with(ATLAS[error].chapter, text)]
+    asserting = [any(map(asserts, cell_source(cell).splitlines())) for cell in cells]
+    tags = [cell["metadata"].get("tags", ()) for cell in cells]
+    compared = [bool(c["outputs"]) and "nbval-ignore-output" not in t for c, t in zip(cells, tags, strict=True)]
+    assert all(a or c for a, c in zip(asserting, compared, strict=True))
+    assert any(asserting) == (error not in COMPARED)
+
+
+def asserts(line: str) -> bool:
+    return line.lstrip().startswith(("assert ", "found(", "check("))
 
 
 def test_the_atlas_as_a_table():
     table = hunt.atlas()
     assert repr(table).count("\n") == 32
     assert table._repr_markdown_().count("ipynb") == 33
-
-
-def test_records_are_only_of_programs():
-    assert playing._said == {}

@@ -77,7 +77,7 @@ def test_only_exercises_and_checks_import_explorers_or_checks():
 
 
 def test_heavy_packages_stay_in_their_files():
-    assert users("transformers") <= {"lm", "kv", "kv_measuring"}
+    assert users("transformers") <= {"lm", "kv", "kv_measuring", "export"}
     assert users("ipywidgets") <= {"explorers", "predictions"}
     assert users("peft") <= {"train"}
     assert users("joblib") <= {"sweep"}

@@ -4,6 +4,7 @@
 
 import functools
 import math
+import random
 import time
 
 import numpy as np
@@ -118,18 +119,22 @@ def test_an_interrupt_by_hand_goes_through():
 
 def test_the_learners_state_is_untouched():
     def seeds(x, factor):
-        torch.manual_seed(1), np.random.seed(1), torch.set_default_dtype(torch.float64), torch.set_grad_enabled(False)
+        torch.manual_seed(1), np.random.seed(1), random.seed(1)
+        torch.set_default_dtype(torch.float64), torch.set_grad_enabled(False), torch.set_num_threads(threads + 1)
         return x * factor
 
-    torch.manual_seed(5)
-    np.random.seed(5)
-    wanted = torch.rand(1), np.random.rand()
-    torch.manual_seed(5)
-    np.random.seed(5)
+    def numbers():
+        return torch.rand(1), np.random.rand(), random.random()
+
+    threads = torch.get_num_threads()
+    torch.manual_seed(5), np.random.seed(5), random.seed(5)
+    wanted = numbers()
+    torch.manual_seed(5), np.random.seed(5), random.seed(5)
     assert judge(SCALED, seeds) == "passed"
+    assert torch.get_num_threads() == threads
     assert torch.get_default_dtype() == torch.float32
     assert torch.is_grad_enabled()
-    assert (torch.rand(1), np.random.rand()) == wanted
+    assert numbers() == wanted
 
 
 NAN = float("nan")

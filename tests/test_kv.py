@@ -196,8 +196,15 @@ def test_generate_with_drafts_is_told_what_it_cannot_do():
     wanted = generated(model, ids, None, prompt_lookup_num_tokens=3)
     assert torch.equal(generated(model, ids, KVCache(**WHOLE), prompt_lookup_num_tokens=3), wanted)
     cache = KVCache(**SMALL)
-    generated(model, ids, cache, prompt_lookup_num_tokens=3)
-    assert cache.get_seq_length() >= 20
+    written = generated(model, ids, cache, prompt_lookup_num_tokens=3)
+    keys = model(written[:, :-1], use_cache=True).past_key_values.layers[0].keys  # of the first layer: no past in them
+    stored = cache.layers[0].keys
+    recent, rounded = stored.last.shape[2], stored.middle.dequantize()
+    torch.testing.assert_close(stored.last.float(), keys[:, :, -recent:], rtol=1e-3, atol=1e-3)
+    assert rounded.shape[2] + recent == keys.shape[2] == 39
+    assert (rounded - keys[:, :, :-recent]).abs().max() <= 0.51 * stored.middle.scale.float().max()
+    with pytest.raises(ValueError, match="3 tokens cannot be forgotten, only the last 2"):
+        generated(model, ids, KVCache(**SMALL | {"recent": 0}), prompt_lookup_num_tokens=3)
 
 
 def filled(batch=3, tokens=29, **settings_):
@@ -260,7 +267,7 @@ def test_what_is_refused_leaves_the_cache_as_it_was():
 def test_crop_forgets_what_is_in_float_and_refuses_the_rest():
     cache = filled()  # 29 tokens: 16 rounded, 13 in float
     before = contents(cache)
-    with pytest.raises(ValueError, match="14 tokens cannot be forgotten: the last 13 are in float"):
+    with pytest.raises(ValueError, match="14 tokens cannot be forgotten, only the last 13: those before are rounded"):
         cache.crop(-14)
     for wrong in (5, -30):
         with pytest.raises(ValueError, match="tokens_to_remove"):
@@ -270,6 +277,15 @@ def test_crop_forgets_what_is_in_float_and_refuses_the_rest():
     cache.crop(-13)
     assert all(torch.equal(a, b[:, :, :16]) for a, b in zip(contents(cache), before, strict=True))
     assert not cache.is_croppable
+
+
+def test_crop_keeps_the_first_tokens():
+    """Nothing is rounded yet: 5 first tokens and 4 others, which alone can be forgotten."""
+    cache = filled(tokens=9, sinks=5)
+    with pytest.raises(ValueError, match="only the last 4: those before are rounded, or kept as the first"):
+        cache.crop(-5)
+    cache.crop(-4)
+    assert cache.get_seq_length() == 5
 
 
 def test_offloading_is_refused():

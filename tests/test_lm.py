@@ -159,6 +159,19 @@ def test_quantize_lm_bad_input():
         lm.capture_inputs(model, tokens, ["nonsense"])
 
 
+def test_capture_reads_no_further_than_the_last_block_that_is_asked_for(family):
+    """The values are those of a whole reading; the blocks after it are never called."""
+    model, tokens, (prefix, blocks) = random_model(family), random_tokens(90), lm.blocks_of(random_model(family))
+    first = [name for name in lm.linear_layers(model) if name.startswith(f"{prefix}.0.")]
+    last = next(name for name in lm.linear_layers(model) if name.startswith(f"{prefix}.{len(blocks) - 1}."))
+    whole, called = lm.capture_inputs(model, tokens, [*first, last], window=64), []
+    for block in lm.blocks_of(model)[1]:
+        block.register_forward_hook(lambda block, *_: called.append(block))
+    early = lm.capture_inputs(model, tokens, first, window=64)
+    assert all(torch.equal(early[name], whole[name]) for name in first)
+    assert set(called) == {lm.blocks_of(model)[1][0]}
+
+
 def slow_nll(model, tokens, window, stride):
     """Each token once, in the first window that reaches it, one at a time."""
     losses, reached = [], 1

@@ -2,8 +2,10 @@
 
 import base64
 import io
+import re
 import sys
 
+import jupytext
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
@@ -72,6 +74,15 @@ def test_every_source_has_a_notebook_and_every_notebook_a_source():
 
 def test_notebooks_are_as_built_from_their_sources():
     assert [problem for path in sorted(build.NOTEBOOKS.glob("src/*.py")) for problem in build.check(path)] == []
+
+
+@pytest.mark.parametrize("path", sorted(build.NOTEBOOKS.glob("src/*.py")), ids=lambda path: path.stem[:2])
+def test_what_a_notebook_links_is_there(path):
+    """Links are relative to the folder of notebooks; what follows # is a heading of the page."""
+    text = "\n".join(c.source for c in jupytext.read(path, fmt="py:percent").cells if c.cell_type == "markdown")
+    targets = re.findall(r"""\]\(([^)\s]+)\)|(?:src|href)=["']([^"']+)""", text)
+    local = [a or b for a, b in targets if not re.match(r"[a-z]+:|#", a or b)]
+    assert [link for link in local if not (build.NOTEBOOKS / link.partition("#")[0]).exists()] == []
 
 
 # Building
@@ -178,9 +189,23 @@ def test_outputs_of_a_volatile_cell_are_kept_until_a_checked_cell_changes():
         return cell("time_it()", stream(text), picture(len(text)), tags=[build.VOLATILE])
 
     one, two = cell("f()", stream("1")), cell("f()", stream("2"))
-    assert kept([one, timing("   3.1 ms")], [cell("g()"), one, timing("1,045.2 ms")]) == [False, False, True]
+    assert kept([one, timing("   3.1 ms")], [one, timing("1,045.2 ms")]) == [False, True]
     assert kept([one, timing("3.1 ms")], [one, timing("3.1 s")]) == [False, False]
+    assert kept([one, timing("3.1 ms")], [cell("g()"), one, timing("45.2 ms")]) == [False, False, False]
     assert kept([one, timing("3.1 ms")], [two, timing("45.2 ms")]) == [False, False]
+
+
+def test_outputs_of_volatile_cells_are_kept_all_or_none():
+    """A sum in one cell and its parts in another would not fit together if they came from two runs."""
+
+    def whole(text):
+        return cell("whole()", stream(text), tags=[build.VOLATILE])
+
+    def part(text):
+        return cell("part()", stream(text), tags=[build.VOLATILE])
+
+    assert kept([whole("3.1 s"), part("1.2 s")], [whole("4.1 s"), part("1.9 s")]) == [True, True]
+    assert kept([whole("3.1 s"), part("1.2 s")], [whole("4.1 s"), part("1.9 s, or less")]) == [False, False]
 
 
 def test_outputs_of_a_cell_whose_source_has_changed_are_new():
@@ -209,6 +234,7 @@ def test_a_good_notebook_has_no_problem(tmp_path):
         (cell("1", stream("x" * 1_000_001)), "1.0 MB"),
         (cell("1", stream("1", "stderr")), "stderr"),
         (cell("1", stream("UserWarning: x")), "a warning"),
+        (cell("1", stream("4.2: not yet. Your code stopped in line 3 of f")), "more than its bare raise"),
         (cell("1", stream("in /home/me/x")), "a path of this machine"),
         (cell("1", new_output("display_data", {"text/html": r"C:\Users\me"})), "a path of this machine"),
         (cell("1", new_output("error", ename="KeyError", evalue="'x'")), "an error"),

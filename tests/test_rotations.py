@@ -421,3 +421,11 @@ def test_rows_that_do_not_fit_are_refused(rows_of):
     layer = torch.nn.Linear(32, 12).requires_grad_(False)
     with pytest.raises(ValueError, match="rows must hold signed codes"):
         DynamicInt8Linear.from_linear(layer, rows=rows_of(layer.weight))
+
+
+def test_rows_of_other_bits_than_asked_for_are_refused():
+    layer = torch.nn.Linear(32, 12).requires_grad_(False)
+    rows = quantize_tensor(layer.weight, bits=4, granularity=PerAxis(0))
+    with pytest.raises(ValueError, match="weight_bits must be the 4 bits of rows, got 8"):
+        DynamicInt8Linear.from_linear(layer, rows=rows)
+    assert DynamicInt8Linear.from_linear(layer, rows=rows, weight_bits=4).weight_bits == 4

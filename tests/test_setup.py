@@ -152,6 +152,15 @@ def test_options_of_test_go_to_pytest_alone():
     assert {"notebooks", "another model", "notebooks on another processor"} <= set(names)
 
 
+@pytest.mark.parametrize("browser", [None, "/usr/bin/chromium"])
+def test_every_notebook_runs_on_another_model_with_a_browser_or_without_one(browser, monkeypatch):
+    monkeypatch.delenv("CHROMIUM", raising=False)
+    monkeypatch.setattr(run.shutil, "which", lambda name: browser)
+    steps = run.steps("test", [])
+    assert ("notebooks on another model" in steps) == (browser is None)
+    assert steps["tests"][1]["QUANTLAB_BROWSER_MODEL"] == str(run.FOREIGN)
+
+
 def test_the_site_is_built_and_then_looked_at_unless_options_say_otherwise():
     assert list(run.steps("site", [])) == ["site", "its pages"]
     assert list(run.steps("site", ["01"])) == ["site"]

@@ -1,6 +1,7 @@
 """SmolLM2 from its package, beside plain loops of transformers; skipped where the package is not installed."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -154,4 +155,13 @@ def test_left_out_by_the_environment_another_model_stands_in(monkeypatch):
         lm.load_lm("smollm2")
     model, _, name = lm.real_lm()
     assert name == "bundled"
+    assert model.config.hidden_size == 256
+
+
+def test_a_model_that_was_chosen_comes_before_smollm2(tmp_path, monkeypatch):
+    """QUANTLAB_MODEL names another folder: the chapters on a real model take that one."""
+    shutil.copytree(lm.DATA / "model", tmp_path / "mine")
+    monkeypatch.setenv("QUANTLAB_MODEL", str(tmp_path / "mine"))
+    model, _, name = lm.real_lm()
+    assert name == str(tmp_path / "mine")
     assert model.config.hidden_size == 256

@@ -72,15 +72,15 @@ WRONG = {
         (lambda rows: sorted(rows, key=lambda name: rows[name]), "This is every row"),
     ],
     "22.3": [
-        (half_weights, "Return a QTensor"),
-        (half_in_place, "was expected"),
-        (rounded_only, "was expected"),
-        (lambda q: replace(q, dtype=torch.float16), "was expected"),
-    ],
-    "22.4": [
         (too_large, "over the budget"),
         (float_embedding, "over the budget"),
         (few_bits, "4 bits everywhere"),
         (reads_the_exam, "refused: hidden text"),
+    ],
+    "22.4": [
+        (half_weights, "Return a QTensor"),
+        (half_in_place, "was expected"),
+        (rounded_only, "was expected"),
+        (lambda q: replace(q, dtype=torch.float16), "was expected"),
     ],
 }

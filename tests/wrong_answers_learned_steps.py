@@ -194,6 +194,6 @@ WRONG = {
         (_steps_of_one, "one for each row"),
         (_negative, "not above 0"),
         (lambda weight, x: train_solution(weight, x)[0], "Return two tensors"),
-        (_train_in_place, "weight itself was changed"),
+        (_train_in_place, "weight was changed in place"),
     ],
 }

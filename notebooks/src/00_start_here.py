@@ -454,6 +454,7 @@ progress()
 # |---|---|
 # | [09 Outliers](09_outliers.ipynb) ✓ | LLM.int8() and SmoothQuant |
 # | [10 GPTQ](10_gptq.ipynb) ✓ | other weights make up for an error |
+# | [10b GPTQ on a model](10b_gptq_on_a_model.ipynb) ✓ | what its knobs cost, what the model gets back |
 # | [11 AWQ](11_awq.ipynb) ✓ | protect the channels that matter |
 # | [12 Sensitivity and mixed precision](12_mixed_precision.ipynb) ✓ | which layer gets how many bits |
 # | [13 Quantization-aware training](13_quantization_aware_training.ipynb) ✓ | train through the rounding |

@@ -315,9 +315,8 @@ def per_tensor(model, bits):
 from quantlab import ledger
 from quantlab.lm import budget, generate, load_text, token_stream
 
-tokens = token_stream(tokenizer, load_text("eval"))[
-    : budget(model, 4096)
-]  # fewer on a larger model
+stories = token_stream(tokenizer, load_text("eval"))
+tokens = stories[: budget(model, 4096)]  # fewer on a larger model
 rows = [ledger.measure(model, model, tokens, method="float")]
 for bits in (8, 4, 3):
     new = per_tensor(model, bits)
@@ -333,25 +332,32 @@ found(kl[3] > kl[2], f"at 3 bits KL is {kl[3]:.2f}, larger again (the bundled mo
 ledger.Table(rows)
 # %% [markdown]
 # Here eight bits are nearly free, four are not, and three ruin the model. (The sizes count these models as
-# 16-bit floats: nothing has been packed yet, and the ratios of times stay near 1 for the same reason.
-# Notebooks 03 and 07 change that.)
+# 16-bit floats: nothing has been packed yet, and so no times are measured. Notebooks 03 and 07 change that.)
 #
-# **The control that must fail.** The same eight bits, with the zero point left out on the way back. If our
-# measure is worth anything, it must notice. (In a model with LayerNorm the bug may do no harm: what all
-# channels have too much is taken off again. Llama's RMSNorm does not do that.)
+# **The control that must fail.** Eight bits once more, on a grid from 0 to 255 with a zero point; and the same
+# with the zero point left out on the way back. If our measure is worth anything, it must notice. (In a model
+# with LayerNorm the bug may do no harm: what all channels have too much is taken off again. Llama's RMSNorm
+# does not do that.)
 # %%
+def careful(x):
+    qp = choose_qparams(x.min(), x.max(), qmin=0, qmax=255)
+    return qp.scale * (quantize(x, qp) - qp.zero_point)
+
 def forgetful(x):
     qp = choose_qparams(x.min(), x.max(), qmin=0, qmax=255)
     return qp.scale * quantize(x, qp)  # the bug: no zero point
 
-broken = copy.deepcopy(model)
-for layer in linear_layers(broken).values():
-    layer.weight.data = forgetful(layer.weight.data)
+right, broken = copy.deepcopy(model), copy.deepcopy(model)
+for new, way in ((right, careful), (broken, forgetful)):
+    for layer in linear_layers(new).values():
+        layer.weight.data = way(layer.weight.data)
 # %% tags=["nbval-ignore-output"]
+good = ledger.measure(model, right, tokens, method="with zero point", bits=8)
 bad = ledger.measure(model, broken, tokens, method="forgetful", bits=8)
-found(bad.kl > 100 * rows[1].kl,
+found(bad.kl > 100 * good.kl,
       f"without zero points KL is {bad.kl:.4f} (the bundled model: 8.27)")
-f"KL {bad.kl:.2f}; it writes: {generate(broken, tokenizer, 'Once upon a time', tokens=15)!r}"
+text = generate(broken, tokenizer, "Once upon a time", tokens=15)
+f"KL {good.kl:.4f} with, {bad.kl:.2f} without zero points; without, it writes: {text!r}"
 # %% [markdown]
 # ## 9. Exercises
 # ### Exercise 1.4: bits for 30 dB (about 15 minutes)

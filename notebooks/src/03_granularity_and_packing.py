@@ -124,9 +124,8 @@ from quantlab.lm import capture_inputs, load_text, token_stream
 
 name = next(iter(layers_of_role(model, "down")))
 weight = weight_of(layers[name])
-stories = token_stream(tokenizer, load_text("calibration"))[
-    : budget(model, 2048)
-]  # fewer on a larger model
+stories = token_stream(tokenizer, load_text("calibration"))
+stories = stories[: budget(model, 2048)]  # fewer on a larger model
 x = capture_inputs(model, stories, [name])[name]
 (f"{name} {tuple(weight.shape)}: largest weight {weight.abs().max() / weight.std():.0f} standard "
  "deviations")
@@ -334,7 +333,7 @@ formats = {  # bits of a code, [(bits, shared by how many weights)]
     "MXFP4, blocks of 32, 8-bit scale": (4, [(8, 32)]),
     "NVFP4, blocks of 16, 8-bit scale": (4, [(8, 16)]),
 }
-# %%
+
 true_bits = {name: code + sum(bits / among for bits, among in beside)
              for name, (code, beside) in formats.items()}
 for name, bits in true_bits.items():
@@ -570,8 +569,9 @@ check("3.5", my_unpack3)
 # %% tags=["exercise"]
 from quantlab.exercises.material import layer_in_runs
 
+practice_weight, practice_x = layer_in_runs()
+
 def my_settings():
-    practice_weight, practice_x = layer_in_runs()
     raise NotImplementedError  # return {"bits": ..., "group_size": ..., "symmetric": ...}
 # %%
 check("3.6", my_settings)

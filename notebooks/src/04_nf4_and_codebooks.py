@@ -242,9 +242,8 @@ def shares(q):
     return q.codes.flatten().int().bincount(minlength=16) / q.codes.numel()
 
 def entropy(shares):
-    return torch.special.entr(shares).sum().item() / math.log(
-        2
-    )  # entr(p) is −p ln p, and 0 for p = 0
+    # entr(p) is −p ln p, and 0 for p = 0; divided by ln 2 it is in bits
+    return torch.special.entr(shares).sum().item() / math.log(2)
 
 normal = torch.randn(4096 * 72, generator=torch.Generator().manual_seed(0))
 used = {size: shares(quantize_codebook(normal, nf4, block_size=size)) for size in (16, 64, 1024)}
@@ -463,10 +462,8 @@ from tqdm.auto import tqdm
 from quantlab import ledger
 from quantlab.lm import quantize_weights
 
-tokens, rows = (
-    token_stream(tokenizer, load_text("eval"))[: budget(model, 4096)],
-    {},
-)  # of a large model fewer
+stories, rows = token_stream(tokenizer, load_text("eval")), {}
+tokens = stories[: budget(model, 4096)]  # fewer on a larger model
 for (method, group), maker in tqdm(makers.items(), leave=False):
     new, packed = quantize_weights(model, maker)
     rows[method] = ledger.measure(

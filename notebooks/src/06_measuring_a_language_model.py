@@ -481,7 +481,7 @@ found(lost["honest", "fresh"] < 0.7 * lost["rounded", "fresh"],
 # ### Catch it
 # You are handed models, and suspect that one was calibrated on your test text. **Predict**: what must you
 # compare? Is a KL that is lower on the test text than on fresh text proof? Would perplexity do?
-# %%
+# %% tags=["nbval-ignore-output"]
 texts = {"test, first 1024": read, "test, fresh": fresh[:1024],
     "calibration, first 1024": calibration[:1024], "calibration, later": calibration[8192:9216]}
 suspects = {"leaked": leaked, "honest": honest, "third": gptq(calibration[8192:9216]),
@@ -489,14 +489,17 @@ suspects = {"leaked": leaked, "honest": honest, "third": gptq(calibration[8192:9
 kl = torch.tensor([[kl_on(m, text).kl for text in texts.values()] for m in suspects.values()])
 perplexities = torch.tensor(
     [[perplexity(m, t, window=128).value for t in texts.values()] for m in suspects.values()])
-# %% tags=["nbval-ignore-output"]
+
 fig, axes = plt.subplots(1, 2, figsize=(9.5, 3), layout="constrained", sharey=True)
 for ax, numbers, title in zip(
     axes, (perplexities, kl / kl[-1]), ("perplexity", "KL / KL of the rounded"), strict=True):
-    ax.imshow(numbers / numbers.amax(0), cmap="Blues_r", aspect="auto", vmin=0.4, vmax=1.15)
+    shade = numbers / numbers.amax(0)
+    ax.imshow(shade, cmap="Blues_r", aspect="auto", vmin=0.4, vmax=1.15)
     for (i, j), value in zip(
         torch.cartesian_prod(torch.arange(4), torch.arange(4)), numbers.flatten(), strict=True):
-        ax.text(j, i, f"{value:.2f}" if value < 3 else f"{value:.1f}", ha="center", va="center")
+        text = f"{value:.2f}" if value < 3 else f"{value:.1f}"
+        ink = "white" if shade[i, j] < 0.75 else "black"
+        ax.text(j, i, text, ha="center", va="center", color=ink)
     ax.set(xticks=range(4), yticks=range(4), yticklabels=suspects, title=title)
     ax.set_xticklabels([name.replace(", ", "\n") for name in texts], fontsize="small")
 plt.show()
@@ -512,8 +515,8 @@ found(
 # %% [markdown]
 # On the right each model betrays its text: the cell on its own text is darkest in its row. The proof lies in a
 # *comparison of comparisons*: this text against others, divided by a model that has read nothing, which takes out
-# how easy a text is. Perplexity, on the left, has the guilty model lowest in the column of its text, too, but within an
-# error bar of the honest ones, and a column alone proves nothing: some model is always lowest.
+# how easy a text is. By perplexity, on the left, the leaked model is lowest on its text, but within an error bar of
+# the honest one; and a column alone proves nothing, since some model is lowest there whatever it has read.
 #
 # ### Exercise 6.4: find the leak (about 15 minutes)
 # `texts` is a list of three or more rows of token ids. Return the index of the text on which `suspect` was
@@ -554,7 +557,7 @@ for common, sampled, likeliest in table.values():
 # ### Exercise 6.5: the least bits (about 10 minutes)
 # Return the least number of bits (2 to 8, round-to-nearest, group 128) whose KL to the float model on
 # `tokens` is at most `target`. (Round-to-nearest takes nothing from the tokens that `quantize_lm` is
-# given.) The check asks for **0.2** and for **0.01** nats, and measures too: wait a moment.
+# given.) The check asks for three targets, **0.2** and **0.01** nats among them, and measures too: wait a moment.
 # %% tags=["exercise"]
 def my_bits(model, tokens, target):
     raise NotImplementedError

@@ -139,11 +139,11 @@ import copy
 
 from tqdm.auto import tqdm
 
+from quantlab.exercises.material import six_channels
 from quantlab.lm import divergence
 from quantlab.outliers import plant_outliers
 
-width = weight_of(layers[q_proj]).shape[1]
-six = [5 * width // 32 * k for k in range(6)]  # channels, from one end to the other
+six = six_channels(weight_of(layers[q_proj]).shape[1])
 planted = plant_outliers(model, channels=six, factor=100)
 tokens = token_stream(tokenizer, load_text("eval"))
 def kl_when_kept(m, way, share):
@@ -152,14 +152,13 @@ def kl_when_kept(m, way, share):
         weight = weight_of(layer)
         weight.copy_(keep(way, weight, x[name], share).dequantize())
     return divergence(model, new, tokens[:budget(model, 2048)]).kl  # fewer on a large model
+# %% tags=["nbval-ignore-output"]
+from quantlab.plots import plot_bars
 
 kl = {}
 for title, m in tqdm({"plain": model, "planted": planted}.items(), leave=False):
     kl[title] = {"none": kl_when_kept(m, "random", 0)}
     kl[title] |= {way: kl_when_kept(m, way, 0.01) for way in ways}
-# %% tags=["nbval-ignore-output"]
-from quantlab.plots import plot_bars
-
 plot_bars(kl, ylabel="KL, nats per token", ax=plt.subplots(figsize=(7, 2.8))[1])
 of_planted, of_plain = kl["planted"], kl["plain"]
 left = of_planted["largest inputs"] / of_planted["none"]
@@ -167,7 +166,8 @@ others = min(of_planted[way] for way in ways[1:]) / of_planted["none"]
 found(left < 0.7, f"the loudest 1 % takes much of the planted model's KL, and leaves {left:.2f}")
 found(others > 0.9, f"the other choices take next to nothing away, and leave {others:.2f}")
 left = of_plain["largest inputs"] / of_plain["none"]
-found(abs(left - 0.935) < 0.085, f"as the model is, this changes little, and leaves {left:.2f}")
+found(left > 0.85, f"as the model is, this changes little, and leaves {left:.2f}")
+found(left < 1.02, "and does no harm")
 # %% [markdown]
 # **The control fails, as it must:** a random 1 % does next to nothing, and the largest weights little. What
 # matters are the *inputs*. (1 % of 256 columns is three: half of the planted six. And planting flatters: it
@@ -381,7 +381,8 @@ for alpha in (0.0, 1.0):
 least = min(of_weight for _, of_weight in of_groups.values())
 found(least > 1.5, f"the weight error rises, the least {least:.1f} times")
 for size, (output, weights) in of_groups.items():
-    print(f"groups of {size}: output error {output:.2f} ×, weight error {weights:.1f} ×")
+    groups = f"groups of {size}" if size else "whole rows"
+    print(f"{groups}: output error {output:.2f} ×, weight error {weights:.1f} ×")
 # %% [markdown]
 # **What you saw.** With α the dots tilt: loud channels get a finer step, quiet ones a coarser. At 0 the six
 # loud ones carry nearly all of the error, so that pays: the output error falls to a fraction while the
@@ -483,7 +484,7 @@ ledger.Table([row for *_, row in made.values()])
 # GPTQ is far ahead, as section 7 foretold. AWQ and round-to-nearest lie so near to each other that their error bars
 # overlap. Does AWQ gain anything, then? Both methods were measured on the same text, window by window. An easy
 # window is easy for both, so what is hard about the text cancels in the *difference* of the two. The mean of these
-# differences (the **paired** comparison, 配对, of notebook 10) is much surer than either KL.
+# differences (the **paired** comparison, 配对, of notebook 10b) is much surer than either KL.
 # %% tags=["nbval-ignore-output"]
 from quantlab.metrics import kl_per_position
 

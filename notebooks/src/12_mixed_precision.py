@@ -325,8 +325,9 @@ for row in rows:
 ledger.Table(rows)
 # %% [markdown]
 # A mixed row is called by its method, and its bits are the mean over the weights, rounded; the column bits/w says what
-# was really spent. (Run the cell again, and the rows come from the folder: each file is named by a hash of all that
-# its row depends on, so that nothing old is shown. `quantlab/sweep.py` says more.) What did mixing give?
+# was really spent. (Run `list(measure_all())` in a new cell, and the rows come from the folder: each file is named by a
+# hash of all that its row depends on, so that nothing old is shown. `quantlab/sweep.py` says more.) What did mixing
+# give?
 # %% tags=["nbval-ignore-output"]
 kl = {(row.method, row.bits): row.kl for row in rows}
 gain = {(way, b): kl[f"mixed {way}", b] / kl[way, b] for way in ("rtn", "gptq") for b in (3, 4)}

@@ -1,6 +1,6 @@
 # %% [markdown]
 # # 13 Quantization-aware training
-# *60 minutes with exercises 13.1 to 13.3, of which the computer needs about one; 13.4 takes 15 more. You need
+# *60 minutes with exercises 13.1 to 13.3, of which the computer needs about one; 13.4 and 13.5 take 45 more. You need
 # notebooks 06 and 10.*
 #
 # At 2 bits rounding ruins the model, and GPTQ repairs only part of it: the weights were trained to be
@@ -461,9 +461,9 @@ print("2 bits, QAT:", generate(qat_models[2], its_tokenizer, "Once upon a time",
 # (`data/checkpoints/minmax/README.md`).
 #
 # Nor is the race even. QAT read over nine times GPTQ's 16,384 tokens, and was trained on the number in the
-# table. The last columns have seconds and tokens, each row's from the machine and the day of its own measurement: only
-# orders of magnitude compare; in memory it holds at least the weight, its
-# gradient and Adam's two moments.
+# table. The last two columns are seconds and tokens. Each row's seconds come from the machine and the day on which it
+# was measured, so compare orders of magnitude only. In memory QAT holds at least the weight, its gradient and Adam's
+# two moments.
 #
 # ### Myth: "Its perplexity is lower, so the 2-bit model is better than the float one"
 # **Predict** the *float* model's perplexity if all its logits are divided by 1.2: less sure of everything.

@@ -58,16 +58,26 @@ def merge(paths: Iterable, out=None) -> list[Score]:
         return _write(list(best.values()), out)
 
 
-def best(rows: Iterable[Score], budget: str) -> Score | None:
-    """The row with the least KL of those that fit the budget; None if none does."""
-    check_choice(budget, "budget", BUDGETS)
-    fitting = [row for row in check_list(rows, "rows") if row.budget == budget and row.fits]
+def best(rows: Iterable[Score], budget: str, model: str | None = None) -> Score | None:
+    """The row of this model with the least KL of those that fit the budget; None if none does.
+
+    model: as a row names it; by default the one that the budget was made for.
+    Raises: ValueError for an unknown budget, or if the rows were measured on several hidden texts.
+    """
+    model = BUDGETS[check_choice(budget, "budget", BUDGETS)].model if model is None else check_kind(model, "model", str)
+    scores = [check_kind(row, "a row", Score, "score() gives") for row in check_list(rows, "rows")]
+    fitting = [row for row in scores if (row.budget, row.model) == (budget, model) and row.fits]
+    if len({row.text for row in fitting}) > 1:
+        raise ValueError("rows must be of one hidden text: scores on several do not compare")
     return min(fitting, key=_rank, default=None)
 
 
 @dataclass(frozen=True)
 class Board:
-    """The rows as a notebook shows them: budget by budget, best first, those over the budget last."""
+    """The rows as a notebook shows them: a table for each budget, model and hidden text, since only such rows compare.
+
+    The best come first, those over the budget last.
+    """
 
     rows: list
 
@@ -75,9 +85,12 @@ class Board:
         head = ("", "recipe", "who", "bytes", "KL ±", "top-1", "CPU s", "MB")
         widths = (4, max([12, *(len(r.recipe) for r in self.rows)]), max([4, *(len(r.who) for r in self.rows)]))
         lines = []
-        for budget in dict.fromkeys(row.budget for row in sorted(self.rows, key=_rank)):
-            rows = sorted((row for row in self.rows if row.budget == budget), key=_rank)
-            lines += ["", f"{budget}, {', '.join(dict.fromkeys(row.model for row in rows))}"]
+        tables: dict[tuple, list[Score]] = {}
+        for row in sorted(self.rows, key=_rank):
+            tables.setdefault((row.budget, row.model, row.text), []).append(row)
+        for (budget, model, text), rows in tables.items():
+            several = sum(key[:2] == (budget, model) for key in tables) > 1
+            lines += ["", f"{budget}, {model}" + (f", hidden text {text}" if several else "")]
             lines += [_line(row, (*widths, 11, 15, 6, 6, 6)) for row in (head, *_numbered(rows))]
         return "\n".join(lines[1:])
 
@@ -104,8 +117,8 @@ def _key(row: Score) -> tuple:
 
 
 def _rank(row: Score) -> tuple:
-    """By budget, those that fit first, and then by KL."""
-    return list(BUDGETS).index(row.budget), not row.fits, row.kl, row.who, row.recipe
+    """By budget, model and hidden text, those that fit first, and then by KL."""
+    return list(BUDGETS).index(row.budget), row.model, row.text, not row.fits, row.kl, row.who, row.recipe
 
 
 def _write(rows: list[Score], path: Path) -> list[Score]:

@@ -3,14 +3,14 @@
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from quantlab.arguments import check_choice, check_flag, check_int, check_list
-from quantlab.capstone.recipes import ATTENTION, in_groups, quantize_embeddings, with_codes
+from quantlab.capstone.recipes import ATTENTION, in_groups, with_codes
+from quantlab.granularity import QTensor
 from quantlab.hessian import Hessian
 from quantlab.lm import (
     capture_inputs,
@@ -48,7 +48,7 @@ class Plans:
         return own + self.others + self.header
 
     def kl(self, method: str, group: int, bits: dict[str, int]) -> float:
-        """The sum of what the parts cost alone; at 2 bits, where parts disturb each other, too low."""
+        """The sum of what the parts cost alone; at 2 bits, where parts disturb each other, it can be off."""
         return sum(self.costs[method, group, part, b] for part, b in bits.items())
 
 
@@ -72,20 +72,23 @@ def plans(
     The embedding is rounded to nearest in both. Each setting is one reading of the tokens by the whole model.
     Raises: ValueError for bits or groups that a grid cannot have, or tokens that the model cannot read.
     """
-    bits = tuple(check_int(b, "bits", 2, 8) for b in check_list(bits, "bits"))
-    groups = tuple(check_int(g, "groups", 1) for g in check_list(groups, "groups"))
-    methods = tuple(check_choice(method, "methods", METHODS) for method in check_list(methods, "methods"))
+    bits = tuple(check_int(b, "bits", 2, 8) for b in _some(bits, "bits"))
+    groups = tuple(check_int(g, "groups", 1) for g in _some(groups, "groups"))
+    methods = tuple(check_choice(method, "methods", METHODS) for method in _some(methods, "methods"))
     hessians = _hessians(model, calibration) if "GPTQ" in methods else {}
     settings = [(group, b) for group in groups for b in bits]
     costs, codes, sides = {}, {}, {}
     for group, b in tqdm(settings, desc="trying", leave=False, disable=not check_flag(progress, "progress")):
+        embedding = _embedding(model, b, group)  # the same for all methods
+        alone = _kl_with(model, embedding, tokens)
         for word in methods:
-            for part, q in _rounded(model, METHODS[word](bits=b, group_size=group), hessians).items():
-                known = costs.get((methods[0], group, part, b)) if part == "embedding" else None
-                costs[word, group, part, b] = _kl_with(model, q, tokens) if known is None else known
-                codes[part, b] = sum(one.packed().nbytes for one in q.values())
-                sides[group, part, b] = sum(one.nbytes for one in q.values()) - codes[part, b]
-    everything = {}
+            rounded = _rounded(model, METHODS[word](bits=b, group_size=group), hessians)
+            costs |= {(word, group, part, b): _kl_with(model, q, tokens) for part, q in rounded.items()}
+            costs[word, group, "embedding", b] = alone
+        for part, q in (rounded | {"embedding": embedding}).items():
+            codes[part, b] = sum(one.packed().nbytes for one in q.values())
+            sides[group, part, b] = sum(one.nbytes for one in q.values()) - codes[part, b]
+    everything = _embedding(model, bits[0], groups[0])
     for some in _rounded(model, RTN(bits=bits[0], group_size=groups[0]), {}).values():
         everything |= some
     others = model_bytes(model, everything) - sum(q.nbytes for q in everything.values())
@@ -94,20 +97,33 @@ def plans(
     return Plans(costs, codes, sides, others, header, count, methods, groups, bits)
 
 
+def _some(values, name: str) -> list:
+    values = check_list(values, name)
+    if not values:
+        raise ValueError(f"{name} must have at least one value, got none")
+    return values
+
+
 def _hessians(model, tokens: Tensor) -> dict[str, Hessian]:
     """Of what each linear layer reads in the float model."""
     inputs = capture_inputs(model, tokens, list(linear_layers(model)))
     return {name: Hessian(x.shape[1]).add(x) for name, x in inputs.items()}
 
 
+def _embedding(model, bits: int, group: int) -> dict[str, QTensor]:
+    """The embedding (and head) to nearest."""
+    layers = embedding_layers(model).items()
+    return {name: in_groups(layer.weight.detach(), bits=bits, group_size=group) for name, layer in layers}
+
+
 def _rounded(model, method: RTN | GPTQ, hessians: dict) -> dict[str, dict]:
-    """{part: {layer: quantized weight}} by one method."""
-    layers, found = linear_layers(model), {}
-    _, embeddings = quantize_embeddings(model, partial(in_groups, bits=method.bits, group_size=method.group_size))
-    for part, names in part_layers(model).items():
-        of = names if part != "embedding" else ()
-        found[part] = {name: method.round([weight_of(layers[name])], hessians.get(name))[0] for name in of}
-    return found | {"embedding": embeddings}
+    """{part: {layer: quantized weight}} by one method, for the parts that are linear layers."""
+    layers, found = linear_layers(model), part_layers(model)
+    del found["embedding"]
+    return {
+        part: {name: method.round([weight_of(layers[name])], hessians.get(name))[0] for name in names}
+        for part, names in found.items()
+    }
 
 
 def _kl_with(model, qtensors: dict, tokens: Tensor) -> float:

@@ -11,12 +11,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from quantlab.arguments import check_kind, check_model
+from quantlab.arguments import check_function, check_int, check_kind, check_model
 from quantlab.codebook import nf4_levels, quantize_codebook
 from quantlab.granularity import PerGroup, QTensor, quantize_tensor
 from quantlab.lm import DATA, divergence, embedding_layers, layers_of_role, linear_layers, quantize_lm
 from quantlab.lm import budget as tokens_for
+from quantlab.lm.measuring import checked_windows
 from quantlab.methods import GPTQ, NF4, RTN, Method
+from quantlab.methods.base import WeightMethod
 from quantlab.mixed import knapsack, sensitivity
 from quantlab.modules import put_weight
 from quantlab.quantized import Quantized
@@ -31,9 +33,11 @@ def quantize_embeddings(model, quantizer: Callable[..., Quantized], by_name: dic
 
     quantizer is called with a weight (vocabulary, width), and with what by_name has for that layer.
     """
-    new, codes = copy.deepcopy(model), {}
+    check_function(quantizer, "quantizer", "a weight")
+    by_name = {} if by_name is None else check_kind(by_name, "by_name", Mapping)
+    new, codes = copy.deepcopy(check_model(model)), {}
     for name, layer in embedding_layers(new).items():
-        codes[name] = quantizer(layer.weight.detach(), **(by_name or {}).get(name, {}))
+        codes[name] = quantizer(layer.weight.detach(), **by_name.get(name, {}))
         layer.weight.data.copy_(codes[name].dequantize())
     return new, codes
 
@@ -59,6 +63,7 @@ def in_groups(weight: Tensor, *, bits: int, group_size: int = 128) -> QTensor:
 
 def by_method(model, tokens, *, method: Method, embedding_bits: int) -> Made:
     """The embedding rounded to nearest in the method's groups, then every linear layer by the method."""
+    check_kind(method, "method", WeightMethod, "GPTQ(bits=4)")
     embedding = partial(in_groups, bits=embedding_bits, group_size=method.group_size)
     new, embeddings = quantize_embeddings(model, embedding)
     new, report = quantize_lm(new, tokens, method, in_place=True, progress=False)
@@ -87,6 +92,8 @@ def gptq(model, tokens, *, bits: int, embedding_bits: int, group_size: int = 128
 
 def mixed_gptq(model, tokens, *, nbytes: int, choices=(2, 3, 4, 5, 6, 8), group_size: int = 128) -> Made:
     """GPTQ with bits by layer, those of the embedding too: an exact knapsack over what each choice costs alone."""
+    checked_windows(model, tokens, 512, None)
+    nbytes = check_int(nbytes, "nbytes", 1)
     text = tokens[: tokens_for(model, 1024, least=128)]
     table = sensitivity(model, text, bits=choices, group_size=group_size, progress=False)
     costs, sizes = embedding_costs(model, text, choices, group_size)

@@ -1,6 +1,7 @@
 """What is refused, by name: an entry that would win without being a smaller model."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from quantlab.capstone.hidden import FOLDER
+from quantlab.capstone.hidden import TEXTS, path_of
 from quantlab.lm import embedding_layers, linear_layers, load_quantized
 from quantlab.lm.saving import TOKENIZER_FILES, WEIGHTS
 from quantlab.storage import load_tensors
@@ -41,12 +42,28 @@ _watching: list[list] = []  # one list of what was opened for each recipe that r
 
 
 def _watch(event: str, arguments: tuple) -> None:
-    """Python tells its audit hooks of every file that it opens, before it does."""
-    if _watching and event == "open" and isinstance(arguments[0], str | bytes):
-        name = arguments[0] if isinstance(arguments[0], str) else arguments[0].decode(errors="replace")
-        if name.endswith(".sealed") and Path(name).resolve().parent == FOLDER.resolve():
-            _watching[-1].append(Path(name).name)
-            raise Refused("hidden text", f"{Path(name).name} was opened")
+    """Python tells its audit hooks of each file that Python code opens or renames, and of programs that it starts.
+
+    A C library that opens a file by itself, or a program that is not told the name, passes by.
+    """
+    if not _watching:
+        return
+    texts = ()
+    if event in ("open", "os.rename", "os.link", "os.symlink"):
+        texts = [text for text in TEXTS if _same_file(arguments[0], path_of(text))]
+    elif event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn"):
+        texts = [text for text in TEXTS if path_of(text).name in repr(arguments)]
+    for text in texts:
+        _watching[-1].append(path_of(text).name)
+        raise Refused("hidden text", f"{path_of(text).name} was opened")
+
+
+def _same_file(name, path: Path) -> bool:
+    """Whether a name, of whatever type and by whatever way, leads to this file."""
+    try:
+        return isinstance(name, str | bytes | os.PathLike) and os.path.samefile(name, path)
+    except (OSError, ValueError):  # there is none of this name, or the name is none
+        return False
 
 
 @contextmanager

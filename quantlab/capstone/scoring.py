@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 from torch import Tensor, nn
 
-from quantlab.arguments import check_choice, check_kind, check_model, kind
+from quantlab.arguments import check_choice, check_function, check_kind, check_model, kind
 from quantlab.capstone.hidden import hidden_text
 from quantlab.capstone.refusing import check_folder, check_made, watched
 from quantlab.lm import QuantizeReport, chosen_model, divergence, load_lm, load_text, save_quantized, token_stream
@@ -109,9 +109,8 @@ def score(
     with tempfile.TemporaryDirectory() as work, _Meter() as used:
         made = _run(recipe, reference, tokenizer, limits)
         used.stop()
-        folder = _as_folder(made, Path(work) / "entry", reference)
-        new = check_folder(folder, reference, tokenizer)
-        nbytes, digest = (folder / WEIGHTS).stat().st_size, _fingerprint(folder / WEIGHTS)
+        new, weights = _read_back(made, Path(work), reference, tokenizer)
+        nbytes, digest = weights.stat().st_size, _fingerprint(weights)
     documents = hidden_text(limits.text)
     tokens = token_stream(tokenizer, documents)
     found = divergence(reference, new, tokens[: tokens_for(reference, len(tokens), least=2048)])
@@ -144,8 +143,8 @@ def practice(recipe: Callable, budget: str = "2.2 MB", *, on=None):
     reference, tokenizer = _model_of(limits, on)
     made = _run(recipe, reference, tokenizer, limits)
     with tempfile.TemporaryDirectory() as work:
-        folder = _as_folder(made, Path(work) / "entry", reference)
-        new, nbytes = check_folder(folder, reference, tokenizer), (folder / WEIGHTS).stat().st_size
+        new, weights = _read_back(made, Path(work), reference, tokenizer)
+        nbytes = weights.stat().st_size
     held_out = token_stream(tokenizer, load_text(limits.calibration))[-HELD_OUT:]
     return nbytes, divergence(reference, new, held_out[: tokens_for(reference, len(held_out), least=1024)])
 
@@ -179,8 +178,7 @@ def _run(recipe, reference, tokenizer, limits: Budget):
     """What the recipe returns; a folder is returned as it is. It is handed copies, so that it cannot move the goal."""
     if isinstance(recipe, str | os.PathLike):
         return recipe
-    if not callable(recipe):
-        raise ValueError(f"a recipe is a function of (model, tokens) or a folder, got {kind(recipe)}")
+    check_function(recipe, "a recipe that is no folder", "model and tokens")
     model, tokens = copy.deepcopy(reference), given_tokens(reference, tokenizer, limits)
     with watched():
         return recipe(model, tokens)
@@ -190,6 +188,12 @@ def given_tokens(model, tokenizer, limits: Budget) -> Tensor:
     """What a recipe is given: the first tokens of the calibration text, none of those that practice() measures on."""
     tokens = token_stream(tokenizer, load_text(limits.calibration))
     return tokens[: min(tokens_for(model, GIVEN, least=HELD_OUT), len(tokens) - HELD_OUT)]
+
+
+def _read_back(made, work: Path, reference, tokenizer) -> tuple:
+    """(the model that its folder holds, the file with its weights): what was made counts only as it is stored."""
+    folder = _as_folder(made, work / "entry", reference)
+    return check_folder(folder, reference, tokenizer), folder / WEIGHTS
 
 
 def _as_folder(made, folder: Path, reference) -> Path:

@@ -6,7 +6,7 @@ import torch
 
 from quantlab.affine import choose_qparams, dequantize, fake_quantize, quantize
 from quantlab.exercises.material import off_ties, uniform
-from quantlab.judging import Exercise, as_number, expect
+from quantlab.judging import Exercise, as_number, expect, two_ends
 
 
 def quantize_solution(x, scale, zero_point, qmin, qmax):
@@ -108,11 +108,7 @@ def _range_cases(random):
 
 def _range_rule(ends, x, bits):
     """At most 1.1 times the least error that shrinking both ends alike can reach."""
-    ends = ends.tolist() if hasattr(ends, "tolist") else ends
-    expect(isinstance(ends, tuple | list) and len(ends) == 2, f"Return two numbers, low and high; got {ends!r}.")
-    low, high = (as_number(end) for end in ends)
-    expect(None not in (low, high), f"Return two numbers, low and high; got {ends!r}.")
-    expect(low < high, f"low must lie below high; got {low:.3g} and {high:.3g}.")
+    low, high = two_ends(ends)
 
     def error(low, high):
         qp = choose_qparams(torch.tensor(float(low)), torch.tensor(float(high)), qmin=0, qmax=2**bits - 1)

@@ -3,7 +3,7 @@
 import torch
 
 from quantlab.awq import awq_search, keep_columns, scale_and_round
-from quantlab.exercises.material import layer_with_peaks, planted_layer
+from quantlab.exercises.material import layer_with_peaks, planted_layer, whole
 from quantlab.granularity import PerGroup, quantize_tensor
 from quantlab.hessian import Hessian
 from quantlab.judging import Exercise, as_tensor, expect
@@ -37,13 +37,6 @@ def _keep_layer(random, out, inside):
     return weight, rounded, x
 
 
-def _keep_rows(weight, rounded, x, share):
-    count = max(1, round(share * weight.shape[1]))
-    mixed, loudest = rounded.clone(), x.abs().mean(0).topk(count).indices
-    mixed[loudest] = weight[loudest]
-    return mixed
-
-
 def scaling_solution(weight, s, bits, group_size):
     """Multiply the columns, round, divide them back."""
     q = quantize_tensor(weight * s, bits=bits, granularity=PerGroup(group_size), symmetric=False)
@@ -59,31 +52,29 @@ def _scaling_cases(random):
 
 def search_solution(weight, x, bits, group_size):
     """Twenty-one alphas; the scales of the one with the least output error."""
-    strength = x.abs().mean(0).clamp(min=1e-6)
-    candidates = [strength ** (i / 20) for i in range(21)]
-    return min(candidates, key=lambda s: _reached(weight, x, s, bits, group_size))
+    hessian, strength = Hessian(x.shape[1]).add(x), x.abs().mean(0).clamp(min=1e-6)
+
+    def error(s):
+        return hessian.output_error(weight, scale_and_round(weight, s, bits=bits, group_size=group_size).dequantize())
+
+    return min([strength ** (i / 20) for i in range(21)], key=error)
 
 
 def _search_cases(random):
     """Layers whose best alpha lies at different places, each with a silent channel, peaks, and channels used rarely."""
-    for bits, group_size, spread, loud, size in (
-        (3, 32, 1.0, 0, 1), (4, 96, 0.1, 3, 100), (4, 48, 0.3, 6, 30), (4, 128, 0.3, 6, 100)
+    for bits, group_size, spread, loud, size, planted in (
+        (3, 32, 1.0, 0, 1, False), (4, 96, 0.1, 3, 100, False), (4, 48, 0.3, 6, 30, False), (4, 96, 0.3, 6, 100, True)
     ):  # fmt: skip
         weight = torch.randn(48, 96, generator=random) * 0.05
         x = torch.randn(240, 96, generator=random) * torch.exp(spread * torch.randn(96, generator=random))
         channels = torch.randperm(96, generator=random)
         x[:, channels[:loud]] *= size
-        x[_number(random, 240), channels[10:14]] = 60.0
+        x[whole(random, 0, 240), channels[10:14]] = 60.0
         x[:, channels[20:40]] *= (torch.rand(240, 20, generator=random) < 0.4) * 2.5
         x[:, channels[50]] = 0.0
-        if group_size == 128:
-            stretch = torch.ones(96).index_fill(0, channels[:loud], float(size))
-            weight, group_size = weight / stretch, 96
+        if planted:  # what made the inputs loud has made their weights small
+            weight = weight / torch.ones(96).index_fill(0, channels[:loud], float(size))
         yield weight, x, bits, group_size
-
-
-def _number(random, below: int) -> int:
-    return int(torch.randint(below, (), generator=random))
 
 
 def _search_rule(s, weight, x, bits, group_size):
@@ -134,7 +125,7 @@ def columns_solution(weight, x):
 def _columns_cases(random):
     """Layers whose channels lie elsewhere each time, and fresh inputs of the same kind."""
     for _ in range(2):
-        weight, x = layer_with_peaks(int(torch.randint(1000, (), generator=random)))
+        weight, x = layer_with_peaks(whole(random, 0, 1000))
         yield weight, x[:1500], x[1500:]
 
 
@@ -170,13 +161,17 @@ def _columns_rule(columns, weight, x, fresh):
 def better_solution(weight, x, bits, group_size):
     """SmoothQuant's formula has the weights in it; search its alpha as AWQ does."""
     of_x, of_w = x.abs().mean(0).clamp(min=1e-6), weight.abs().mean(0).clamp(min=1e-6)
-    candidates = [of_x ** (i / 20) / of_w ** (1 - i / 20) for i in range(21)]
-    return min(candidates, key=lambda s: _reached(weight, x, s, bits, group_size))
+    hessian = Hessian(x.shape[1]).add(x)
+
+    def error(s):
+        return hessian.output_error(weight, scale_and_round(weight, s, bits=bits, group_size=group_size).dequantize())
+
+    return min([of_x ** (i / 20) / of_w ** (1 - i / 20) for i in range(21)], key=error)
 
 
 def _better_cases(random):
     for bits in (4, 3):
-        weight, x = planted_layer(int(torch.randint(1000, (), generator=random)))
+        weight, x = planted_layer(whole(random, 0, 1000))
         yield weight, x[:400], bits, 128, x[400:]
 
 
@@ -229,7 +224,9 @@ EXERCISES = {
             "These are the quietest channels: topk takes the largest, argsort begins with the smallest.": (
                 "topk(count)", "topk(count, largest=False)"
             ),
-            "An input channel is a whole column of the weight, not a row: all outputs read it.": _keep_rows,
+            "An input channel is a whole column of the weight, not a row: all outputs read it.": (
+                "mixed[:, loudest] = weight[:, loudest]", "mixed[loudest] = weight[loudest]"
+            ),
             "At least one column stays in float.": ("max(1, round(share * weight.shape[1]))", COUNT),
             "The share is one of the columns, not of the rows.": ("weight.shape[1]", "weight.shape[0]"),
             "round(share * in) of them: int() cuts off.": (COUNT, "int(share * weight.shape[1])"),

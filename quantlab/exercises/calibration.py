@@ -1,6 +1,7 @@
 """Exercises of chapter 2: clamping and calibration."""
 
 import inspect
+from collections.abc import Collection, Mapping
 from functools import cache
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 from quantlab.affine import choose_qparams, fake_quantize
 from quantlab.exercises.material import off_ties, uniform
-from quantlab.judging import Exercise, Wrong, as_number, expect
+from quantlab.judging import Exercise, Wrong, as_number, expect, two_ends
 
 # --- 2.1 --------------------------------------------------------------------------------------------------------
 
@@ -197,15 +198,15 @@ def _listed(sizes: list) -> str:
 
 
 def _held(thing) -> int:
-    """How many numbers a value holds, in tensors, lists, dicts and objects."""
+    """How many numbers a value holds, in tensors, containers of any kind and objects."""
     if isinstance(thing, torch.Tensor):
         return thing.numel()
-    if isinstance(thing, dict):
+    if isinstance(thing, Mapping):
         return sum(map(_held, thing.values()))
-    if isinstance(thing, list | tuple | set):
-        return sum(map(_held, thing))
     if hasattr(thing, "size") and not callable(thing.size):
         return int(thing.size)
+    if isinstance(thing, Collection) and not isinstance(thing, str):
+        return sum(map(_held, thing))
     return sum(map(_held, vars(thing).values())) if hasattr(thing, "__dict__") and not callable(thing) else 1
 
 
@@ -305,11 +306,7 @@ def _least_output_error(x: bytes, weight: bytes, shape: tuple, bits: int) -> flo
 
 def _output_rule(ends, x, weight, bits):
     """At most 1.1 times the output error, on other inputs, of what a search over both ends finds."""
-    ends = ends.tolist() if hasattr(ends, "tolist") else ends
-    expect(isinstance(ends, tuple | list) and len(ends) == 2, f"Return two numbers, low and high; got {ends!r}.")
-    low, high = (as_number(end) for end in ends)
-    expect(None not in (low, high), f"Return two numbers, low and high; got {ends!r}.")
-    expect(low < high, f"low must lie below high; got {low:.3g} and {high:.3g}.")
+    low, high = two_ends(ends)
     mine, whole = (_output_error(x, weight, bits, *ends) for ends in ((low, high), (x.min(), x.max())))
     best = _least_output_error(x.numpy().tobytes(), weight.numpy().tobytes(), weight.shape, bits)
     expect(

@@ -99,8 +99,8 @@ def _test_entry(recipe):
         f"KL {mine.kl:.4f} on the hidden text; 4 bits everywhere, rounded to nearest, have {plain.kl:.4f} in "
         f"{plain.nbytes:,} bytes. What has helped in notebooks 10 to 14?",
     )
-    leader = best(read(), "2.2 MB")
-    ahead = f"The reference best, {leader.recipe}, has {leader.kl:.4f}." if mine.model == leader.model else ""
+    leader = best(read(), "2.2 MB", mine.model)
+    ahead = f"The reference best, {leader.recipe}, has {leader.kl:.4f}." if leader else ""
     return f"KL {mine.kl:.4f} in {mine.nbytes:,} bytes. {ahead}".strip()
 
 
@@ -162,6 +162,16 @@ EXERCISES = {
         },
     ),
     "22.3": Exercise(
+        "fit 2.2 MB",
+        test=_test_entry,
+        hints=(
+            "by_part takes bits for the embedding, the attention layers and the MLPs; the explorer shows their costs.",
+            "The embedding is a seventh of the weights, and it is the head as well: give it more bits than the rest.",
+            "return by_part(model, tokens, method=\"gptq\", embedding=..., attention=..., mlp=...)",
+        ),
+        solution=entry_solution,
+    ),
+    "22.4": Exercise(
         "scales in 16 bits",
         hints=(
             "A QTensor is a frozen dataclass, and so is its qparams: dataclasses.replace makes a changed copy.",
@@ -175,15 +185,5 @@ EXERCISES = {
             "The scales are float32 still.": (".half()", ""),
             "bfloat16 has as many bytes, and 8 bits of precision instead of 11.": (".half()", ".bfloat16()"),
         },
-    ),
-    "22.4": Exercise(
-        "fit 2.2 MB",
-        test=_test_entry,
-        hints=(
-            "by_part takes bits for the embedding, the attention layers and the MLPs; the explorer shows their costs.",
-            "The embedding is a seventh of the weights, and it is the head as well: give it more bits than the rest.",
-            "return by_part(model, tokens, method=\"gptq\", embedding=..., attention=..., mlp=...)",
-        ),
-        solution=entry_solution,
     ),
 }  # fmt: skip

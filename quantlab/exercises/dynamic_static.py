@@ -5,8 +5,8 @@ from functools import cache
 
 import torch
 
-from quantlab.exercises.material import CHINESE, off_ties, uniform
-from quantlab.judging import Exercise, as_tensor, expect, shown
+from quantlab.exercises.material import CHINESE, off_ties, uniform, whole
+from quantlab.judging import Exercise, as_tensor, call, expect, shown
 from quantlab.linear import StaticInt8Linear
 from quantlab.lm import capture_inputs, chosen_model, divergence, linear_layers, load_lm, load_text, token_stream
 from quantlab.observers import Percentile
@@ -109,8 +109,8 @@ def alarm_solution(x, scale, zero_point, limit):
 
 def _alarm_cases(random):
     """Both ends, the grace of half a step, the limit and the half of the grid, each from both sides."""
-    scale = 2.0 ** torch.randint(-6, 2, (1,), generator=random).item()
-    zero_point = torch.randint(20, 100, (1,), generator=random).item()
+    scale = 2.0 ** whole(random, -6, 2)
+    zero_point = whole(random, 20, 100)
     low, high = -zero_point, 255 - zero_point
     inside = torch.rand(16, 64, generator=random) * 225 - zero_point + 10  # most of the grid
 
@@ -174,7 +174,7 @@ def _target(count: int) -> float:
 def _test_calibration(f):
     _, (stories, chinese), _ = _domains()
     for count in (200, 512):
-        got = f(stories.clone(), chinese.clone(), count)
+        got = call(EXERCISES["8.5"], f, (stories, chinese, count))
         tokens = as_tensor(got)
         expect(
             tokens is not None and tokens.ndim == 1 and bool((tokens == tokens.round()).all()),
@@ -383,12 +383,13 @@ EXERCISES = {
     ),
     "8.5": Exercise(
         "calibrate for two kinds of text",
-        _test_calibration,
-        (
+        test=_test_calibration,
+        hints=(
             "An observer knows what it has seen. What will the layer read?",
             "Both kinds of text must be among the tokens, and neither may be a handful.",
             "torch.cat of the first so many tokens of each, together at most count.",
         ),
-        calibration_solution,
+        solution=calibration_solution,
+        seconds=60.0,
     ),
 }  # fmt: skip

@@ -2,7 +2,7 @@
 
 import torch
 
-from quantlab.exercises.material import layer_with_hessian, off_ties, uniform
+from quantlab.exercises.material import layer_with_hessian, off_ties, uniform, whole
 from quantlab.gptq import gptq_quantize
 from quantlab.granularity import PerAxis, quantize_tensor
 from quantlab.judging import Exercise, as_number, expect, shown
@@ -44,7 +44,7 @@ def _correlations(random, count: int, *, alone: float = 1.0):
 def _compensate_cases(random):
     """q is some point of the grid, not always the nearest one."""
     for count in (3, 5, 4):
-        w, i = 4 * torch.rand(count, generator=random), torch.randint(count, (1,), generator=random).item()
+        w, i = 4 * torch.rand(count, generator=random), whole(random, 0, count)
         yield w, _correlations(random, count), i, float(torch.randint(6, (1,), generator=random))
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from quantlab.exercises.material import uniform
+from quantlab.exercises.material import uniform, whole
 from quantlab.judging import Exercise, as_tensor, expect
 from quantlab.linear import int_linear
 
@@ -23,7 +23,7 @@ def _int_product_cases(random):
     """The middle one is square, so that rows and columns mix up."""
     for tokens, features, outputs in ((3, 4, 5), (4, 4, 4), (2, 9, 3)):
         x, w = _codes(random, tokens, features, outputs)
-        x_zero, w_zero = (torch.randint(low, low + 256, (1,), generator=random).item() for low in (0, -128))
+        x_zero, w_zero = (whole(random, low, low + 256) for low in (0, -128))
         yield x, x_zero, w, w_zero
 
 
@@ -57,7 +57,7 @@ def largest_k_solution(x_bits, w_bits, accumulator_bits):
 def _largest_k_cases(random):
     for low, high in ((12, 16), (16, 24), (24, 40)):
         x_bits, w_bits = torch.randint(2, 9, (2,), generator=random).tolist()
-        yield x_bits, w_bits, torch.randint(low, high, (1,), generator=random).item()
+        yield x_bits, w_bits, whole(random, low, high)
 
 
 def _largest_k_edges():

@@ -113,6 +113,24 @@ def uniform(random: torch.Generator, low: float, high: float) -> float:
     return low + (high - low) * torch.rand(1, generator=random, dtype=torch.float64).item()
 
 
+def whole(random: torch.Generator, low: int, high: int) -> int:
+    """A whole number from low up to, but not including, high.
+
+    >>> 2 <= whole(torch.Generator().manual_seed(0), 2, 5) < 5
+    True
+    """
+    return int(torch.randint(low, high, (), generator=random))
+
+
+def six_channels(width: int) -> list[int]:
+    """The six channels of `width` that notebooks make loud: the first, and then each 5/32 of the width further on.
+
+    >>> six_channels(256)
+    [0, 40, 80, 120, 160, 200]
+    """
+    return [width * 5 // 32 * k for k in range(6)]
+
+
 def off_ties(random: torch.Generator, count: int, low: int, high: int) -> Tensor:
     """Numbers (count,) that no right answer rounds differently: whole ones of low..high, up to 0.4 to either side.
 
@@ -141,7 +159,8 @@ class Yardstick:
         """The model quantized by a method of quantlab.methods."""
         from quantlab.lm import quantize_lm  # here: most exercises need no language model, whose import takes seconds
 
-        return quantize_lm(self.model, self.calibration, method, window=128, progress=False)[0]
+        tokens = self.calibration if method.needs_data else None
+        return quantize_lm(self.model, tokens, method, window=128, progress=False)[0]
 
     def kl(self, method, model=None, *, keep=()) -> float:
         """Mean KL after this method, measured once; model: what it gave already; keep: layers that stay float."""

@@ -1,6 +1,5 @@
 """Exercises of chapter 6: measuring a language model."""
 
-import copy
 import math
 from functools import cache
 
@@ -8,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from quantlab.exercises.material import uniform
-from quantlab.judging import Exercise, as_number, expect, shown
+from quantlab.judging import Exercise, as_number, call, expect, shown
 from quantlab.lm import divergence, load_lm, load_text, quantize_lm, token_stream
 
 
@@ -100,7 +99,7 @@ def _kl(bits: int) -> float:
 def _test_least_bits(f):
     model, tokens = _measured()
     for target in (0.2, 0.01, 0.05):  # several, so that the answer cannot be a constant
-        got = f(copy.deepcopy(model), tokens.clone(), target)
+        got = call(EXERCISES["6.5"], f, (model, tokens, target))
         bits = as_number(got)
         expect(bits is not None and float(bits).is_integer(), f"Return a number of bits, an int; got {shown(got)}.")
         bits = int(bits)
@@ -154,7 +153,7 @@ def _test_leak(f):
 
 
 def _expect_verdict(f, model, rounded, suspect, texts, read):
-    got = f(model, suspect, rounded, [text.clone() for text in texts])
+    got = call(EXERCISES["6.4"], f, (model, suspect, rounded, texts))
     found = as_number(got)
     expect(
         got is None or (found is not None and found in range(len(texts))),
@@ -306,6 +305,7 @@ EXERCISES = {
             "The text it read has about half of the ratio of the others; if the lowest is near the rest, return None.",
         ),
         leak_solution,
+        seconds=300.0,
     ),
     "6.5": Exercise(
         "the least bits",
@@ -316,5 +316,6 @@ EXERCISES = {
             "Begin with 2 bits, go up, and return at the first divergence(model, new, tokens).kl <= target.",
         ),
         least_bits_solution,
+        seconds=300.0,
     ),
 }  # fmt: skip

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from quantlab.exercises.material import uniform
+from quantlab.exercises.material import uniform, whole
 from quantlab.granularity import PerGroup, quantize_tensor
 from quantlab.judging import Exercise, Wrong, as_number, expect, is_changed
 from quantlab.metrics import kl_divergence
@@ -63,25 +63,21 @@ def _problem(random, layers: int) -> tuple[dict, dict]:
     """(costs, sizes) of made-up layers: other widths on offer, other sizes, and a cost that rises now and then."""
     costs, sizes = {}, {}
     for i in range(layers):
-        size, fall = _number(random, 1, 7), uniform(random, 3.0, 6.0)
-        widths = [2, 3, 4, 5, 8][: _number(random, 2, 6)] if i % 3 else [2, 4]
+        size, fall = whole(random, 1, 7), uniform(random, 3.0, 6.0)
+        widths = [2, 3, 4, 5, 8][: whole(random, 2, 6)] if i % 3 else [2, 4]
         cost = uniform(random, 0.2, 20.0)
         costs[f"layer {i}"] = {b: cost * fall ** (2 - b) * uniform(random, 0.4, 2.5) for b in widths}
         if i % 3 == 1:
             costs[f"layer {i}"][widths[-1]] = 1.5 * costs[f"layer {i}"][widths[-2]]
-        sizes[f"layer {i}"] = {b: 4 * size * b + _number(random, 0, 4) for b in widths}
+        sizes[f"layer {i}"] = {b: 4 * size * b + whole(random, 0, 4) for b in widths}
     return costs, sizes
-
-
-def _number(random, low: int, high: int) -> int:
-    return int(torch.randint(low, high, (), generator=random))
 
 
 def _budgets(random, sizes):
     """Bytes that some choice needs exactly, and more than enough."""
     rows = [sorted(row.values()) for row in sizes.values()]
     for part in (0.3, 0.6):
-        yield sum(row[0] if uniform(random, 0, 1) > part else row[_number(random, 1, len(row))] for row in rows)
+        yield sum(row[0] if uniform(random, 0, 1) > part else row[whole(random, 1, len(row))] for row in rows)
     yield sum(row[-1] for row in rows) + 3
 
 
@@ -93,9 +89,11 @@ def _problem_cases(random):
 
 
 def _problem_edges():
-    """The example of section 2, one where a small step fills the gap, and one that greedy misses."""
+    """The example of section 2; two cheap steps against a dear one; a small step fills the gap; one greedy misses."""
     costs = {"small": {2: 2.0, 4: 0.0}, "large": {2: 10.0, 4: 1.0}}
     yield costs, {"small": {2: 10, 4: 11}, "large": {2: 10, 4: 20}}, 30
+    costs = {"dear": {2: 5.0, 4: 1.0}, "b": {2: 3.0, 4: 0.0}, "c": {2: 3.5, 4: 0.4}}  # worth most per bit, not per byte
+    yield costs, {"dear": {2: 10, 4: 50}, "b": {2: 10, 4: 29}, "c": {2: 10, 4: 30}}, 70
     yield {"c": {2: 3.0, 3: 2.0, 4: 0.5}, "d": {2: 1.2, 3: 0.09}}, {"c": {2: 6, 3: 9, 4: 12}, "d": {2: 6, 3: 9}}, 18
     costs = {"a": {2: 2.0, 4: 0.1}, "b": {2: 10.0, 4: 1.0}, "c": {2: 3.0, 3: 2.0, 4: 0.5}}
     yield costs, {"a": {2: 10, 4: 11}, "b": {2: 10, 4: 20}, "c": {2: 6, 3: 9, 4: 12}}, 38
@@ -178,7 +176,7 @@ def _fused_cases(random):
         costs, sizes = {}, {}
         widths = (2, 3, 4, 5)
         for i in range(count):
-            size, cost, fall = _number(random, 1, 7), uniform(random, 0.2, 20.0), uniform(random, 3.0, 6.0)
+            size, cost, fall = whole(random, 1, 7), uniform(random, 0.2, 20.0), uniform(random, 3.0, 6.0)
             costs[f"layer {i}"] = {b: cost * fall ** (2 - b) for b in widths}
             sizes[f"layer {i}"] = {b: 4 * size * b for b in widths}
         names = [f"layer {i}" for i in torch.randperm(count, generator=random).tolist()]
@@ -196,14 +194,6 @@ def _use_fused(answer, costs, sizes, fused, budget):
         if len(set(widths)) > 1:
             raise Wrong(f"{', '.join(group)} are one matrix and got different bits: {widths}.")
     return {"predicted KL": math.fsum(costs[name][b] for name, b in bits.items())}
-
-
-def _greedy_fused(costs, sizes, fused, budget):
-    def merged(table):
-        return {i: {b: sum(table[n][b] for n in group) for b in table[group[0]]} for i, group in enumerate(fused)}
-
-    bits = greedy_solution(merged(costs), merged(sizes), budget)
-    return {name: bits[i] for i, group in enumerate(fused) for name in group}
 
 
 def _fused_smallest(costs, sizes, fused, budget):
@@ -338,7 +328,9 @@ EXERCISES = {
         use=_use_fused,
         tolerance=1e-6,
         slips={
-            "That is the greedy rule on the groups; the least was asked for.": _greedy_fused,
+            "That is the greedy rule on the groups; the least was asked for.": (
+                "knapsack(", "greedy_solution(", "found.bits[i]", "found[i]"
+            ),
             "Bits were chosen for single layers, and evened out afterwards. Each group is one item, with the sums of "
             "its layers' costs and sizes, before anything is chosen.": _fused_smallest,
             "The cost of a group is the sum of its layers' costs, not the largest or the first of them.": (

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantlab.exercises.material import off_ties, uniform
-from quantlab.judging import Exercise, expect, is_changed, with_gradient
+from quantlab.judging import Exercise, call, expect, is_changed, with_gradient
 from quantlab.plots import ERROR, QUANTIZED
 from quantlab.qat import convert, fake_quant_layers, prepare_qat
 
@@ -120,13 +120,18 @@ def _accuracy(net, x, labels) -> float:
         return (net(x).argmax(1) == labels).float().mean().item()
 
 
+def _use_training(answer, net, x, labels):
+    """The answer's network, trained on a net that must be as it was afterwards."""
+    before = copy.deepcopy(net.state_dict())
+    student = answer(net, x, labels)
+    same = not is_changed(before, net.state_dict())
+    expect(same, "The float network itself was changed. prepare_qat gives a new one: train that.")
+    return student
+
+
 def _test_train(f):
     net, x, labels, fresh, fresh_labels = practice_network()
-    before = copy.deepcopy(net.state_dict())
-    student = f(net, x.clone(), labels.clone())
-    same = all(torch.equal(before[name], value) for name, value in net.state_dict().items())
-    net.load_state_dict(before)
-    expect(same, "The float network itself was changed. prepare_qat gives a new one: train that.")
+    student = call(EXERCISES["13.4"], f, (net, x, labels))
     expect(isinstance(student, nn.Module), f"Return the trained network, not {type(student).__name__}.")
     plain = convert(student)[0] if fake_quant_layers(student) else student
     weights = [layer.weight.detach() for layer in plain.modules() if isinstance(layer, nn.Linear)]
@@ -318,12 +323,14 @@ EXERCISES = {
     ),
     "13.4": Exercise(
         "two bits, trained",
-        _test_train,
-        (
+        test=_test_train,
+        use=_use_training,
+        hints=(
             'prepare_qat(net, bits=2, group_size=None, layers=["0", "2", "4"]) rounds all three layers.',
             "Then an ordinary loop over its parameters: cross entropy, zero_grad, backward, step. Adam suits.",
             "Two hundred steps at a rate of 3e-3 that falls to 0: optimizer.param_groups[0]['lr'] = ... in each step.",
         ),
-        train_solution,
+        solution=train_solution,
+        seconds=120.0,
     ),
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 import torch
 
+from quantlab.exercises.material import whole
 from quantlab.judging import Exercise, as_tensor, expect
 
 
@@ -73,7 +74,7 @@ def _factors_cases(random):
         less = min(rows, columns)
         left, right = (torch.linalg.qr(torch.randn(n, less, generator=random)).Q for n in (rows, columns))
         update = (left * torch.arange(1, less + 1) ** -0.8) @ right.T
-        yield update, rank * (rows + columns) + int(torch.randint(rows + columns, (), generator=random))
+        yield update, rank * (rows + columns) + whole(random, 0, rows + columns)
 
 
 def _factors_rule(found, update, numbers):

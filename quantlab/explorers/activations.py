@@ -35,6 +35,7 @@ def loudness(x: Tensor) -> Loudness:
     The largest |x| of every token, and of every channel: how far does the loudest stand above the median one? Where
     of_tokens is the larger, a scale a token helps; where of_channels is, it does not.
 
+    >>> import torch
     >>> x = torch.ones(8, 4); x[3, 2] = 100
     >>> loudness(x)
     Loudness(largest=100.0, token=3, channel=2, of_tokens=100.0, of_channels=100.0)
@@ -59,8 +60,7 @@ def explore_activations(layers: Mapping[str, tuple[Tensor, Tensor]]) -> Explorer
     if not check_kind(dict(layers), "layers", dict):
         raise ValueError("layers is empty")
     known = {name: _measure(weight, x) for name, (weight, x) in layers.items()}
-    slider = widgets.SelectionSlider(options=list(known), description="layer", style={"description_width": "initial"})
-    slider.layout.width = "28em"
+    slider = widgets.SelectionSlider(options=list(known), description="layer", readout=False)  # the numbers name it
     picture = _Picture(list(known.values()))
 
     def update(layer) -> str:
@@ -93,9 +93,9 @@ def _measure(weight: Tensor, x: Tensor) -> _Layer:
 def _describe(name: str, found: _Layer) -> str:
     loud, errors = found.loud, found.errors
     return (
-        f"{name}: largest |x| {loud.largest:.4g}, at token {loud.token}, channel {loud.channel}   loudest over median: "
-        f"tokens {loud.of_tokens:.3g}, channels {loud.of_channels:.3g}\n"
-        "error of the output, x in 8 bits: " + "   ".join(f"{key} {error:.1e}" for key, error in errors.items())
+        f"{name}: largest |x| {loud.largest:.4g}, at token {loud.token}, channel {loud.channel}\n"
+        f"loudest over median: tokens {loud.of_tokens:.3g}, channels {loud.of_channels:.3g}\n"
+        "error at 8 bits: " + "   ".join(f"{key} {error:.1e}" for key, error in errors.items())
     )
 
 

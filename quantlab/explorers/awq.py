@@ -1,6 +1,7 @@
 """A slider on AWQ's exponent: what scaling the loud channels does to their steps, to the others', and to the output."""
 
 from functools import cache
+from itertools import product
 from typing import NamedTuple
 
 import ipywidgets as widgets
@@ -40,20 +41,20 @@ def explore_scaling(
     layers: {name: (weight (out, in), Hessian of its input)}; at most 96 rows of each are used. Left, a dot for
     each channel over its mean |x|: its step against that at alpha = 0, and what it alone adds to the output error.
     Right, the output error at every alpha, of all channels and as if only the loudest 2.5 %, or only the others, had
-    been rounded. Errors are over round-to-nearest's, alpha = 0. All is computed before the slider moves.
+    been rounded. Errors are over round-to-nearest's, alpha = 0. All is computed before the slider moves. A group that
+    is no narrower than the narrowest layer is its whole row: only smaller ones are on the slider.
 
     Raises: ValueError if there is no layer, a weight does not fit its Hessian, or alpha, bits or group_size is not on
     its slider.
     """
     _check_settings(layers, bits, group_size or 0, alpha)
     layers = {name: _Layer(weight, hessian) for name, (weight, hessian) in layers.items()}
-    for layer, b, g in tqdm(
-        [(one, b, g) for one in layers.values() for b in BITS for g in GROUPS.values()], leave=False
-    ):
+    groups = _groups_within(min(len(layer.strength) for layer in layers.values()))
+    for layer, b, g in tqdm(list(product(layers.values(), BITS, groups.values())), leave=False):
         layer.errors(b, g)
     picture = _Picture(list(layers.values()))
 
-    def update(alpha, layer, bits, group) -> str:
+    def update(alpha, layer, bits, group=0) -> str:
         found, at = layers[layer].errors(bits, group), ALPHAS.index(alpha)
         picture.show(layers[layer], found, at)
         return _describe(layers[layer], found, at)
@@ -62,8 +63,10 @@ def explore_scaling(
         "alpha": widgets.SelectionSlider(options=[(f"{a:.2f}", a) for a in ALPHAS], value=alpha, description="alpha"),
         "layer": widgets.Dropdown(options=list(layers), description="layer"),
         "bits": widgets.SelectionSlider(options=list(BITS), value=bits, description="bits"),
-        "group": widgets.SelectionSlider(options=list(GROUPS.items()), value=group_size or 0, description="group"),
     }
+    if len(groups) > 1:
+        start = group_size if group_size in groups.values() else 0
+        controls["group"] = widgets.SelectionSlider(options=list(groups.items()), value=start, description="group")
     return bind(controls, picture.right, picture.moving, update)
 
 
@@ -75,6 +78,11 @@ def _check_settings(layers: dict, bits: int, group: int, alpha: float) -> None:
     ):  # fmt: skip
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value}")
+
+
+def _groups_within(width: int) -> dict[str, int]:
+    """The groups that cut a row of this width into pieces, and the whole row."""
+    return {name: size for name, size in GROUPS.items() if size < width}
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------

@@ -6,12 +6,11 @@ from typing import NamedTuple
 
 import ipywidgets as widgets
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
 from quantlab.explorers.base import Explorer, bind, figure
-from quantlab.explorers.data import check_layer, relative_error, sample
+from quantlab.explorers.data import check_layer, evenly, relative_error, sample
 from quantlab.floats import BF16, FP4_E2M1, FP6_E2M3, FP6_E3M2, FP8_E4M3, FP8_E5M2, FP16, FloatFormat, round_to, values
 from quantlab.metrics import sqnr_db
 from quantlab.plots import CLIPPED, ERROR, FLOAT, QUANTIZED
@@ -111,7 +110,7 @@ class _Values:
         self.reach = self.some.abs().max().item() or 1.0
         if inputs is not None:
             self.weight, inputs = check_layer(x, inputs)
-            self.inputs = inputs[torch.linspace(0, len(inputs) - 1, min(_TOKENS, len(inputs))).long()]
+            self.inputs = evenly(inputs, _TOKENS)
 
     def measure(self, fmt: FloatFormat, scaled: bool) -> _Shown:
         scale, numbers = self.reach / fmt.largest if scaled else 1.0, values(fmt).double().numpy()

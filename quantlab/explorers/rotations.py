@@ -12,7 +12,7 @@ from torch import Tensor
 from quantlab.arguments import check_number, check_real
 from quantlab.explorers.base import Explorer, bind, figure
 from quantlab.explorers.data import evenly
-from quantlab.hadamard import hadamard, hadamard_transform
+from quantlab.hadamard import hadamard_transform, transform
 from quantlab.plots import FLOAT, QUANTIZED
 from quantlab.rotations import rounding_error
 
@@ -141,7 +141,7 @@ def block_sizes(width: int) -> list[int]:
     for size in range(1, width + 1):
         if width % size == 0 and (size in (1, 2) or size % 4 == 0):
             try:
-                hadamard(size)
+                transform(torch.zeros(size))
             except ValueError:
                 continue
             sizes.append(size)

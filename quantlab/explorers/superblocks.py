@@ -33,7 +33,7 @@ def explore_super_blocks(weight: Tensor, x: Tensor, *, block_size: int = 32, sca
     """Drag the size of small blocks and the bits of their scales: errors of weight and output against true bits.
 
     weight (out, in), in a multiple of 256; x (tokens, in), the layer's input. Codes have 4 bits. The curves beside are
-    plain rounding with float16 scales, NF4 with float32 ones, and GPTQ, each for groups of 128, 64, 32, 16.
+    plain rounding, NF4 and GPTQ, each with float32 scales for groups of 128, 64, 32, 16.
 
     Raises: ValueError if weight is no matrix of finite reals, x has another number of columns, or in is no multiple.
     """

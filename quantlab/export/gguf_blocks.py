@@ -71,8 +71,8 @@ def quantize_gguf(weight: Tensor, kind: str, *, importance: Tensor | None = None
     if x.ndim == 0 or x.shape[-1] % of.size:
         raise ValueError(f"{kind} has blocks of {of.size}: they do not divide rows of {x.shape[-1] if x.ndim else 0}")
     if of.size > 1 or kind == "F16":
-        limit = 65504 * (1 if of.size == 1 else 7)
-        if x.abs().max() > limit:
+        as_they_are = kind in ("F16", "Q4_1", "Q5_1")  # in these a weight, or a block's least, is a float16 itself
+        if x.abs().max() > 65504 * (1 if as_they_are else 7):
             raise ValueError(f"{kind} keeps float16 numbers, up to 65504: a weight of {x.abs().max():.3g} is too large")
     rows = x.reshape(-1, x.shape[-1])
     importance = None if importance is None else _checked_importance(importance, rows.shape[-1])

@@ -11,9 +11,14 @@ def codes_to_gguf(q: QTensor) -> tuple[str, Tensor]:
     """(type, bytes) of a quantized weight in groups of 32: quantlab's own codes, from GPTQ say, in llama.cpp's blocks.
 
     8 bits symmetric become Q8_0, 4 bits symmetric Q4_0, 4 bits with a zero point Q4_1. Codes stay as they are; scales
-    become float16, so values move by up to 2⁻¹¹ of themselves.
+    become float16, so values move by up to 2⁻¹¹ of themselves, or, where a scale is below 2⁻¹⁴, of the largest.
 
-    Raises: ValueError for other bits, other groups, or an order of columns (act-order).
+    Raises: ValueError for other bits, other groups, or an order of columns (act-order); or if float16 cannot hold the
+    scales: one, or an offset, is too large, or all are so small that they would become 0, or others than they are.
+
+    >>> from quantlab import quantize_tensor
+    >>> codes_to_gguf(quantize_tensor(torch.ones(2, 64), bits=4, granularity=PerGroup(32)))[0]
+    'Q4_0'
     """
     known = {(8, True): "Q8_0", (4, True): "Q4_0", (4, False): "Q4_1"}
     kind = known.get((q.bits, q.symmetric)) if isinstance(q, QTensor) else None
@@ -24,10 +29,27 @@ def codes_to_gguf(q: QTensor) -> tuple[str, Tensor]:
         )
     codes = q.codes.to(torch.int16).reshape(-1, 32) - q.qparams.qmin
     scale, zero = q.qparams.scale.reshape(-1, 1), q.qparams.zero_point.reshape(-1, 1) - q.qparams.qmin
+    offset = -scale * zero if kind == "Q4_1" else torch.zeros_like(scale)
+    _check_halves(scale, offset, codes - zero)
     parts = [halves(scale)]
     if kind == "Q8_0":
         parts += [(codes - zero).to(torch.int8).view(torch.uint8)]
     else:
-        parts += [halves(-scale * zero)] if kind == "Q4_1" else []
+        parts += [halves(offset)] if kind == "Q4_1" else []
         parts += [nibbles(codes)]
     return kind, torch.cat(parts, -1).view(*q.shape[:-1], -1)
+
+
+def _check_halves(scale: Tensor, offset: Tensor, steps: Tensor) -> None:
+    """Float16 must hold scales and offsets, to 2⁻¹⁰ of the largest scale where steps (codes minus zero) are not all 0.
+
+    So a block of next to nothing may become zeros, but not a weight that has such blocks alone.
+    """
+    largest = max(scale.max(), offset.abs().max())
+    if not largest.half().isfinite():
+        raise ValueError(f"llama.cpp keeps scales and offsets in float16, up to 65504: {largest:.3g} is too large")
+    moved = (scale.half().float() - scale).abs().where((steps != 0).any(-1, keepdim=True), 0.0)
+    if moved.max() > 2**-10 * scale.max():
+        raise ValueError(
+            f"llama.cpp keeps scales in float16, which are too small here: the largest is {scale.max():.3g}"
+        )

@@ -75,6 +75,8 @@ def _read(raw: Tensor) -> GGUFFile:
         metadata[key] = cursor.value(cursor.number("I"))
     table = [cursor.entry() for _ in range(count)]
     align = metadata.get("general.alignment", ALIGNMENT)
+    if not isinstance(align, int) or align < 1:
+        raise ValueError(f"damaged: tensors are aligned to {align!r} bytes, which must be 1 or more")
     start = -(-cursor.at // align) * align
     return GGUFFile(metadata, {name: _tensor(raw, start, name, *entry) for name, *entry in table})
 

@@ -11,7 +11,7 @@ const llama = await getLlama({ gpu: false, build: "never", skipDownload: true, m
 const model = await llama.loadModel({ modelPath: ask.model });
 const context = await model.createContext({ contextSize: ask.context, batchSize: ask.context, threads: 1 });
 const sequence = context.getSequence();
-const answer = { type: model.typeDescription, begin: model.tokens.bos };
+const answer = {};
 
 if (ask.windows) {
     const vocabulary = model.fileInfo.metadata.llama.vocab_size;
@@ -34,14 +34,12 @@ if (ask.text !== undefined) answer.ids = model.tokenize(ask.text);
 
 if (ask.prompt) {
     const cpu = () => process.cpuUsage().user / 1e6;
-    answer.prefill = answer.decode = Infinity;
+    answer.decode = Infinity;
     for (let round = 0; round < ask.rounds; round += 1) {
         await sequence.clearHistory();
-        let began = cpu();
         await sequence.evaluateWithoutGeneratingNewTokens(ask.prompt.slice(0, -1));
-        answer.prefill = Math.min(answer.prefill, cpu() - began);
         answer.said = [];
-        began = cpu();
+        const began = cpu();
         const writing = sequence.evaluate(ask.prompt.slice(-1), { temperature: 0, yieldEogToken: true });
         for await (const token of writing) {
             answer.said.push(token);

@@ -28,7 +28,6 @@ SCRIPT = Path(__file__).with_name("llama_cpp.mjs")
 class Speed:
     """What one thread of the CPU needs, in CPU seconds, and what was written in them."""
 
-    prefill: float  # for the whole prompt but its last token
     decode: float  # per token written
     ids: tuple[int, ...]
     text: str
@@ -58,7 +57,7 @@ def llama_cpp_predictions(path, windows: Tensor) -> Tensor:
 
 
 def llama_cpp_speed(path, prompt: Tensor, *, tokens: int = 32, rounds: int = 2) -> Speed:
-    """How fast llama.cpp reads a prompt (tokens,) and goes on with the likeliest tokens; the least time of the rounds.
+    """How fast llama.cpp goes on after a prompt (tokens,), with the likeliest tokens; the least time of the rounds.
 
     Raises: FileNotFoundError, RuntimeError as llama_cpp_predictions does.
     """
@@ -67,7 +66,7 @@ def llama_cpp_speed(path, prompt: Tensor, *, tokens: int = 32, rounds: int = 2) 
         raise ValueError(f"prompt must be at least two ids, got shape {tuple(prompt.shape)}")
     room = len(prompt) + tokens + 1
     got = _run(path, context=room, prompt=prompt.tolist(), tokens=tokens, rounds=rounds)
-    return Speed(got["prefill"], got["decode"], tuple(got["said"]), got["written"])
+    return Speed(got["decode"], tuple(got["said"]), got["written"])
 
 
 def torch_speed(model, prompt: Tensor, *, tokens: int = 32) -> float:

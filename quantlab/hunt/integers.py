@@ -105,9 +105,9 @@ class PairsIn16Bits:
 
     hint = "One product fits into 16 bits. What is added next?"
     story = (
-        "Two products are added before there is room for them: 2·255·127 saturates at 32,767. Processors without "
-        'VNNI do just that, so the same int8 model gives other numbers there; 7-bit weights ("reduce_range") '
-        "avoid it."
+        "Two products are added before there is room for them: 2·255·127 saturates at 32,767. x86 processors "
+        "without VNNI, with the usual instruction, do just that, so the same int8 model gives other numbers there; "
+        '7-bit weights ("reduce_range") avoid it.'
     )
 
 

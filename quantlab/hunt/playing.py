@@ -12,14 +12,25 @@ from pathlib import Path
 from quantlab.arguments import check_choice, check_path
 from quantlab.files import write_whole
 from quantlab.hunt import codebooks, integers, measuring, ranges, tools, training
+from quantlab.hunt.atlas import notebooks
 from quantlab.hunt.case import Case, Room
 from quantlab.hunt.judging import disguised, judge
+from quantlab.progress import remember
 
 ROOMS: dict[str, Room] = {
     file.ROOM.name: file.ROOM for file in (ranges, codebooks, integers, measuring, training, tools)
 }
 CASES: dict[str, Case] = {
     f"{room.name}.{number}": case for room in ROOMS.values() for number, case in enumerate(room.cases, 1)
+}
+# The exercises of notebook 21, for the map of progress: each is passed when both of its programs are judged rightly.
+EXERCISES = {
+    "21.1": ("ranges.3", "ranges.4"),
+    "21.2": ("codebooks.2", "codebooks.6"),
+    "21.3": ("integers.2", "integers.3"),
+    "21.4": ("measuring.6", "measuring.8"),
+    "21.5": ("training.2", "training.5"),
+    "21.6": ("tools.1", "tools.4"),
 }
 NOT_YET = (None, ...)
 
@@ -141,13 +152,27 @@ class Score:
     chapters: tuple[str, ...]  # to read again
 
     def __repr__(self) -> str:
+        again = [f"  {title}, for {programs}" for title, _, programs in self._again()]
+        return "\n".join([*self._counts(), *again])
+
+    def _repr_markdown_(self) -> str:
+        again = [f"  - [{title}]({file}), for {programs}" for title, file, programs in self._again()]
+        return "\n".join([*(f"- {line}" for line in self._counts()), *again])
+
+    def _counts(self) -> list[str]:
         lines = [f"bugs proved by a test: {self.found} of {self.bugs}; programs rightly called fine: {self.cleared}"]
         for title in ("alarms", "missed", "told"):
             names = getattr(self, title)
             lines.append(f"{TITLES[title]}: {len(names)}" + (f" ({', '.join(names)})" if names else ""))
-        lines.append(f"still open: {self.open}")
-        lines.append("to read again: " + (", ".join(self.chapters) if self.chapters else "nothing so far"))
-        return "\n".join(lines)
+        return [*lines, f"still open: {self.open}", "to read again:" + ("" if self.chapters else " nothing so far")]
+
+    def _again(self) -> list[tuple[str, str, str]]:
+        """(title, file, programs) of each chapter to read again."""
+        wrong, files = {*self.alarms, *self.missed, *self.told}, notebooks()
+        return [
+            (*files.get(chapter, (f"notebook {chapter}", "")), ", ".join(n for n in CASES if n in wrong & _of(chapter)))
+            for chapter in self.chapters
+        ]
 
 
 TITLES = {"alarms": "false alarms", "missed": "bugs called fine", "told": "revealed"}
@@ -170,6 +195,11 @@ def score() -> Score:
         open=len(CASES.keys() - set(right) - wrong),
         chapters=tuple(sorted({CASES[name].chapter for name in wrong})),
     )
+
+
+def _of(chapter: str) -> set[str]:
+    """The programs that a chapter takes apart."""
+    return {name for name, case in CASES.items() if case.chapter == chapter}
 
 
 def find(name: str) -> Case:
@@ -210,6 +240,9 @@ def _truth(case: Case) -> str:
 def _note(name: str, **what: bool) -> None:
     before = vars(_said.get(name, Record()))
     _said[name] = Record(**{key: old or what.get(key, False) for key, old in before.items()})
+    for exercise, programs in EXERCISES.items():
+        if name in programs:
+            remember(exercise, passed=all(_said.get(one, Record()).right for one in programs))
 
 
 def _say(name: str, text: str) -> None:

@@ -197,7 +197,7 @@ class NoQuantizer:
     )
 
 
-@bug("E31", chapter="20", title="A Q/DQ pair for TensorRT")
+@bug("E31", chapter="21", title="A Q/DQ pair for TensorRT")
 class NotSymmetric:
     """(scale, zero_point) of the Q/DQ pair around activations x (not all 0), for TensorRT, which takes int8 codes
     (-128..127) and symmetric quantization only. Each value of x returns from its code within one scale."""

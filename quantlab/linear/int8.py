@@ -60,8 +60,8 @@ def _check_zero(zero, name: str, shape: tuple) -> None:
 class Int8Linear(KeepsScales):
     """int8 weight, one symmetric scale a row; a subclass says which QParams its input gets. It has no gradient.
 
-    rows: the weight, rounded already, on symmetric grids, one a row; None: it is rounded to the nearest code of
-    weight_bits. Codes of fewer than 8 bits are computed with as int8, and counted as packed.
+    rows: the weight, rounded already to weight_bits, on symmetric grids, one a row; None: it is rounded to the nearest
+    code here. Codes of fewer than 8 bits are computed with as int8, and counted as packed.
     """
 
     def __init__(
@@ -70,8 +70,7 @@ class Int8Linear(KeepsScales):
         super().__init__()
         weight = weight_of(check_linear(linear))
         self.weight_bits = check_int(weight_bits, "weight_bits", 2, 8)
-        codes, scale = self.quantized_rows(weight) if rows is None else _of_rows(rows, weight)
-        self.weight_bits = self.weight_bits if rows is None else rows.bits
+        codes, scale = self.quantized_rows(weight) if rows is None else _of_rows(rows, weight, self.weight_bits)
         self.activation_bits = check_int(activation_bits, "activation_bits", 2, 8)
         self.out_features, self.in_features = codes.shape
         self.register_buffer("codes", codes.contiguous())  # the kernel reads them row by row
@@ -260,12 +259,14 @@ def _choose_numbers(low: float, high: float, *, qmax: int, symmetric: bool) -> t
     return scale, (qmax + 1) // 2 if symmetric else min(max(-round(low / scale), 0), qmax)
 
 
-def _of_rows(rows: QTensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _of_rows(rows: QTensor, weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Codes and scales of a weight that somebody else has rounded."""
     rows = check_kind(rows, "rows", QTensor, "quantize_tensor gives")
     signed = rows.qparams.qmin == -(2 ** (rows.bits - 1))
     if rows.codes.shape != weight.shape or rows.granularity != PerAxis(0) or not rows.symmetric or not signed:
         raise ValueError(f"rows must hold signed codes {tuple(weight.shape)} on symmetric grids, one a row")
+    if rows.bits != bits:
+        raise ValueError(f"weight_bits must be the {rows.bits} bits of rows, got {bits}")
     return rows.codes, rows.qparams.scale.flatten()
 
 

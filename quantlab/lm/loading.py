@@ -49,9 +49,11 @@ def chosen_model() -> str:
 def real_lm():
     """(model, tokenizer, name): SmolLM2, "smollm2", for the chapters on a real model; or what stands in for it.
 
-    Where it cannot be had, or is not wanted (QUANTLAB_SMOLLM2=0), the stand-in is the model that the workbook runs on,
-    and the name is chosen_model()'s. Raises: as load_lm.
+    Where QUANTLAB_MODEL names another model, or SmolLM2 cannot be had or is not wanted (QUANTLAB_SMOLLM2=0), that is
+    the model that the workbook runs on, and the name is chosen_model()'s. Raises: as load_lm.
     """
+    if chosen_model() not in ("bundled", "smollm2"):
+        return *load_lm(), chosen_model()
     try:
         return *load_lm("smollm2"), "smollm2"
     except FileNotFoundError:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from quantlab.arguments import check_flag, check_model, kind
+from quantlab.arguments import check_flag, check_function, check_model, kind
 from quantlab.hessian import Hessian
 from quantlab.lm.blocks import Arguments, advance, block_inputs, input_hessians
 from quantlab.lm.checkpoint import Checkpoint, open_checkpoint
@@ -70,8 +70,7 @@ def quantize_weights(model, quantizer: Callable[[Tensor], Quantized]) -> tuple[n
     quantizer gets a weight (out, in) and returns anything with dequantize() and nbytes: a QTensor, a CodebookTensor ...
     Nothing is calibrated; the given model is not changed; embeddings, norms and head stay as they are.
     """
-    if not callable(quantizer) or isinstance(quantizer, nn.Module):
-        raise ValueError(f"quantizer must be a function of a weight, got {kind(quantizer)}")
+    check_function(quantizer, "quantizer", "a weight")
     new, qtensors = copy.deepcopy(check_model(model)).eval(), {}
     for name, layer in float_layers(new).items():
         qtensors[name] = q = quantizer(weight_of(layer).clone())

@@ -1,0 +1,130 @@
+"""ONNX graphs put together and written: nodes, constants, packed codes, and the check of a file before it is there."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quantlab.arguments import check_kind, check_path
+from quantlab.blocks import PerGroup
+from quantlab.export.engines import engine
+from quantlab.export.onnx_run import codes_in, onnx_session
+from quantlab.files import write_whole
+from quantlab.granularity import QTensor
+
+OPSET, IR = 21, 10  # the first with blocks in DequantizeLinear and with UINT4; engines of 2024 read them
+LIMIT = 2**31 - 1  # bytes of one protobuf message
+
+
+@dataclass(frozen=True, eq=False)
+class Check:
+    """What a written file must hold and give: its codes (out, in), and the answer to x, within slack + 1e-4 of it."""
+
+    codes: Tensor
+    x: Tensor
+    y: Tensor | None = None  # None: the engine rounds activations in a way of its own
+    slack: float = 0.0
+
+    def __call__(self, path: Path) -> None:
+        """Read a file and run it operator by operator: what the graph says, whatever an optimizer would make of it."""
+        if not torch.equal(codes_in(path), self.codes.int()):
+            raise ValueError("the file holds other codes than were written; nothing was saved")
+        got = torch.from_numpy(onnx_session(path, optimize=False)(self.x.numpy()))
+        if self.y is not None:
+            check_close(got, self.y, self.slack + 1e-4 * self.y.abs().max().item())
+
+
+def check_close(got: Tensor, wanted: Tensor, allowed: float) -> None:
+    """ValueError if an answer lies further from the one that was meant."""
+    apart = (got - wanted).abs().max().item()
+    if not apart <= allowed:
+        raise ValueError(f"ONNX Runtime's answer is {apart:.2e} off, {allowed:.2e} was allowed; nothing was saved")
+
+
+def layer_model(nodes: list[tuple], constants: Mapping, shape: tuple[int, int]):
+    """A model x (tokens, in) -> y (tokens, out) of nodes (operator, inputs, output, attributes)."""
+    onnx = engine("onnx")
+    made, own = [], any(kind == "MatMulNBits" for kind, *_ in nodes)
+    for kind, inputs, output, attributes in nodes:
+        domain = "com.microsoft" if kind == "MatMulNBits" else ""
+        made.append(onnx.helper.make_node(kind, inputs, [output], name=f"{kind}_{output}", domain=domain, **attributes))
+    ends = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["tokens", size])
+        for name, size in (("x", shape[1]), ("y", shape[0]))
+    ]
+    graph = onnx.helper.make_graph(made, "layer", ends[:1], ends[1:], [tensor(n, c) for n, c in constants.items()])
+    opsets = [onnx.helper.make_opsetid("", OPSET)] + [onnx.helper.make_opsetid("com.microsoft", 1)] * own
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=IR)
+    onnx.checker.check_model(model, full_check=not own)
+    return model
+
+
+def tensor(name: str, values):
+    """A constant: a numpy array, or (codes 0..15, as a tensor) for UINT4, which numpy has not."""
+    onnx = engine("onnx")
+    if isinstance(values, np.ndarray):
+        return onnx.numpy_helper.from_array(values, name)
+    raw = two_a_byte(values.flatten()).numpy().tobytes()
+    return onnx.helper.make_tensor(name, onnx.TensorProto.UINT4, list(values.shape), raw, raw=True)
+
+
+def two_a_byte(codes: Tensor) -> Tensor:
+    """Codes 0..15 two a byte, the first in the low four bits; a row of odd length is filled up with 0."""
+    codes = F.pad(codes.to(torch.uint8), (0, codes.shape[-1] % 2))
+    return codes[..., ::2] | codes[..., 1::2] << 4
+
+
+def nbits_group(q: QTensor) -> int:
+    """The columns of a group; ValueError if neither MatMulNBits nor a blocked DequantizeLinear can hold the codes."""
+    q = check_kind(q, "q", QTensor, "quantize_tensor gives")
+    group = q.granularity.group_size if isinstance(q.granularity, PerGroup) else 0
+    if len(q.shape) != 2 or group < 16 or group & (group - 1) or q.shape[1] % group or q.group_index is not None:
+        raise ValueError(
+            f"ONNX has groups of 16, 32, 64, .. columns in order, which divide a row; got {q.granularity} "
+            f"of {tuple(q.shape)}{'' if q.group_index is None else ', with act-order'}"
+        )
+    if q.bits not in (4, 8):
+        raise ValueError(f"MatMulNBits is written here with 4 or 8 bits, got {q.bits}")
+    return group
+
+
+def nbits_constants(q: QTensor) -> dict[str, np.ndarray]:
+    """MatMulNBits' constants: codes (out, groups, bytes), scales (out, groups), zero points (out, bytes)."""
+    group, (rows, columns) = nbits_group(q), q.shape
+    codes, zeros = (part.int() - q.qparams.qmin for part in (q.codes, q.qparams.zero_point))
+    if q.bits == 4:
+        codes, zeros = two_a_byte(codes), two_a_byte(zeros)
+    blocks = codes.to(torch.uint8).reshape(rows, columns // group, group * q.bits // 8)
+    return {
+        "w": blocks.numpy(), "w_scale": q.qparams.scale.contiguous().numpy(), "w_zero": zeros.to(torch.uint8).numpy()
+    }  # fmt: skip
+
+
+def blocked_constants(q: QTensor, *, turned: bool) -> dict:
+    """A blocked DequantizeLinear's constants, (out, in) or turned: UINT4 or uint8 codes and zero points, scales."""
+    parts = [q.codes.int() - q.qparams.qmin, q.qparams.zero_point.int() - q.qparams.qmin, q.qparams.scale]
+    codes, zeros, scale = (part.T.contiguous() if turned else part.contiguous() for part in parts)
+    if q.bits == 8:
+        codes, zeros = codes.to(torch.uint8).numpy(), zeros.to(torch.uint8).numpy()
+    return {"w": codes, "w_zero": zeros, "w_scale": scale.numpy()}
+
+
+def write_onnx(path, model, check: Callable[[Path], None] | None = None) -> int:
+    """Write a model, whole or not at all, checked before it takes its place; returns its size in bytes.
+
+    Raises: ValueError if it is larger than one ONNX file can be (2 GiB), or the check finds a difference.
+    """
+    path, size = check_path(path), model.ByteSize()
+    if size > LIMIT:
+        raise ValueError(f"one ONNX file holds at most 2 GiB, this model has {size / 2**30:.1f} GiB")
+
+    def write(part: Path) -> None:
+        part.write_bytes(model.SerializeToString())
+        if check is not None:
+            check(part)
+
+    return write_whole(path, write)
