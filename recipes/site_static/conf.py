@@ -36,5 +36,13 @@ def block(self, node: nodes.math_block) -> None:
     raise nodes.SkipNode
 
 
+def level_of_captions(_app, _page, _template, context: dict, _doctree) -> None:
+    """Sphinx calls the captions of the list of chapters headings, and leaves out their level."""
+    for part in ("body", "furo_navigation_tree"):
+        if part in context:
+            context[part] = str(context[part]).replace('role="heading">', 'role="heading" aria-level="2">')
+
+
 def setup(app) -> None:
+    app.connect("html-page-context", level_of_captions, priority=900)  # after the theme
     app.add_html_math_renderer("mathml", inline_renderers=(inline, None), block_renderers=(block, None))
