@@ -22,6 +22,5 @@ CHAPTERS = {
     "17": "rotations",
     "18": "kv",
     "19": "llamacpp",
-    "20": "deployment",
     "22": "capstone",
 }

@@ -2,8 +2,10 @@
 
 import ast
 import copy
+import logging
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -66,13 +68,25 @@ def _exported(model):
     most = min(longest_context(model), 2**31)
     sizes = {"ids": {0: torch.export.Dim("batch", max=1024), 1: torch.export.Dim("tokens", max=most)}}
     ids = torch.zeros(2, 8, dtype=torch.int64, device=device_of(model))
-    with evaluating(model), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch about itself
+    with evaluating(model), torch.no_grad(), _quiet():
         program = torch.onnx.export(
             _Logits(model).eval(), (ids,), dynamo=True, dynamic_shapes=sizes, input_names=["ids"],
             output_names=["logits"], verbose=False,
         )  # fmt: skip
     return program.model_proto
+
+
+@contextmanager
+def _quiet():
+    """Without what torch says of itself, and of packages that this model does not need."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _put_codes(graph_model, qtensors: dict[str, QTensor], level: int) -> None:
