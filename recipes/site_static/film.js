@@ -186,4 +186,5 @@ document.addEventListener("DOMContentLoaded", () => {
     }
   }, { rootMargin: "600px" });
   document.querySelectorAll(".film").forEach((box) => near.observe(box));
+  document.querySelectorAll("pre").forEach((code) => { code.tabIndex = 0; }); // so that keys can scroll it
 });
