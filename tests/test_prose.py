@@ -27,11 +27,13 @@ EXPLAINED = {
     ("09", "6.7"): "Dettmers et al., cited: billions of parameters",
     ("10", "0.8"): "two columns in the head",
     ("10", "0.4"): "two columns in the head",
+    ("11", "0.09"): "one output in the head",
     ("14", "1.2"): "an example, in the head",
     ("14", "0.66"): "a factor that was chosen",
     ("18", "0.19"): "3 bits of 16",
     ("19", "4.5"): "true bits of Q4_0, counted before",
     ("21", "10.1"): "a version of TensorRT",
+    ("21", "21.6"): "an exercise",
     ("22", "0.05 %"): "half of 2 to the power −10",
 }
 
