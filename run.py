@@ -8,7 +8,7 @@ site [options]     builds the workbook as a static site whose sliders move witho
 bench              runs every script in benchmarks/
 
 QUANTLAB_TORCH_INDEX=<address of PyTorch's CPU wheel index> spares a Linux machine several GB of CUDA.
-QUANTLAB_PEERS=1 installs other quantizers and engines too, with which tests, benchmarks and notebook 20 compare.
+QUANTLAB_PEERS=1 installs other quantizers and engines too, with which tests and benchmarks then compare.
 QUANTLAB_SMOLLM2=0 leaves out SmolLM2-135M, a real language model of 93 MB; all else runs without it.
 QUANTLAB_MODEL=<smollm2, a folder, or a hub name with @revision> runs the notebooks on that model.
 """
