@@ -11,6 +11,7 @@ import linecache
 import math
 import os
 import random as python_random
+import signal
 import sys
 import threading
 import traceback
@@ -207,6 +208,10 @@ def within(seconds: float):
 
     timer = threading.Timer(seconds, stop)
     timer.daemon = True
+    before = signal.getsignal(signal.SIGINT)
+    deaf = before in (signal.SIG_IGN, signal.SIG_DFL)  # as a program in the background may be
+    if deaf:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     timer.start()
     try:
         yield
@@ -216,6 +221,8 @@ def within(seconds: float):
         raise Wrong(f"No answer after {seconds:g} seconds. Is there a loop that never ends?") from None
     finally:
         timer.cancel()
+        if deaf:
+            signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

@@ -5,6 +5,7 @@
 import functools
 import math
 import random
+import signal
 import time
 
 import numpy as np
@@ -99,13 +100,18 @@ def test_verdicts(answer, words):
     assert words in judge(SCALED, answer)
 
 
-def test_an_endless_loop_is_stopped_with_a_word():
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN, signal.SIG_DFL])
+def test_an_endless_loop_is_stopped_with_a_word(handler):
     def endless(x, factor):
         while True:
             pass
 
-    began = time.monotonic()
-    assert "No answer after 1 seconds" in judge(SCALED, endless)
+    began, before = time.monotonic(), signal.signal(signal.SIGINT, handler)  # ignored: in the background, say
+    try:
+        assert "No answer after 1 seconds" in judge(SCALED, endless)
+        assert signal.getsignal(signal.SIGINT) == handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - began < 20
 
 
