@@ -36,6 +36,7 @@ PROCESSORS = {
     "two threads": {"OMP_NUM_THREADS": "2"},
 }
 LONGEST = ("17", "18", "16", "10", "22", "19")  # notebooks that are begun first, so that the workers end together
+LONG_TESTS = ("tests/test_browser.py", "tests/test_mutants.py")
 SENSITIVE = ("04", "07", "08")  # notebooks in which last digits and integer kernels show most
 FOREIGN = ROOT / ".foreign/opt"  # a small model of another kind, made by the tests
 STAMP = ROOT / ".venv/complete"  # written last: Python's version, and a hash of what is installed and where
@@ -149,7 +150,8 @@ def steps(what: str, options: list) -> dict:
             [*strict, *(path for path in found if path.name.startswith(SENSITIVE))],
             one | PROCESSORS["no AVX"],
         ),
-        "tests": ([*shared, "--durations=40"], one | other),
+        # The two longest files are begun first, one by each worker.
+        "tests": ([*shared, "--durations=40", *LONG_TESTS, "tests", "quantlab"], one | other),
     }
 
 
