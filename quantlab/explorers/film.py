@@ -85,7 +85,7 @@ def film(explorer: Explorer, states: Iterable[dict] | None = None) -> Film:
     sliders), its own value counts, so a film holds only states that a reader could reach.
 
     >>> from quantlab.explorers import explore_angle
-    >>> short = film(explore_angle(10, 1), [{"bits": 3}, {"bits": 4}])
+    >>> short = film(explore_angle(10, 1), [{"bits": 3}, {"bits": 6}])
     >>> len(short.shown), short.pictures[0][8:12]
     (3, b'WEBP')
     """
