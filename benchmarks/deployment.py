@@ -8,12 +8,12 @@ thread, the least of rounds taken in turns. Engines that are not installed are l
 """
 
 import datetime
-import platform
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
+from _machine import processor
 from torch import nn
 
 from quantlab import PerGroup, quantize_tensor
@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
     good = judged(bars)
     print("bars kept" if good else "A BAR IS BROKEN")
     if "--store" in arguments:
-        about = {"date": datetime.date.today().isoformat(), "processor": _processor()}
+        about = {"date": datetime.date.today().isoformat(), "processor": processor()}
         kept = [[r.engine, r.form, r.nbytes, r.apart, r.times] for r in rows]
         write_json(STORED, about | {"layer": kept, "bars": bars})
     return 0 if good else 1
@@ -145,13 +145,6 @@ def prefills(folder: Path, *, nncf: bool) -> dict[str, float]:
         print(f"{name}: {own / theirs:.2f} times torch float32, likeliest token the same in {same:.1%}", flush=True)
         fast |= {f"{name}: {TIMES}": own / theirs, f"{name}: {SAME}": same}
     return fast
-
-
-def _processor() -> str:
-    """The processor's name, as Linux has it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ turns. Needs llama.cpp (python -m recipes.llama_cpp).
 """
 
 import datetime
-import platform
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
+from _machine import processor
 
 from quantlab.export.gguf import save_gguf
 from quantlab.export.gguf_models import with_values_of
@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
     good = kl["Q8_0"] <= MOST_KL and (not speed or speed["llama.cpp Q4_0"] >= LEAST_SPEED * speed["torch float32"])
     print("bars kept" if good else "A BAR IS BROKEN")
     if "--store" in arguments:
-        run = {"date": datetime.date.today().isoformat(), "processor": _processor()}
+        run = {"date": datetime.date.today().isoformat(), "processor": processor()}
         write_json(STORED, run | {"bundled, KL to ours": kl, "SmolLM2, tokens a CPU second": speed})
     return 0 if good else 1
 
@@ -66,13 +66,6 @@ def speeds(folder: Path) -> dict[str, float]:
     ours = min(ours, torch_speed(model, prompt, tokens=tokens))
     print(f"SmolLM2, tokens a CPU second: torch {1 / ours:.1f}, llama.cpp {1 / theirs:.1f}: {ours / theirs:.1f} times")
     return {"torch float32": 1 / ours, "llama.cpp Q4_0": 1 / theirs}
-
-
-def _processor() -> str:
-    """The processor's name, as Linux has it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -36,15 +36,6 @@ def copy_without_outputs(source: Path, target: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def browser():
-    if labs.find_chromium() is None:
-        stop = pytest.fail if os.environ.get("QUANTLAB_REQUIRE_BROWSER") == "1" else pytest.skip
-        stop("no Chromium on this machine (CHROMIUM=<path> names one that is not found)")
-    with labs.chromium() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
 def lab(browser, tmp_path_factory):
     """JupyterLab on a copy: the notebooks write files, and no stored output may pass for a new one."""
     root = tmp_path_factory.mktemp("root")

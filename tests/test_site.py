@@ -10,7 +10,6 @@ import os
 import threading
 from pathlib import Path
 
-import labs
 import pytest
 
 from recipes import filming
@@ -84,15 +83,6 @@ STEPS = """async film => {
 class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_):
         pass
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if labs.find_chromium() is None:
-        stop = pytest.fail if os.environ.get("QUANTLAB_REQUIRE_BROWSER") == "1" else pytest.skip
-        stop("no Chromium on this machine (CHROMIUM=<path> names one that is not found)")
-    with labs.chromium() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")
