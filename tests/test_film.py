@@ -60,8 +60,8 @@ def test_every_explorer_names_states_with_its_start_and_the_ends_of_its_controls
 
 
 def test_a_film_starts_where_the_explorer_stood_and_repeats_no_picture():
-    explorer = explore_angle(10, 1, bits=3)
-    made = film(explorer, [{"bits": bits} for bits in (4, 6, 4)])
+    explorer = explore_angle(10, 1, bits=4)
+    made = film(explorer, [{"bits": bits} for bits in (3, 6, 3)])
     assert len(made.shown) == 3
     assert made.controls[1].stops == [3, 4, 6]
     assert made.start == (0, 1)
