@@ -14,7 +14,7 @@
 # 1. SmoothQuant moves the size of outliers from the activations into the weights. What must lie *before* the
 #    layer for that to cost nothing (notebook 09)?
 # 2. Why is KL to the float model a finer measure than perplexity (notebook 06)?
-# 3. GPTQ lowers the error of a layer's *output*. On which tokens (notebook 10)?
+# 3. GPTQ lowers the error of a layer's *output*. On which tokens (notebook 10b)?
 #
 # <details><summary>Answers</summary>
 # 1. A norm, or another layer that takes the inverse factor. 2. Both models read the same text, so what is hard
@@ -260,8 +260,11 @@ def times(weight, x):  # error of the output with one scale, over that with a sc
 gains = {name: times(*layer) for name, layer in shown.items()}
 planted_gain = next(iter(gains.values()))
 found(max(gains.values()) > 3 * planted_gain, "a scale a token gives the real model more")
-{name: f"{gain:.0f} times" for name, gain in gains.items()}
+loud = {name: int((x.abs().amax(1) > x.abs().max() / 10).sum()) for name, (_, x) in shown.items()}
+{name: f"{gain:.0f} times, {loud[name]} loud tokens" for name, gain in gains.items()}
 # %% [markdown]
+# (Loud: a token that reaches a tenth of the layer's maximum.)
+#
 # **What you saw.** The planted layer has six bright columns from top to bottom, and only its channels fall off a
 # cliff: tokens are alike, and a scale for each of them divides the error by 9. SmolLM2's `down_proj` layers have a
 # bright dot in the first row, and the tokens' curve falls as well (block 2 has several loud tokens): there a scale
@@ -336,7 +339,7 @@ from quantlab.explorers import explore_bits
 
 explore_bits(results)
 # %% [markdown]
-# An answer that still reads well is no proof: KL has risen before. And one that breaks down at 3 bits says
+# An answer that still reads well is no proof: KL rises earlier. And one that breaks down at 3 bits says
 # something about *nearest rounding*, not about 3 bits.
 #
 # ## 7. When GPTQ has read too little
