@@ -25,9 +25,9 @@ from quantlab.capstone.__main__ import main
 from quantlab.capstone.controls import shuffled, with_half_scales
 from quantlab.capstone.hidden import FOLDER, TEXTS, path_of
 from quantlab.capstone.planning import PARTS, part_layers
-from quantlab.capstone.recipes import with_codes
 from quantlab.granularity import PerGroup, quantize_tensor
 from quantlab.lm.saving import WEIGHTS
+from quantlab.lm.walk import with_codes
 from quantlab.methods import GPTQ, RTN
 from quantlab.storage import load_tensors, save_tensors
 
