@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from quantlab import PerAxis, PerGroup, quantize_tensor
 from quantlab.affine import quantize
 from quantlab.linear import StaticInt8Linear, kernel_status
-from quantlab.lm import quantize_weights
+from quantlab.lm import quantize_lm, quantize_weights
 from quantlab.observers import MinMax
 
 pytest.importorskip("onnx", reason="onnx is not here: pip install -e .[deploy]")
@@ -444,6 +444,7 @@ def test_a_whole_model_with_our_codes(tiny, once, tmp_path, monkeypatch):
         assert run(path, torch.zeros(shape, dtype=torch.int64)).shape == (*shape, 64)
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_what_does_not_fit_a_model_is_refused(tiny, tmp_path):
     q = quantize_tensor(torch.ones(32, 32), bits=4, granularity=PerGroup(16))
     for words, codes in (("no linear layer 'x'", {"x": q}), ("its codes are", {LAYERS[1]: q})):
@@ -456,6 +457,10 @@ def test_what_does_not_fit_a_model_is_refused(tiny, tmp_path):
     for none in ({}, {"qtensors": {}}):
         with pytest.raises(ValueError, match='activations="int8" is of MatMulNBits, .* pass qtensors'):
             save_onnx(tiny, tmp_path / "model.onnx", activations="int8", **none)
+    if importlib.util.find_spec("onnxscript"):
+        in_integers, _ = quantize_lm(tiny, method="llm_int8", progress=False)
+        with pytest.raises(ValueError, match=r"torch\.onnx\.export cannot write this LlamaForCausalLM: \w"):
+            save_onnx(in_integers, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from quantlab.arguments import check_choice, check_flag, check_kind, check_model, longest_context
+from quantlab.arguments import check_choice, check_flag, check_kind, check_model, check_path, longest_context
 from quantlab.export.engines import engine
 from quantlab.export.onnx_graphs import ENGINE, nbits_constants, nbits_group, write_onnx
 from quantlab.export.onnx_run import onnx_session
@@ -36,13 +36,14 @@ def save_onnx(
     the largest (for "int8", which rounds, within half of it), before the file takes its place.
 
     Raises: ValueError if a name in qtensors is no linear layer, codes do not fit, there are none for "int8", the
-    exporter writes a layer as something else than MatMul (one with a bias, and inputs of two dimensions), the file
-    would be larger than 2 GiB, or verify finds a difference; ModuleNotFoundError.
+    exporter cannot write the model (a layer that computes in integers), or writes a layer as something else than MatMul
+    (one with a bias, and inputs of two dimensions), the file would be larger than 2 GiB, or verify finds a difference;
+    ModuleNotFoundError.
     """
     level = LEVELS[check_choice(activations, "activations", LEVELS)]
     qtensors = {} if qtensors is None else dict(check_kind(qtensors, "qtensors", Mapping))
     _check_fits(check_model(model), qtensors)
-    verify = check_flag(verify, "verify")
+    path, verify = check_path(path), check_flag(verify, "verify")
     if activations == "int8" and not qtensors:
         raise ValueError('activations="int8" is of MatMulNBits, which stands where a layer has codes: pass qtensors')
     graph = _exported(model)
@@ -76,12 +77,16 @@ def _exported(model):
     most = min(longest_context(model), 2**31)
     sizes = {"ids": {0: torch.export.Dim("batch", max=1024), 1: torch.export.Dim("tokens", max=most)}}
     ids = torch.zeros(2, 8, dtype=torch.int64, device=device_of(model))
-    with evaluating(model), torch.no_grad(), _quiet():
-        program = torch.onnx.export(
-            _Logits(model).eval(), (ids,), dynamo=True, dynamic_shapes=sizes, input_names=["ids"],
-            output_names=["logits"], verbose=False,
-        )  # fmt: skip
-    return program.model_proto
+    names = {"input_names": ["ids"], "output_names": ["logits"]}
+    try:
+        with evaluating(model), torch.no_grad(), _quiet():
+            logits = _Logits(model).eval()
+            return torch.onnx.export(
+                logits, (ids,), dynamo=True, dynamic_shapes=sizes, verbose=False, **names
+            ).model_proto
+    except torch.onnx.OnnxExporterError as error:
+        why = str(error.__cause__ or error).partition("\n")[0]
+        raise ValueError(f"torch.onnx.export cannot write this {type(model).__name__}: {why}") from error
 
 
 @contextmanager
