@@ -477,4 +477,5 @@ def test_verify_refuses_a_model_with_other_logits(tiny, once, tmp_path, monkeypa
             with pytest.raises(ValueError, match="ONNX Runtime's answer is .* nothing was saved"):
                 save_onnx(tiny, tmp_path / "model.onnx", qtensors=q, activations=activations, verify=True)
     assert [path.name for path in tmp_path.iterdir()] == ["float.onnx"]
-    save_onnx(tiny, tmp_path / "model.onnx", qtensors=q, activations="int8", verify=True)
+    for activations in ("float", "int8"):
+        save_onnx(tiny, tmp_path / "model.onnx", qtensors=q, activations=activations, verify=True)
