@@ -86,7 +86,8 @@ def write_pages(sources: list[Path], folder: Path) -> None:
     """What Sphinx reads, from nothing."""
     shutil.rmtree(folder, ignore_errors=True)
     films, stems = folder / "_static/films", [source.stem for source in sources]
-    (folder / "chapters").mkdir(parents=True)
+    for name in ("chapters", "api"):
+        (folder / name).mkdir(parents=True)
     for source in sources:
         shutil.copytree(filming.folder_of(source), films / source.stem, ignore=shutil.ignore_patterns(filming.DONE))
     for name in PAGES:
@@ -99,8 +100,8 @@ def write_pages(sources: list[Path], folder: Path) -> None:
         "index": site_pages.first_page(films, stems),
         "glossary": site_pages.glossary(),
         "ledger": site_pages.ledger_page(folder),
-        "api": site_pages.api(),
     }
+    texts |= {f"api/{name}": text for name, text in site_pages.api().items()}
     for name, text in texts.items():
         (folder / f"{name}.md").write_text(text, encoding="utf-8")
 
