@@ -15,9 +15,10 @@ from recipes.notebooks import NOTEBOOKS, cells_of, run
 
 ROOT = NOTEBOOKS.parent
 FILMS = ROOT / ".films"
+RECORDERS = Path(__file__), Path(__file__).with_name("recorder.py")
 DONE = "done"  # written last
 LARGEST = 2_000_000  # bytes of a film
-FIRST_CELL = "import recipes.filming; recipes.filming.record({folder!r})"
+FIRST_CELL = "import recipes.recorder; recipes.recorder.record({folder!r})"
 
 
 def shows_explorer(cell) -> bool:
@@ -30,7 +31,7 @@ def folder_of(source: Path) -> Path:
     """Where the films of a source lie once they are made."""
     parts = [source, *sorted((ROOT / "quantlab").rglob("*.py")), *sorted((ROOT / "data").rglob("*.safetensors"))]
     hashed = hashlib.sha256()
-    for path in [*parts, *sorted((ROOT / "data").rglob("*.txt")), ROOT / "constraints.txt", Path(__file__)]:
+    for path in [*parts, *sorted((ROOT / "data").rglob("*.txt")), ROOT / "constraints.txt", *RECORDERS]:
         hashed.update(path.read_bytes())
     return FILMS / f"{source.stem}-{hashed.hexdigest()[:12]}"
 
@@ -70,22 +71,5 @@ def _run_apart(notebook) -> None:
         shutil.copytree(ROOT / "data", Path(root) / "data")
         (Path(root) / "notebooks").mkdir()
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        os.environ["PYTHONPATH"] = path
-        run(notebook, folder=Path(root) / "notebooks")
-
-
-def record(folder: str) -> None:
-    """In a kernel: film every explorer that is the result of a cell, as 1, 2, ... in the folder."""
-    from IPython import get_ipython
-
-    from quantlab.explorers import Explorer
-    from quantlab.explorers.film import film
-
-    made = []
-
-    def keep(result) -> None:
-        if isinstance(result.result, Explorer):
-            made.append(film(result.result))
-            made[-1].save(Path(folder) / str(len(made)))
-
-    get_ipython().events.register("post_run_cell", keep)
+        threads = os.environ.get("OMP_NUM_THREADS", "1")  # others are filmed beside it
+        run(notebook, folder=Path(root) / "notebooks", PYTHONPATH=path, OMP_NUM_THREADS=threads)

@@ -1,11 +1,13 @@
 """The buttons "play" and "reset" of an explorer, and the pictures that it keeps."""
 
 import asyncio
+import math
 
 import ipywidgets as widgets
 import pytest
+import torch
 
-from quantlab.explorers import base, explore_angle, playing
+from quantlab.explorers import base, explore_angle, explore_clipping, playing
 
 
 def button(explorer, name):
@@ -20,8 +22,8 @@ def explorer(monkeypatch):
     return explore_angle(10, 1)
 
 
-def seen_while(explorer, seconds, then=None) -> list:
-    """The angles at which it stood after "play" was pressed; `then` is done after the third step."""
+def seen_while(explorer, seconds, then=None, name="angle") -> list:
+    """Where a control stood after "play" was pressed; `then` is done after the third step."""
     angles = []
 
     async def wait():
@@ -33,7 +35,7 @@ def seen_while(explorer, seconds, then=None) -> list:
         if then and len(angles) == 3:
             asyncio.get_running_loop().call_soon(then)
 
-    explorer.controls["angle"].observe(keep, names="value")
+    explorer.controls[name].observe(keep, names="value")
     asyncio.run(wait())
     return angles
 
@@ -59,6 +61,22 @@ def test_a_moved_control_stops_it_and_is_the_next_to_be_played(explorer):
     assert seen_while(explorer, 0.5) == []  # bits goes through its values
     assert explorer.controls["angle"].value == angle
     assert bits.index == 0
+
+
+def test_a_browser_that_answers_with_another_last_digit_does_not_stop_it(monkeypatch):
+    monkeypatch.setattr(playing, "PACE", 0.001)
+    monkeypatch.setattr(playing, "STEPS", 7)
+    explorer = explore_clipping(torch.linspace(-1, 1, 99))
+    clip = explorer.controls["clip"]
+    clip.value = 0.4  # the control moved last is played
+
+    def answer(change):
+        if change.new == round(change.new, 9):
+            asyncio.get_running_loop().call_soon(lambda: setattr(clip, "value", math.nextafter(change.new, 0)))
+
+    clip.observe(answer, names="value")
+    assert len(seen_while(explorer, 1.5, name="clip")) >= 7
+    assert clip.value == pytest.approx(0.4)
 
 
 def test_reset_brings_all_controls_back(explorer):

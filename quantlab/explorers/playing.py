@@ -1,6 +1,7 @@
 """What plays with an explorer's controls: the values at which each can stand, "play" and "reset"."""
 
 import asyncio
+import math
 
 import ipywidgets as widgets
 
@@ -41,24 +42,23 @@ def reset_button(controls: dict[str, widgets.Widget]) -> widgets.Button:
 
 
 class Player:
-    """The button "play" moves a slider once through its values and back to where it stood.
+    """The button "play" moves a control once through its values and back to where it stood.
 
-    It is the slider that was moved last, at first the first one. The button again, or any control, stops it.
+    It is the control that was moved last, at first the first one. The button again, or any control, stops it.
     """
 
     def __init__(self, controls: dict[str, widgets.Widget]):
-        sliders = [control for control in controls.values() if not isinstance(control, widgets.Checkbox)]
-        self.slider, self.timer, self.values, self.busy = sliders[0], None, [], False
+        played = [control for control in controls.values() if not isinstance(control, widgets.Checkbox)]
+        self.played, self.timer, self.busy, self.to_come, self.past = played[0], None, False, [], []
         self.button = _button("play")
         self.button.on_click(lambda _: self.stop() if self.timer else self.play())
         for control in controls.values():
             control.observe(self._moved, names="value")
 
     def play(self) -> None:
-        stops = stops_of(self.slider)
-        some = thinned(stops, STEPS, self.slider.value)
-        here = some.index(self.slider.value)
-        self.values = some[here + 1 :] + some[: here + 1]
+        some = thinned(stops_of(self.played), STEPS, self.played.value)
+        here = some.index(self.played.value)
+        self.to_come, self.past = some[here + 1 :] + some[: here + 1], []
         self.button.description = "stop"
         self._step()
 
@@ -69,18 +69,25 @@ class Player:
     def _step(self) -> None:
         self.timer = asyncio.get_running_loop().call_later(PACE, self._step)
         self.busy = True
-        self.slider.value = self.values.pop(0)
+        self.past.append(self.to_come.pop(0))
+        self.played.value = self.past[-1]
         self.busy = False
-        if not self.values:
+        if not self.to_come:
             self.stop()
 
     def _moved(self, change) -> None:
-        if self.busy:
+        if self.busy or self._is_echo(change):
             return
         if not isinstance(change.owner, widgets.Checkbox):
-            self.slider = change.owner
+            self.played = change.owner
         if self.timer:
             self.stop()
+
+    def _is_echo(self, change) -> bool:
+        """A browser answers 0.97 with 0.9699999999999999, as if a hand had moved it."""
+        if change.owner is not self.played or not isinstance(change.new, float):
+            return False
+        return any(math.isclose(change.new, value, abs_tol=1e-9) for value in self.past[-3:])
 
 
 def _button(text: str) -> widgets.Button:
