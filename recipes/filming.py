@@ -20,6 +20,17 @@ DONE = "done"  # written last
 LARGEST = 2_000_000  # bytes of a film
 FIRST_CELL = "import recipes.recorder; recipes.recorder.record({folder!r})"
 
+# How cells begin that take long (three minutes in all) and on which no explorer rests: they are not run.
+LEFT_OUT = {
+    "13_quantization_aware_training": ("floats_trained = ",),
+    "16_a_real_model": ("from quantlab.methods import W8A8", "tensor, token, _, ", "guilty = ", "spared = "),
+    "18_kv_cache": (
+        "try:\n    larger = ", "if larger:\n    kls = ", "from quantlab.kv_measuring import attention_on_first",
+        "here = ", "from quantlab.kv_measuring import value_lengths", "pairs = ", "from quantlab import kl_divergence",
+        "from quantlab.kv_measuring import keys_before_rope", "float_cache = ", "if larger:\n    large = ",
+    ),
+}  # fmt: skip
+
 
 def shows_explorer(cell) -> bool:
     """Whether the last line of a cell may be an explorer, which is then shown under it."""
@@ -45,14 +56,23 @@ def make(source: Path) -> Path:
         shutil.rmtree(old)
     target.mkdir(parents=True)
     notebook = cells_of(source)
-    last = max((i for i, cell in enumerate(notebook.cells) if shows_explorer(cell)), default=-1)
-    if last >= 0:
+    notebook.cells = cells_to_run(source.stem, notebook.cells)
+    if notebook.cells:
         first = nbformat.v4.new_code_cell(FIRST_CELL.format(folder=str(target)))
-        notebook.cells = [first, *notebook.cells[: last + 1]]
+        notebook.cells = [first, *notebook.cells]
         _run_apart(notebook)
     _check(target, sum(map(shows_explorer, notebook.cells)))
     (target / DONE).write_text("")
     return target
+
+
+def cells_to_run(stem: str, cells: list) -> list:
+    """Up to the last explorer, without those that are left out. Raises: RuntimeError where one of these is not met."""
+    last = max((i for i, cell in enumerate(cells) if shows_explorer(cell)), default=-1)
+    cells, starts = cells[: last + 1], LEFT_OUT.get(stem, ())
+    if unmet := [start for start in starts if not any(cell.source.startswith(start) for cell in cells)]:
+        raise RuntimeError(f"{stem}: no cell begins with {unmet[0]!r}, which LEFT_OUT in recipes/filming.py names")
+    return [cell for cell in cells if cell.cell_type != "code" or not cell.source.startswith(starts)]
 
 
 def _check(folder: Path, explorers: int) -> None:

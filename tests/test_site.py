@@ -249,6 +249,19 @@ def test_an_old_film_makes_way_for_that_of_a_changed_source(tmp_path, monkeypatc
     assert len(list(filming.FILMS.iterdir())) == 1
 
 
+def test_what_is_left_out_of_a_notebook_is_met_in_it_and_lies_before_its_last_explorer():
+    assert filming.LEFT_OUT
+    for stem, starts in filming.LEFT_OUT.items():
+        cells = notebooks.cells_of(notebooks.NOTEBOOKS / f"src/{stem}.py").cells
+        left = [cell for cell in cells if cell not in filming.cells_to_run(stem, cells)]
+        assert sum(cell.source.startswith(starts) for cell in left) >= len(starts)
+        assert sum(map(filming.shows_explorer, filming.cells_to_run(stem, cells))) == sum(
+            map(filming.shows_explorer, cells)
+        )
+    with pytest.raises(RuntimeError, match="no cell begins with"):
+        filming.cells_to_run(next(iter(filming.LEFT_OUT)), cells[:2])
+
+
 def test_docstrings_become_markdown():
     doc = "The *codes* of x.\n\n    q = x / s    (1)\n\nRaises: none.\n\n>>> 1 + 1\n2"
     assert site_pages.prose(doc) == (

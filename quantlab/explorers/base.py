@@ -84,7 +84,7 @@ class Canvas:
             self.canvas.draw()
             self.still = self.canvas.copy_from_bbox(fig.bbox)
         if few_colours:  # lines and bars: 64 colours are enough, and a fifth of the time to encode
-            self.palette = self.picture().quantize(64)
+            self.palette = _with_white(self.picture().quantize(64))
 
     def picture(self) -> Image.Image:
         with DRAWING:
@@ -99,6 +99,14 @@ class Canvas:
             picture = picture.quantize(palette=self.palette, dither=Image.Dither.NONE)
         picture.save(out, "png", compress_level=1)
         return out.getvalue()
+
+
+def _with_white(palette: Image.Image) -> Image.Image:
+    """Nearly white becomes white: Pillow takes the first colour that is near, which is grey beside a white page."""
+    colours = np.reshape(palette.getpalette(), (-1, 3))
+    colours[(colours >= 245).all(1)] = 255
+    palette.putpalette(colours.ravel().tolist())
+    return palette
 
 
 def bind(
