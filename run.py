@@ -26,7 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 PYTHON = ROOT / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-EXTRAS = "test,peers,deploy" if os.environ.get("QUANTLAB_PEERS") == "1" else "test"
+EXTRAS = "test,peers,deploy,site" if os.environ.get("QUANTLAB_PEERS") == "1" else "test"
 SMOLLM2 = os.environ.get("QUANTLAB_SMOLLM2") != "0"
 # What the same machine computes with when it plays others: other kernels add in another order, so last digits differ.
 PROCESSORS = {
