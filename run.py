@@ -8,7 +8,7 @@ site [options]     builds the workbook as a static site whose sliders move witho
 bench              runs every script in benchmarks/
 
 QUANTLAB_TORCH_INDEX=<address of PyTorch's CPU wheel index> spares a Linux machine several GB of CUDA.
-QUANTLAB_PEERS=1 installs other quantizers and engines too, with which tests and benchmarks then compare.
+QUANTLAB_PEERS=1 installs other quantizers and engines too, with which tests and benchmarks compare, and the site's.
 QUANTLAB_SMOLLM2=0 leaves out SmolLM2-135M, a real language model of 93 MB; all else runs without it.
 QUANTLAB_MODEL=<smollm2, a folder, or a hub name with @revision> runs the notebooks on that model.
 """
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent
 PYTHON = ROOT / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 # Python compiles a module when it first imports it; compiling all 16,000 of them here would take another minute.
 PIP = [PYTHON, "-m", "pip", "install", "--no-compile", *([] if sys.stdout.isatty() else ["--quiet"])]
-EXTRAS = "test,peers,deploy" if os.environ.get("QUANTLAB_PEERS") == "1" else "test"
+EXTRAS = "test,peers,deploy,site" if os.environ.get("QUANTLAB_PEERS") == "1" else "test"
 SMOLLM2 = os.environ.get("QUANTLAB_SMOLLM2") != "0"
 # What the same machine computes with when it plays others: other kernels add in another order, so last digits differ.
 PROCESSORS = {

@@ -3,6 +3,8 @@
 Both draw the same picture of the same values, in the same JupyterLab and browser. A time ends with the first
 animation frame that finds the new picture loaded; it may reach the glass 16 ms later, in both cases.
 With --busy all cores but one are kept busy meanwhile, for both alike.
+Each press to the right shows a state for the first time; those back to the left, and the drag, meet states whose
+pictures quantlab has kept, as a reader's do.
 
 For explore_affine and explore_clipping the rival is what a notebook would hold: a function that draws, under
 interact. For the others it is the explorer's own figure, with all that was computed before the slider moved, copied

@@ -15,9 +15,21 @@ from recipes.notebooks import NOTEBOOKS, cells_of, run
 
 ROOT = NOTEBOOKS.parent
 FILMS = ROOT / ".films"
+RECORDERS = Path(__file__), Path(__file__).with_name("recorder.py")
 DONE = "done"  # written last
 LARGEST = 2_000_000  # bytes of a film
-FIRST_CELL = "import recipes.filming; recipes.filming.record({folder!r})"
+FIRST_CELL = "import recipes.recorder; recipes.recorder.record({folder!r})"
+
+# How cells begin that take long (three minutes in all) and on which no explorer rests: they are not run.
+LEFT_OUT = {
+    "13_quantization_aware_training": ("floats_trained = ",),
+    "16_a_real_model": ("from quantlab.methods import W8A8", "tensor, token, _, ", "guilty = ", "spared = "),
+    "18_kv_cache": (
+        "try:\n    larger = ", "if larger:\n    kls = ", "from quantlab.kv_measuring import attention_on_first",
+        "here = ", "from quantlab.kv_measuring import value_lengths", "pairs = ", "from quantlab import kl_divergence",
+        "from quantlab.kv_measuring import keys_before_rope", "float_cache = ", "if larger:\n    large = ",
+    ),
+}  # fmt: skip
 
 
 def shows_explorer(cell) -> bool:
@@ -30,7 +42,7 @@ def folder_of(source: Path) -> Path:
     """Where the films of a source lie once they are made."""
     parts = [source, *sorted((ROOT / "quantlab").rglob("*.py")), *sorted((ROOT / "data").rglob("*.safetensors"))]
     hashed = hashlib.sha256()
-    for path in [*parts, *sorted((ROOT / "data").rglob("*.txt")), ROOT / "constraints.txt", Path(__file__)]:
+    for path in [*parts, *sorted((ROOT / "data").rglob("*.txt")), ROOT / "constraints.txt", *RECORDERS]:
         hashed.update(path.read_bytes())
     return FILMS / f"{source.stem}-{hashed.hexdigest()[:12]}"
 
@@ -44,14 +56,23 @@ def make(source: Path) -> Path:
         shutil.rmtree(old)
     target.mkdir(parents=True)
     notebook = cells_of(source)
-    last = max((i for i, cell in enumerate(notebook.cells) if shows_explorer(cell)), default=-1)
-    if last >= 0:
+    notebook.cells = cells_to_run(source.stem, notebook.cells)
+    if notebook.cells:
         first = nbformat.v4.new_code_cell(FIRST_CELL.format(folder=str(target)))
-        notebook.cells = [first, *notebook.cells[: last + 1]]
+        notebook.cells = [first, *notebook.cells]
         _run_apart(notebook)
     _check(target, sum(map(shows_explorer, notebook.cells)))
     (target / DONE).write_text("")
     return target
+
+
+def cells_to_run(stem: str, cells: list) -> list:
+    """Up to the last explorer, without those that are left out. Raises: RuntimeError where one of these is not met."""
+    last = max((i for i, cell in enumerate(cells) if shows_explorer(cell)), default=-1)
+    cells, starts = cells[: last + 1], LEFT_OUT.get(stem, ())
+    if unmet := [start for start in starts if not any(cell.source.startswith(start) for cell in cells)]:
+        raise RuntimeError(f"{stem}: no cell begins with {unmet[0]!r}, which LEFT_OUT in recipes/filming.py names")
+    return [cell for cell in cells if cell.cell_type != "code" or not cell.source.startswith(starts)]
 
 
 def _check(folder: Path, explorers: int) -> None:
@@ -70,22 +91,5 @@ def _run_apart(notebook) -> None:
         shutil.copytree(ROOT / "data", Path(root) / "data")
         (Path(root) / "notebooks").mkdir()
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        os.environ["PYTHONPATH"] = path
-        run(notebook, folder=Path(root) / "notebooks")
-
-
-def record(folder: str) -> None:
-    """In a kernel: film every explorer that is the result of a cell, as 1, 2, ... in the folder."""
-    from IPython import get_ipython
-
-    from quantlab.explorers import Explorer
-    from quantlab.explorers.film import film
-
-    made = []
-
-    def keep(result) -> None:
-        if isinstance(result.result, Explorer):
-            made.append(film(result.result))
-            made[-1].save(Path(folder) / str(len(made)))
-
-    get_ipython().events.register("post_run_cell", keep)
+        threads = os.environ.get("OMP_NUM_THREADS", "1")  # others are filmed beside it
+        run(notebook, folder=Path(root) / "notebooks", PYTHONPATH=path, OMP_NUM_THREADS=threads)

@@ -115,13 +115,13 @@ class ThisPython(AsyncKernelManager):
         return KernelSpec(**get_kernel_dict())
 
 
-def run(notebook: NotebookNode, *, folder: Path) -> None:
+def run(notebook: NotebookNode, *, folder: Path, **environment: str) -> None:
     """Execute the cells in place; an error in a cell that is not tagged for it ends the run."""
     resources = {"metadata": {"path": str(folder)}}
     nobody = os.environ | {"QUANTLAB_PROGRESS": "off"}  # whoever builds a notebook has passed nothing in it
     NotebookClient(
         notebook, kernel_manager_class=ThisPython, timeout=600, record_timing=False, resources=resources
-    ).execute(env=nobody)
+    ).execute(env=nobody | environment)
 
 
 def normal_form(notebook: NotebookNode) -> NotebookNode:

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
 from recipes import filming, site_pages
 from recipes.notebooks import NOTEBOOKS, notebook_of
@@ -32,11 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", help="how the chapters' names begin (01 10_gptq); none means all")
     parser.add_argument("--out", type=Path, default=BUILT, help="folder to write to (build/site)")
     parser.add_argument("--serve", type=int, metavar="PORT", help="serve it afterwards, on this machine alone")
-    parser.add_argument("--film", type=Path, help=argparse.SUPPRESS)  # one notebook's films: what the workers run
     options = parser.parse_args(arguments)
-    if options.film:
-        filming.make(options.film)
-        return 0
     sources = [s for s in sorted(NOTEBOOKS.glob("src/*.py")) if s.name.startswith(tuple(options.names or [""]))]
     if not sources:
         parser.error(f"no chapter begins with {' or '.join(options.names)}")
@@ -66,17 +63,18 @@ def build(sources: list[Path], out: Path) -> int:
 
 
 def make_films(sources: list[Path]) -> list[str]:
-    """Make the films of each source in a process of its own, one for each core; the names of those that failed."""
+    """Make the films of each source, one for each core at a time; the names of those that failed."""
 
     def make(source: Path) -> str | None:
         began = time.time()
         if (filming.folder_of(source) / filming.DONE).exists():
             return None
-        environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-        command = [sys.executable, "-m", "recipes.site", "--film", source]
-        failed = subprocess.call(command, cwd=filming.ROOT, env=environment)
-        print(f"      {source.stem}: {'failed' if failed else 'filmed'}, {time.time() - began:.0f} s", flush=True)
-        return source.stem if failed else None
+        try:
+            filming.make(source)
+        except (CellExecutionError, CellTimeoutError, DeadKernelError, RuntimeError) as error:
+            print(f"      {source.stem}: {error}", file=sys.stderr, flush=True)
+            return source.stem
+        print(f"      {source.stem}: filmed, {time.time() - began:.0f} s", flush=True)
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         return [name for name in pool.map(make, sources) if name]
@@ -86,7 +84,8 @@ def write_pages(sources: list[Path], folder: Path) -> None:
     """What Sphinx reads, from nothing."""
     shutil.rmtree(folder, ignore_errors=True)
     films, stems = folder / "_static/films", [source.stem for source in sources]
-    (folder / "chapters").mkdir(parents=True)
+    for name in ("chapters", "api"):
+        (folder / name).mkdir(parents=True)
     for source in sources:
         shutil.copytree(filming.folder_of(source), films / source.stem, ignore=shutil.ignore_patterns(filming.DONE))
     for name in PAGES:
@@ -99,8 +98,8 @@ def write_pages(sources: list[Path], folder: Path) -> None:
         "index": site_pages.first_page(films, stems),
         "glossary": site_pages.glossary(),
         "ledger": site_pages.ledger_page(folder),
-        "api": site_pages.api(),
     }
+    texts |= {f"api/{name}": text for name, text in site_pages.api().items()}
     for name, text in texts.items():
         (folder / f"{name}.md").write_text(text, encoding="utf-8")
 

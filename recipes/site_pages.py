@@ -29,6 +29,7 @@ CHECK = re.compile(r'^check\("([\d.]+)"', re.M)
 HEADING = re.compile(r"^(#+) (.*)$", re.M)
 TERM = re.compile(r"^## \d+\. Glossary\n", re.M)
 LANDING = "01_scale_and_zero_point"  # the chapter whose first explorer stands on the first page
+API = "# API\n\nEvery public name of the library, by the file it stands in; the examples are run as tests."
 COLUMNS = {
     "method": "method", "bits": "bits", "group": "group", "bits_per_weight": "bits a weight", "bytes": "bytes",
     "perplexity": "perplexity", "perplexity_error": "± error", "kl": "KL, nats", "kl_error": "± error",
@@ -170,7 +171,7 @@ def first_page(films: Path, stems: list[str]) -> str:
         parts.append(f"## What you will learn\n\n{learn[1]}")
     chapters = "\n".join(f"chapters/{stem}" for stem in stems)
     parts.append(f"```{{toctree}}\n:caption: Chapters\n:maxdepth: 1\n\n{chapters}\n```")
-    parts.append("```{toctree}\n:caption: Reference\n:maxdepth: 1\n\nglossary\nledger\napi\n```")
+    parts.append("```{toctree}\n:caption: Reference\n:maxdepth: 1\n\nglossary\nledger\napi/index\n```")
     return "\n\n".join(parts) + "\n"
 
 
@@ -229,16 +230,27 @@ def front_picture(rows: list[dict]) -> bytes:
 # --- API --------------------------------------------------------------------------------------------------------
 
 
-def api() -> str:
-    """The public names of quantlab by module, from their docstrings."""
-    parts = ["# API\n\nEvery public name of the library, by the file it stands in; the examples are run as tests."]
+def api() -> dict[str, str]:
+    """{name: page} of the public names of quantlab: a page for each of its files and folders, and their "index"."""
+    parts = {}
     for name in modules():
-        module = importlib.import_module(name)
-        members = list(public(module))
-        if members:
-            parts.append(f"## {name}\n\n{prose(inspect.getdoc(module) or '')}")
-            parts += [entry(each, member) for each, member in members]
-    return "\n\n".join(parts) + "\n"
+        parts.setdefault(name.split(".")[1], []).append(name)
+    pages = {part: page for part, names in parts.items() if (page := api_page(names))}
+    listed = "\n".join(pages)
+    return pages | {"index": f"{API}\n\n```{{toctree}}\n:maxdepth: 1\n\n{listed}\n```\n"}
+
+
+def api_page(names: list[str]) -> str:
+    """The public names of a module, or of a package and what is in it, each where it is met first; "" of none."""
+    page, seen = [], set()
+    for name in names:
+        module, mark = importlib.import_module(name), "#" if name == names[0] else "##"
+        members = [(each, member) for each, member in public(module) if member not in seen]
+        seen.update(member for _, member in members)
+        if members or name == names[0]:
+            page.append(f"{mark} {name}\n\n{prose(inspect.getdoc(module) or '')}")
+            page += [entry(each, member, f"{mark}#") for each, member in members]
+    return "\n\n".join(page) + "\n" if seen else ""
 
 
 def modules() -> list[str]:
@@ -256,13 +268,13 @@ def public(module) -> Iterator[tuple[str, object]]:
                 yield name, member
 
 
-def entry(name: str, member) -> str:
+def entry(name: str, member, mark: str) -> str:
     try:
         signature = re.sub(r"<[^<>]*>", "...", str(inspect.signature(member)))
     except ValueError:  # a class that takes what its base in C takes
         signature = "(...)"
     kind = "class " if inspect.isclass(member) else ""
-    return f"### {name}\n\n```python\n{kind}{name}{signature}\n```\n\n{prose(inspect.getdoc(member))}"
+    return f"{mark} {name}\n\n```python\n{kind}{name}{signature}\n```\n\n{prose(inspect.getdoc(member))}"
 
 
 def prose(doc: str) -> str:

@@ -21,7 +21,7 @@ from quantlab.awq import scale_and_round, scales_of, search_scales
 from quantlab.blocks import PerAxis, PerGroup, PerTensor
 from quantlab.capstone import Plans
 from quantlab.codebook import nf4_levels, quantize_codebook
-from quantlab.explorers import data
+from quantlab.explorers import base, data
 from quantlab.explorers.rotations import block_sizes
 from quantlab.floats import FP4_E2M1, round_to
 from quantlab.gptq import gptq_quantize, gptq_steps
@@ -257,7 +257,9 @@ def other_values(control):
 
 @pytest.fixture(scope="module", params=EXPLORERS)
 def explorer(request):
-    return EXPLORERS[request.param]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base, "KEPT", 0)  # each picture is drawn anew, and none hides what the last one left
+        return EXPLORERS[request.param]()
 
 
 def test_every_explorer_is_tested():
@@ -334,7 +336,8 @@ def test_two_threads_do_not_break_the_picture():
 
 
 @pytest.mark.parametrize("name", ["affine", "clipping", "bits"])
-def test_a_move_costs_less_than_half_of_a_full_redraw(name):
+def test_a_move_costs_less_than_half_of_a_full_redraw(name, monkeypatch):
+    monkeypatch.setattr(base, "KEPT", 0)
     explorer = EXPLORERS[name]()
     control = next(iter(explorer.controls.values()))
 

@@ -5,6 +5,7 @@ notebook that has no kernel.
 """
 
 import base64
+import functools
 import html
 import io
 import textwrap
@@ -19,6 +20,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from quantlab.explorers.playing import Player, reset_button
+
+KEPT = 200  # pictures of an explorer that are kept, of some 20 kB
 # Callbacks may come on a second thread, and matplotlib's font cache is one for the whole process.
 DRAWING = threading.RLock()
 
@@ -80,7 +84,7 @@ class Canvas:
             self.canvas.draw()
             self.still = self.canvas.copy_from_bbox(fig.bbox)
         if few_colours:  # lines and bars: 64 colours are enough, and a fifth of the time to encode
-            self.palette = self.picture().quantize(64)
+            self.palette = _with_white(self.picture().quantize(64))
 
     def picture(self) -> Image.Image:
         with DRAWING:
@@ -97,6 +101,14 @@ class Canvas:
         return out.getvalue()
 
 
+def _with_white(palette: Image.Image) -> Image.Image:
+    """Nearly white becomes white: Pillow takes the first colour that is near, which is grey beside a white page."""
+    colours = np.reshape(palette.getpalette(), (-1, 3))
+    colours[(colours >= 245).all(1)] = 255
+    palette.putpalette(colours.ravel().tolist())
+    return palette
+
+
 def bind(
     controls: dict, ax: Axes, moving: list, update: Callable[..., str], *,
     few_colours: bool = True, filmed: list[dict] | None = None,
@@ -104,17 +116,25 @@ def bind(
     """Bind controls to a figure: update(**values) moves the artists and returns the line of numbers (or more lines)."""
     update(**_values(controls))  # the colours of a first picture
     canvas, text = Canvas(ax.figure, moving, few_colours), [""]
-    image, line = widgets.Image(format="png", layout={"max_width": "100%"}), widgets.HTML()
+    width = f"{ax.figure.bbox.width:.0f}px"  # wider it would blur
+    image, line = widgets.Image(format="png", layout={"width": width, "max_width": "100%"}), widgets.HTML()
+
+    @functools.lru_cache(KEPT)
+    def picture_at(*_values) -> bytes:
+        """What update() has made of these values."""
+        return canvas.png()
 
     def draw(_change=None) -> None:
-        text[0] = update(**_values(controls))
-        image.value = canvas.png()
+        values = _values(controls)
+        text[0] = update(**values)
+        image.value = picture_at(*values.values())
         line.value = f'<div style="white-space: pre-wrap; line-height: 1.4">{html.escape(text[0])}</div>'
 
     for control in controls.values():
         control.observe(draw, names="value")
     draw()
-    row = widgets.HBox(list(controls.values()), layout={"flex_flow": "row wrap"})
+    buttons = Player(controls).button, reset_button(controls)
+    row = widgets.HBox([*controls.values(), *buttons], layout={"flex_flow": "row wrap"})
     shown = (lambda: image.value), (lambda: text[0])
     return Explorer(View([row, image, line], *shown), controls, ax, shown[1], shown[0], filmed)
 

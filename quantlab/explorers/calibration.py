@@ -11,7 +11,7 @@ from torch import Tensor
 from quantlab.affine import QParams, choose_qparams, fake_quantize, unclamped_codes
 from quantlab.arguments import check_int, check_real
 from quantlab.explorers.base import Explorer, bind, figure
-from quantlab.explorers.data import evenly, grid_points, nearest, relative_error
+from quantlab.explorers.data import evenly, grid_points, nearest, relative_error, states, thinned
 from quantlab.explorers.drawing import draw_ring, draw_split, draw_uprights, show_split, upright
 from quantlab.metrics import SplitError, split_error
 from quantlab.observers import MSE, Entropy, MinMax, MovingAverage, Percentile
@@ -59,8 +59,9 @@ def explore_calibration(x: Tensor, *, bits: int = 4, weight: Tensor | None = Non
         picture.show(grid, data.curves(bits), data.marks(bits), reach)
         return grid.text
 
-    filmed = [{"clip": c, "observer": BY_HAND, "bits": b} for c in CLIPS for b in BITS]
-    filmed += [{"observer": name, "bits": b} for name in data.names for b in BITS]  # the clip stands where it was
+    clips = thinned(CLIPS, 21, controls["clip"].value)
+    filmed = states(clip=clips, observer=[BY_HAND], bits=BITS)
+    filmed += states(observer=data.names, bits=BITS)  # the clip stands where it was
     explorer = bind(controls, picture.left, picture.moving, update, filmed=filmed)
     controls["clip"].observe(lambda _: controls["observer"].set_trait("value", BY_HAND), names="value")
     return explorer

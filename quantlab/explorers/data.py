@@ -1,5 +1,7 @@
 """What several explorers do with the tensors they are given, and with the grids they try."""
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -43,6 +45,15 @@ def thinned(stops: list, count: int, kept) -> list:
     if here not in places and len(places) > 2:
         places.remove(min(places[1:-1], key=lambda place: abs(place - here)))
     return [stops[place] for place in sorted({*places, here})]
+
+
+def states(**stops) -> list[dict]:
+    """Every combination of these stops of an explorer's controls, as film() wants them.
+
+    >>> states(bits=[2, 4], symmetric=[False])
+    [{'bits': 2, 'symmetric': False}, {'bits': 4, 'symmetric': False}]
+    """
+    return [dict(zip(stops, values, strict=True)) for values in itertools.product(*stops.values())]
 
 
 def check_layer(weight, x=None) -> tuple[Tensor, Tensor | None]:

@@ -18,9 +18,10 @@ from PIL import Image
 
 from quantlab.explorers.base import Explorer
 from quantlab.explorers.data import thinned
+from quantlab.explorers.playing import stops_of
 from quantlab.files import write_whole
 
-MOST = 300  # states of one film
+MOST = 200  # states of one film
 Place = tuple[int, ...]  # of each control, which of its stops
 
 
@@ -168,16 +169,12 @@ def _put(explorer: Explorer, state: dict) -> None:
 
 def _control(name: str, control: widgets.Widget) -> Control:
     """A control's values and their texts, all of them."""
+    stops, kind = stops_of(control), "slider"
     if isinstance(control, widgets.Checkbox):
-        return Control(name, control.description, "tick", [False, True], ["off", "on"])
-    if hasattr(control, "options"):
-        pairs = [o if isinstance(o, tuple) else (str(o), o) for o in control.options]
+        kind, texts = "tick", ["off", "on"]
+    elif hasattr(control, "options"):
         kind = "slider" if isinstance(control, widgets.SelectionSlider) else "choice"
-        return Control(name, control.description, kind, [v for _, v in pairs], [str(t) for t, _ in pairs])
-    count = round((control.max - control.min) / control.step)
-    stops = [control.min + i * control.step for i in range(count + 1)]
-    if isinstance(control, widgets.FloatSlider):
-        stops = [float(round(stop, 9)) for stop in stops]
-    if control.value not in stops:  # it stands between two steps
-        stops = sorted([*stops, control.value])
-    return Control(name, control.description, "slider", stops, [format(v, control.readout_format) for v in stops])
+        texts = [str(option[0] if isinstance(option, tuple) else option) for option in control.options]
+    else:
+        texts = [format(stop, control.readout_format) for stop in stops]
+    return Control(name, control.description, kind, stops, texts)

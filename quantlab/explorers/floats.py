@@ -1,6 +1,5 @@
 """Sliders on the bits of a floating-point format: its numbers, over the values of a real tensor."""
 
-import itertools
 from functools import cache
 from typing import NamedTuple
 
@@ -10,7 +9,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from quantlab.explorers.base import Explorer, bind, figure
-from quantlab.explorers.data import check_layer, evenly, relative_error, sample
+from quantlab.explorers.data import check_layer, evenly, relative_error, sample, states
 from quantlab.floats import BF16, FP4_E2M1, FP6_E2M3, FP6_E3M2, FP8_E4M3, FP8_E5M2, FP16, FloatFormat, round_to, values
 from quantlab.metrics import sqnr_db
 from quantlab.plots import CLIPPED, ERROR, FLOAT, QUANTIZED
@@ -59,8 +58,7 @@ def explore_float_format(
         return shown.text
 
     controls = _controls(preset, scaled)
-    names = "exponent", "mantissa", "scaled"  # the preset follows
-    filmed = [dict(zip(names, v, strict=True)) for v in itertools.product(range(1, 9), range(11), (False, True))]
+    filmed = states(exponent=range(1, 9), mantissa=range(11), scaled=(False, True))  # the preset follows
     return bind(controls, picture.top, picture.moving, update, filmed=filmed)
 
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from quantlab.explorers.base import Explorer, bind, figure
-from quantlab.explorers.data import relative_error, thinned
+from quantlab.explorers.data import relative_error, states, thinned
 from quantlab.gptq import gptq_quantize, gptq_steps
 from quantlab.granularity import QTensor, quantize_tensor, rows_or_groups
 from quantlab.hessian import Hessian
@@ -127,7 +127,7 @@ def explore_columns(
 
     some = thinned(list(range(rows)), 4, row)  # each picture has some 10 kB
     many = thinned(list(range(columns + 1)), 49, column)
-    filmed = [{"row": r, "column": c} for r in some for c in many]
+    filmed = states(row=some, column=many)
     return bind(controls, picture.top, picture.moving, update, few_colours=False, filmed=filmed)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from quantlab.explorers.base import Explorer, bind, figure
-from quantlab.explorers.data import check_layer, relative_error, thinned
+from quantlab.explorers.data import check_layer, relative_error, states, thinned
 from quantlab.granularity import PerAxis, PerGroup, PerTensor, quantize_tensor
 from quantlab.hessian import Hessian
 from quantlab.plots import FLOAT, QUANTIZED
@@ -60,7 +60,7 @@ def explore_groups(weight: Tensor, x: Tensor | None = None, *, bits: int = 4, gr
         return _describe(now, bits, group, weight.numel())
 
     some = thinned(list(_BITS), 5, bits)  # each picture has some 25 kB
-    filmed = [{"bits": b, "group": g, "symmetric": sym} for b in some for g in groups for sym in (False, True)]
+    filmed = states(bits=some, group=groups, symmetric=(False, True))
     return bind(controls, left, [heat, *curves.moving], update, few_colours=False, filmed=filmed)
 
 

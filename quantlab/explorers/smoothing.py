@@ -12,8 +12,8 @@ from torch import Tensor
 
 from quantlab.affine import choose_qparams, fake_quantize
 from quantlab.explorers.base import Explorer, bind, figure
-from quantlab.explorers.data import evenly, linear_of, relative_error
-from quantlab.explorers.outliers import factor_controls, measured, positive_range, stretched_layers
+from quantlab.explorers.data import evenly, linear_of, relative_error, states, thinned
+from quantlab.explorers.outliers import FACTORS, factor_controls, measured, positive_range, stretched_layers
 from quantlab.granularity import PerAxis, quantize_tensor
 from quantlab.outliers import smoothing_scales
 from quantlab.plots import ERROR, FLOAT, OTHER, QUANTIZED
@@ -61,7 +61,13 @@ def explore_smoothing(
         picture.show(before, after, found, alpha)
         return _describe(before, after, found, alpha, bits)
 
-    return bind(controls, picture.ax, picture.moving, update)
+    filmed = states(  # each picture has some 13 kB
+        alpha=thinned(list(ALPHAS), 11, alpha),
+        factor=thinned(list(FACTORS), 3, factor),
+        bits=("W8A8", "W4A4"),
+        planted=(False, True),
+    )
+    return bind(controls, picture.ax, picture.moving, update, filmed=filmed)
 
 
 def _smoothed(weight: Tensor, x: Tensor, alpha: float) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from quantlab.arguments import check_real
 from quantlab.explorers.base import Explorer, bind, figure
+from quantlab.explorers.data import states, thinned
 from quantlab.granularity import PerGroup, quantize_tensor
 from quantlab.plots import ERROR, FLOAT, QUANTIZED
 
@@ -40,7 +41,9 @@ def explore_training(
         picture.show(step, row)
         return run.describe(step, row)
 
-    return bind(controls, picture.ax, picture.moving, update, few_colours=False)
+    steps, rows = list(range(run.last + 1)), list(range(run.places.shape[1]))
+    filmed = states(row=thinned(rows, 2, row), step=thinned(steps, 49, step))  # each picture has some 9 kB
+    return bind(controls, picture.ax, picture.moving, update, few_colours=False, filmed=filmed)
 
 
 def _checked(weights: Tensor, losses) -> tuple[Tensor, np.ndarray]:

@@ -31,8 +31,9 @@ class Film {
     row.setAttribute("role", "group");
     row.setAttribute("aria-label", "controls");
     this.inputs = this.index.controls.map((control, i) => this.control(row, control, i));
-    this.playing = button(row, "play", () => (this.timer ? this.stop() : this.play()));
-    button(row, "reset", () => this.reset());
+    const buttons = row.appendChild(make("span", { className: "buttons" }));
+    this.playing = button(buttons, "play", () => (this.timer ? this.stop() : this.play()));
+    button(buttons, "reset", () => this.reset());
     this.box.addEventListener("pointerdown", (event) => event.target !== this.playing && this.stop());
     this.box.addEventListener("keydown", (event) => event.target !== this.playing && this.stop());
     this.show().then(() => {
