@@ -144,7 +144,7 @@ def layer_files(linear, observer, x: Tensor) -> Iterator[tuple[str, Callable, Te
     for bits in (8, 7):
         layer = StaticInt8Linear.from_linear(linear, observer, weight_bits=bits)
         for form in INT8_FORMS if bits == 8 else INT8_FORMS[:1]:
-            name = f"int8, {form}" if bits == 8 else f"weights of 7 bits, {form}"
+            name = f"int8, {form}" if bits == 8 else f"7 bits, {form}"
             yield name, lambda p, of=layer, f=form: save_onnx_int8(of, p, form=f), layer.exact(x), layer.codes.int()
         if bits == 8:
             y, codes = expected_int8(layer, x, signed=True), layer.codes.int()

@@ -70,19 +70,17 @@ layer.codes.shape, layer.input_scale.shape, layer.weight_scale.shape
 # An engine that finds "DQ, DQ, product" in the graph *may* put an integer operator in its place. It need
 # not. By hand, a node is (operator, what it reads, what it makes, settings):
 # %%
-nodes = [("QuantizeLinear", ["x", "x_scale", "x_zero"], "x_codes", {}),
-         ("DequantizeLinear", ["x_codes", "x_scale", "x_zero"], "x_grid", {}),
-         ("DequantizeLinear", ["w", "w_scale", "w_zero"], "w_grid", {"axis": 1}),  # w is (in, out)
-         ("MatMul", ["x_grid", "w_grid"], "xw", {}),
-         ("Add", ["xw", "b"], "y", {})]
-parts = {"x_scale": layer.input_scale, "x_zero": layer.input_zero_point.to(torch.uint8),
-         "w": layer.codes.T.contiguous(), "w_scale": layer.weight_scale,
-         "w_zero": torch.zeros(1024, dtype=torch.int8), "b": linear.bias}
-constants = {name: part.numpy() for name, part in parts.items()}
-# %%
 from quantlab.export.onnx import codes_in, fused, onnx_session, save_onnx_float, save_onnx_int8
 from quantlab.export.onnx_graphs import layer_model, write_onnx
 
+nodes = [("QuantizeLinear", ["x", "x_scale", "x_zero"], "x_codes", {}),
+         ("DequantizeLinear", ["x_codes", "x_scale", "x_zero"], "x_grid", {}),
+         ("DequantizeLinear", ["w", "w_scale", "w_zero"], "w_grid", {"axis": 1}),  # w is (in, out)
+         ("MatMul", ["x_grid", "w_grid"], "xw", {}), ("Add", ["xw", "b"], "y", {})]
+tensors = {"x_scale": layer.input_scale, "x_zero": layer.input_zero_point.to(torch.uint8),
+           "w": layer.codes.T.contiguous(), "w_scale": layer.weight_scale,
+           "w_zero": torch.zeros(1024, dtype=torch.int8), "b": linear.bias}
+constants = {name: tensor.numpy() for name, tensor in tensors.items()}
 if runs:
     write_onnx(folder / "by hand.onnx", layer_model(nodes, constants, (1024, 1024)))
     save_onnx_int8(layer, folder / "int8, MatMul.onnx", form="MatMul", verify=True)
@@ -224,7 +222,7 @@ print(exact.reveal("that depends on the CPU"))
 # products are then at most 2 · 255 · 64 = 32,640, which fits.
 # %% tags=["nbval-ignore-output"]
 seven = StaticInt8Linear.from_linear(linear, observer, weight_bits=7)
-y7, form = seven.exact(x).detach(), "weights of 7 bits, Gemm, int32 bias"
+y7, form = seven.exact(x).detach(), "7 bits, Gemm, int32 bias"
 assert 2 * 255 * seven.codes.abs().max() < 2**15
 assert (saturated(seven, x) - y7).abs().max() < 1e-3  # no pair is clamped
 if runs:
@@ -399,8 +397,8 @@ for engine, why in {"TensorRT": "it needs an NVIDIA GPU: rules are checked, noth
     print(f"{engine:18} not run here: {why}")
 # %% [markdown]
 # OpenVINO reads the same requests otherwise: where it stands `apart` in all int8 forms as QGemm does, it made
-# integers of all of them. llama.cpp has a notebook of its own, 19. Speed is for one token, beside the float layer *in the same engine*
-# (for bitsandbytes and torchao, torch's).
+# integers of all of them. llama.cpp has a notebook of its own, 19. Speed is for one token, beside the float layer
+# *in the same engine* (for bitsandbytes and torchao, torch's).
 #
 # ## 8. The whole model
 # `torch.onnx.export` writes a whole model as a graph of floats. Our function then takes the weight out of
@@ -548,45 +546,77 @@ for row in kept["model"]:
     size = f"{row['bytes']:,}" if row["bytes"] else ""
     lines = sum(len((sources / name).read_text().splitlines()) for name in written)
     print(f"{row['engine']:20}{row['form']:26}{size:>11}{row['kl']:9.1e}{row['top1']:7.1%}"
-          f"{row['times']:7.2f}{sum(map(megabytes, packages)):6.0f}{lines:7}")
+          f"{row['times']:7.2f}{sum(map(megabytes, packages)):6.0f}{lines:7}".replace("nan", "  -"))
 for name, run in kept["SmolLM2, 128 tokens"].items():
     print(f"SmolLM2, {name}: {run['times']:.2f} times as fast, same {run['same']:.1%}")
 for bar in kept["bars"]:
     value = "" if bar["value"] is None else f"{bar['value']:.3g}, "
     print(f"{bar['bar']}: {value}asked {bar['limit']:g}: {bar['verdict']}")
 # %% [markdown]
-# `speed` above 1 is faster than torch; `same` is how often the likeliest token is the float model's. SmolLM2's lines
-# are section 4 at full size: on that CPU, without VNNI, ONNX Runtime's own int8 is faster than torch and agrees with
-# it in 0.8 % of places. Weights of 7 bits, which cannot saturate, bring it to 62.5 %. Its activations have one range
-# for all tokens, which SmolLM2's outliers stretch (notebook 16); whether that is all of the rest was not separated.
-# OpenVINO with NNCF's weights is as fast, and agrees in 98.4 %.
+# `speed` above 1 is faster than torch; `same` is how often the likeliest token is the float model's; a dash stands
+# for a package that is not here. SmolLM2's lines are section 4 at full size: on that CPU, without VNNI, ONNX
+# Runtime's own int8 is faster than torch and agrees with it in 0.8 % of places. Weights of 7 bits, which cannot
+# saturate, bring it to 62.5 %. (One range for all tokens is stretched by SmolLM2's outliers, notebook 16; whether
+# that is all of the rest was not separated.) OpenVINO with NNCF's weights is as fast, and agrees in 98.4 %.
 #
-# **Predict** for the layer: the form that wins for one token, does it win for 64?
+# ## 12. Drag it
+# Layers of four sizes, in ONNX Runtime; without it, in ours. On the right: what the bytes, and the products, would
+# take at float32's pace.
+#
+# **Predict first**, then drag:
+#
+# 1. M = 1 and K = N = 1024: which form is the fastest? And with 64 tokens?
+# 2. M from 1 to 64: whose line comes nearer to float32's from above, whose leaves it?
+# 3. K = N = 256: what is left of the gain?
 # %% tags=["nbval-ignore-output"]
-import matplotlib.pyplot as plt
 from functools import partial
-from quantlab.plots import plot_curves
 
-curves, counts = {}, (1, 4, 16, 64)
-for form in (row.form for row in table if row.engine == "ONNX Runtime"):
-    run, speeds = onnx_session(folder / f"{form}.onnx"), []
-    for batch in (x.repeat(2, 1)[:tokens].numpy() for tokens in counts):
-        fast, slow = cpu_seconds(partial(run, batch), partial(in_float, batch))
-        speeds.append(slow / fast)
-    curves[form] = counts, speeds
-if runs:
-    for i, tokens in enumerate(counts):
-        speed, best = max((speeds[i], form) for form, (_, speeds) in curves.items())
-        print(f"{tokens:2} tokens: {best}, {speed:.2f} times float32")
-    _, ax = plt.subplots(figsize=(8, 3.6))
-    plot_curves(curves, xlabel="tokens at once", ylabel="speed, times float32", log="xy", ax=ax)
-    ax.axhline(1, color="0.65")
-    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small")
-    plt.show()
+def files_of(K, N):
+    """How each form of a layer of this size is run, {way: function}, and its bytes."""
+    small = nn.Linear(K, N).requires_grad_(False)
+    small.weight.copy_(linear.weight[:N, :K])
+    static = StaticInt8Linear.from_linear(small, observer)
+    q = quantize_tensor(small.weight, bits=4, granularity=PerGroup(32), symmetric=False)
+    if not runs:
+        ways = {"float32": small, "int8, ours": static}
+        ways = {way: lambda batch, of=of: of(torch.from_numpy(batch)) for way, of in ways.items()}
+        return ways, {"float32": 4 * K * N, "int8, ours": K * N}
+    names = "float32", "int8, float bias", "int8, int32 bias", "4 bits, level 1", "4 bits, level 4"
+    file = {way: folder / f"{way}.onnx" for way in names}
+    sizes = [save_onnx_float(small, file["float32"]),
+             save_onnx_int8(static, file["int8, float bias"], form="MatMul"),
+             save_onnx_int8(static, file["int8, int32 bias"]),
+             *(save_onnx_weights(q, file[way], level=int(way[-1])) for way in names[3:])]
+    return {way: onnx_session(path) for way, path in file.items()}, dict(zip(file, sizes, strict=True))
+# %% tags=["nbval-ignore-output"]
+from quantlab.explorers import explore_speed
+
+seconds, nbytes = {}, {}
+for K, N in ((K, N) for K in (256, 1024) for N in (256, 1024)):
+    ways, sizes = files_of(K, N)
+    nbytes |= {(way, K, N): size for way, size in sizes.items()}
+    for M in (1, 4, 16, 64):
+        batch = x.repeat(2, 1)[:M, :K].contiguous().numpy()
+        times = cpu_seconds(*(partial(run, batch) for run in ways.values()))
+        seconds |= {(way, M, K, N): time for way, time in zip(ways, times, strict=True)}
+
+def parts(way, M, K, N):  # at float32's pace
+    one, many = seconds["float32", 1, K, N], seconds["float32", 64, K, N]
+    share = nbytes[way, K, N] / nbytes["float32", K, N]
+    return {"moving bytes": one * share, "computing": many * M / 64}
+
+explore_speed(seconds, nbytes, parts, shape=(1, 1024, 1024))
+# %% tags=["nbval-ignore-output"]
+for M in (1, 64):
+    base = seconds["float32", M, 1024, 1024]
+    speeds = {way: round(base / seconds[way, M, 1024, 1024], 2) for way in ways}
+    print(f"{M:2} tokens, times as fast as float32: {speeds}")
+    if runs:
+        found(speeds["int8, float bias"] < 1, "a float bias: slower than float32", of="machine")
 # %% [markdown]
-# The grey line is float32. What must turn weights into floats first pays that once for all tokens, so its
-# line rises with their number; what reads fewer bytes gains most where little is computed, so its line falls. Ask
-# of each star: on which processor, how many tokens at a time, beside what, with whose codes?
+# **What you saw.** What must turn weights into floats first pays that once for all tokens, so its line comes nearer
+# with their number. What reads fewer bytes gains most where little is computed, and with more tokens its lead melts.
+# Ask of each star: on which processor, how many tokens at a time, beside what, with whose codes?
 #
 # ### Myth: "exported is deployed"
 # A file that loads and runs was called the end of the work. In this notebook one such file was slower than
@@ -596,7 +626,7 @@ if runs:
 #
 # **Open** (45 minutes, no check): take a layer of your own model through all forms, in a table of your own.
 # Which is the best file for *your* processor?
-# %% [markdown]
+#
 # ### Recap
 # - A Q/DQ graph is a request; `fused` shows what the engine made of it.
 # - ONNX Runtime computes in integers if the bias is int32 codes; with a float bias it computes in floats, slowly.

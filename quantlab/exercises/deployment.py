@@ -205,7 +205,7 @@ EXERCISES = {
         "a file that fuses",
         hints=(
             "Five nodes: QuantizeLinear and DequantizeLinear for x, a DequantizeLinear each for weight and bias, Gemm.",
-            "Gemm with transB=1 takes the weight as (out, in); the DequantizeLinear of weight and bias have axis=0. The "
+            "Gemm with transB=1 takes the weight as (out, in); DequantizeLinear of weight and bias have axis=0. The "
             "bias's scale is x_scale * w_scale, and the weight's zero points are written out, int8 zeros.",
             '("DequantizeLinear", ["w", "w_scale", "w_zero"], "w_grid", {"axis": 0}), '
             '("DequantizeLinear", ["b_codes", "b_scale"], "b", {"axis": 0}), '
@@ -240,8 +240,8 @@ EXERCISES = {
         "a file that TensorRT's rules let pass",
         hints=(
             "Which reals do the codes 0 and 255 stand for? The farther of the two must fall on 127.",
-            "The scale of x is x_scale · max(x_zero, 255 - x_zero) / 127, its zero point an int8 0; the bias is a float "
-            "constant of Gemm.",
+            "The scale of x is x_scale · max(x_zero, 255 - x_zero) / 127, its zero point an int8 0; the bias is a "
+            "float constant of Gemm.",
             '("QuantizeLinear", ["x", "x_scale", "x_zero"], "x_codes", {}), where x_zero is '
             'torch.tensor(0, dtype=torch.int8).numpy(), and ("Gemm", ["x_grid", "w_grid", "b"], "y", {"transB": 1})',
         ),
