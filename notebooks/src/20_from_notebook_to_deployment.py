@@ -279,10 +279,13 @@ from quantlab.export.openvino import openvino_session
 
 if runs and here["openvino"]:
     beside, name = openvino_session(folder / "float.onnx"), "4 bits, MatMul"
-    entry(name, y4, codes4, openvino_session, "OpenVINO", beside)
     run = openvino_session(folder / f"{name}.onnx", float_activations=True)
-    told = relative(run(x.numpy()), y4)
-    print(f"now {table[-1].apart:.1e} off; told to leave activations float {told:.1e}")
+    if len(run(x.numpy())) == len(x):
+        entry(name, y4, codes4, openvino_session, "OpenVINO", beside)
+        told = relative(run(x.numpy()), y4)
+        print(f"now {table[-1].apart:.1e} off; told to leave activations float {told:.1e}")
+    else:  # seen where oneDNN was told to do without AVX2
+        print("OpenVINO gives an answer without rows on this CPU, and no error")
 show([row for row in stored_rows("OpenVINO") if row.form.startswith("4 bits")])
 # %% [markdown]
 # One program, one file, two processors. Where the CPU has int8 instructions, OpenVINO rounds activations by
