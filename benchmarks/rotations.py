@@ -1,4 +1,4 @@
-"""What rotations give back, against the bars, and the time of the transform:  python -m benchmarks.rotations [tokens]
+"""What rotations give back, against the bars, and the time of the transform:  python benchmarks/rotations.py [tokens]
 
 The planted bundled model and SmolLM2 (where installed): as it is, smoothed, rotated, by a learned rotation and by a
 random one; 8 bits with a fixed scale a tensor, one for each input and one a token, 4 bits a token. Five minutes on one

@@ -130,6 +130,14 @@ def check_path(path, name: str = "path") -> Path:
     return Path(path).expanduser()
 
 
+def check_file(path, name: str = "path") -> Path:
+    """The path of a file that is there; ValueError unless it is a path, FileNotFoundError if there is no such file."""
+    path = check_path(path, name)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    return path
+
+
 def check_model(model, name: str = "model", *, values: bool = True) -> nn.Module:
     """model; ValueError unless it is a language model of transformers itself, not its name; on meta if no values."""
     if isinstance(model, str):

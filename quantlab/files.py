@@ -17,11 +17,14 @@ _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:6]  # a shared dis
 _NUMBERS = count()
 
 
-def write_whole(path, content: str | bytes | Callable[[Path], object]) -> int:
+def write_whole(
+    path, content: str | bytes | Callable[[Path], object], check: Callable[[Path], object] | None = None
+) -> int:
     """Write a file by way of one beside it, which reaches the disk and is renamed; returns its size in bytes.
 
-    content is a text (UTF-8), bytes, or a function that writes to the path it is given. Whatever ends the writing,
-    Ctrl-C included, the old file stays and nothing else does; what a killed process left beside it is removed here.
+    content is a text (UTF-8), bytes, or a function that writes to the path it is given; check(path), which may raise,
+    looks at what was written. Whatever ends the writing, Ctrl-C included, the old file stays and nothing else does;
+    what a killed process left beside it is removed here.
 
     Raises: FileNotFoundError if there is no such folder, OSError with the file's name if the disk does not take it.
     """
@@ -35,6 +38,8 @@ def write_whole(path, content: str | bytes | Callable[[Path], object]) -> int:
             content(part)
         else:
             part.write_bytes(content.encode() if isinstance(content, str) else content)
+        if check is not None:
+            check(part)
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)

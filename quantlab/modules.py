@@ -44,6 +44,12 @@ def put_weight(layer: nn.Module, weight: Tensor) -> None:
     weight_of(layer).copy_(weight)
 
 
+def check_codes_fit(name: str, codes, weight: Tensor) -> None:
+    """ValueError unless codes have the shape of the weight (out, in) of the layer of that name."""
+    if codes.shape != weight.shape:
+        raise ValueError(f"{name} is {tuple(weight.shape)}, its codes are {tuple(codes.shape)}")
+
+
 def as_linear(layer: nn.Module) -> nn.Linear:
     """The layer as an nn.Linear that shares its memory."""
     if isinstance(layer, nn.Linear):

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from quantlab.arguments import check_kind, check_list, check_path
+from quantlab.arguments import check_file, check_kind, check_list, check_path
 from quantlab.files import read_json, write_json, write_whole
 
 FORMAT = "quantlab progress 1"
@@ -123,11 +123,9 @@ def merge(paths: Iterable) -> dict[str, dict[str, str]]:
     Files of one name in several folders (anna/progress.json, ben/progress.json) are told by the folder.
     Raises: FileNotFoundError, ValueError as read.
     """
-    paths, found = [check_path(path) for path in check_list(paths, "paths")], {}
+    paths, found = [check_file(path) for path in check_list(paths, "paths")], {}
     stems = [path.stem for path in paths]
     for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(f"no file {path}")
         name = path.stem if stems.count(path.stem) == 1 else "/".join([*path.parent.parts[-1:], path.stem])
         found[f"{name} ({len(found)})" if name in found else name] = read(path)
     return found

@@ -1,13 +1,14 @@
 """Quantized tensors in a safetensors file, codes packed: what they weigh on disk, and back equal bit by bit."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quantlab.arguments import check_kind, check_path
+from quantlab.arguments import check_file, check_kind, check_path
 from quantlab.awq import MixedQTensor, ScaledQTensor
 from quantlab.codebook import CodebookTensor
 from quantlab.files import write_whole
@@ -68,21 +69,28 @@ def read_parts(path) -> tuple[dict, dict[str, Tensor]]:
 
     Raises: FileNotFoundError if there is no file, ValueError with its name if it is truncated or no safetensors file.
     """
-    path = check_path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or no safetensors file ({error})") from error
+    with _opened(path) as file:
+        return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
 
 
 def read_names(path) -> list[str]:
     """The names of the tensors in any safetensors file; errors as read_parts."""
+    with _opened(path) as file:
+        return list(file.keys())
+
+
+def read_metadata(path) -> dict[str, str]:
+    """What any safetensors file says of itself, its tensors left unread; errors as read_parts."""
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
+@contextmanager
+def _opened(path) -> Iterator:
+    path = check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
-            return list(file.keys())
+            yield file
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or no safetensors file ({error})") from error
 

@@ -10,6 +10,7 @@ import copy
 import functools
 import inspect
 import io
+import itertools
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -34,7 +35,7 @@ from quantlab.judging import (
 )
 
 INPUTS = 1000  # that an equivalent mutant answers rightly; where a rule judges, which is slow, some thirty
-SECONDS = 5.0  # for one call of a mutant: many never end
+SECONDS = 2.0  # for one call of a mutant: many never end
 OPERATORS = {
     ast.Add: [ast.Sub, ast.Mult], ast.Sub: [ast.Add], ast.Mult: [ast.Div, ast.Add], ast.Div: [ast.Mult, ast.FloorDiv],
     ast.FloorDiv: [ast.Div, ast.Mult], ast.Pow: [ast.Mult], ast.Mod: [ast.FloorDiv], ast.BitAnd: [ast.BitOr],
@@ -276,44 +277,45 @@ def survivors(exercise: Exercise, some: int | None = None) -> Iterator[tuple[Mut
 
     some: this many of them only, evenly chosen, where one takes long.
     """
-    quick = replace(exercise, seconds=min(exercise.seconds, SECONDS))
-    found = list(mutants(exercise))
+    # Why a mutant is refused has tests of its own, so no slips are looked through here.
+    quick = replace(exercise, seconds=min(exercise.seconds, SECONDS), slips={})
+    found, passed = list(mutants(exercise)), []
     for mutant in found[:: -(-len(found) // some)] if some else found:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            passed = judge(quick, mutant.function).startswith("passed")
-        if passed:
-            yield mutant, None if exercise.test else differs(exercise, mutant.function)
+            if judge(quick, mutant.function).startswith("passed"):
+                passed.append(mutant)
+    yield from zip(passed, differences(exercise, [mutant.function for mutant in passed]), strict=True)
 
 
-def differs(exercise: Exercise, answer) -> str | None:
-    """Where an answer differs from the solution on inputs that the check does not use.
+def differences(exercise: Exercise, answers: list) -> list[str | None]:
+    """Where each answer differs from the solution on inputs that the check does not use, which are drawn once for all.
 
     A rule asks for a target, and what just reaches it misses it now and then: more than once in twenty is a difference.
     """
+    seen = [[] for _ in answers]
+    inputs = INPUTS if exercise.rule is None else INPUTS // 30
+    enough = 1 if exercise.rule is None else inputs // 20 + 1
     with untouched_state():
-        if exercise.rule is None:
-            return next(_differences(exercise, answer, INPUTS), None)
-        seen = list(_differences(exercise, answer, INPUTS // 30))
-        return seen[0] if len(seen) > INPUTS // 30 / 20 else None
+        for arguments in itertools.islice(_unseen(exercise), inputs if answers and not exercise.test else 0):
+            wanted = None if exercise.rule else exercise.use(exercise.solution, *copied(arguments))
+            for answer, known in zip(answers, seen, strict=True):
+                if len(known) < enough and (text := _seen(exercise, answer, arguments, wanted)):
+                    known.append(text)
+    return [known[0] if len(known) >= enough else None for known in seen]
 
 
-def _differences(exercise: Exercise, answer, inputs: int) -> Iterator[str]:
-    done, seed = 0, 1000
-    while done < inputs and exercise.cases is not None:
-        for arguments in draw(exercise, seed):
-            done += 1
-            if seen := _seen(exercise, answer, arguments):
-                yield seen
-        seed += 1
+def _unseen(exercise: Exercise) -> Iterator[tuple]:
+    for seed in itertools.count(1000) if exercise.cases is not None else ():
+        yield from draw(exercise, seed)
 
 
-def _seen(exercise: Exercise, answer, arguments: tuple) -> str | None:
+def _seen(exercise: Exercise, answer, arguments: tuple, wanted) -> str | None:
     try:
         got = call(exercise, answer, arguments)
         if exercise.rule is not None:
             exercise.rule(got, *arguments)
             return None
-        return difference(got, exercise.use(exercise.solution, *arguments), exercise.tolerance, exercise.smallest)
+        return difference(got, wanted, exercise.tolerance, exercise.smallest)
     except (Wrong, NotAttempted) as wrong:
         return str(wrong) or "not attempted"
 

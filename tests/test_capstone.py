@@ -25,9 +25,9 @@ from quantlab.capstone.__main__ import main
 from quantlab.capstone.controls import shuffled, with_half_scales
 from quantlab.capstone.hidden import FOLDER, TEXTS, path_of
 from quantlab.capstone.planning import PARTS, part_layers
-from quantlab.capstone.recipes import with_codes
-from quantlab.granularity import PerGroup, quantize_tensor
+from quantlab.granularity import PerAxis, PerGroup, quantize_tensor
 from quantlab.lm.saving import WEIGHTS
+from quantlab.lm.walk import with_codes
 from quantlab.methods import GPTQ, RTN
 from quantlab.storage import load_tensors, save_tensors
 
@@ -646,6 +646,18 @@ def test_plans_count_the_bytes_of_the_file_and_cost_what_a_part_costs_alone(toy)
             assert table.costs["nearest", 32, part, 2] == pytest.approx(lm.divergence(model, new, tokens).kl, rel=1e-4)
     chosen = dict(zip(PARTS, (2, 4, 4), strict=True))
     assert table.kl("GPTQ", 16, chosen) == sum(table.costs["GPTQ", 16, part, b] for part, b in chosen.items())
+
+
+def test_codes_of_no_layer_or_of_another_shape_are_refused(toy):
+    model, _ = toy
+    name, layer = next(iter(lm.linear_layers(model).items()))
+    q = quantize_tensor(lm.weight_of(layer)[:1], bits=4, granularity=PerAxis(0))  # would be spread over all rows
+    for codes, words in (
+        ({name: q}, f"{name} is .*, its codes are"),
+        ({"model.norm": q}, "no linear layer 'model.norm'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            with_codes(model, codes)
 
 
 def test_parts_hold_every_layer_once(toy):

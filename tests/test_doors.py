@@ -4,6 +4,7 @@ The table is made from signatures. A public function that has no good call here 
 cannot be forgotten; a parameter that is new is tried without anybody's doing.
 """
 
+import copy
 import importlib
 import inspect
 import math
@@ -38,7 +39,20 @@ from quantlab import (
 )
 from quantlab import hunt as hunted
 from quantlab.clipping import quantize_clipped
-from quantlab.export import bitsandbytes, checkpoint_words, checkpoints, gguf, gguf_models, litert, torchao
+from quantlab.export import (
+    bitsandbytes,
+    checkpoint_words,
+    checkpoints,
+    gguf,
+    gguf_models,
+    litert,
+    onnx,
+    onnx_models,
+    openvino,
+    tensorrt,
+    torchao,
+)
+from quantlab.export import table as engine_table
 from quantlab.export.engines import engine_here
 from quantlab.granularity import code_range
 from quantlab.observers import MinMax
@@ -47,9 +61,13 @@ from quantlab.superblocks import round_in_superblocks
 ROOT = Path(ql.__file__).resolve().parent
 ROOMS = ("", "floats", "metrics", "clipping", "gptq", "awq", "linear", "outliers", "methods", "mixed", "qat", "storage")
 ROOMS += ("lm", "ledger", "levels", "rotations", "kv", "kv_measuring", "superblocks", "export.gguf")
-ROOMS += ("export.gguf_models", "capstone", "hunt", "export.checkpoints", "export.checkpoint_words")
-ENGINES = {"export.torchao": "torchao", "export.litert": "ai_edge_litert", "export.bitsandbytes": "bitsandbytes"}
-ROOMS += tuple(room for room, engine in ENGINES.items() if engine_here(engine))
+ROOMS += ("export.gguf_models", "capstone", "hunt", "export.checkpoints", "export.checkpoint_words", "export.table")
+ENGINES = {
+    "export.torchao": ("torchao",), "export.litert": ("ai_edge_litert",), "export.bitsandbytes": ("bitsandbytes",),
+    "export.onnx": ("onnx", "onnxruntime"), "export.onnx_models": ("onnx", "onnxscript"), "export.tensorrt": ("onnx",),
+    "export.openvino": ("onnx", "openvino"),
+}  # fmt: skip
+ROOMS += tuple(room for room, engines in ENGINES.items() if all(map(engine_here, engines)))
 # Public names that are no doors, and why.
 RECORDS = {"Sensitivity", "Allocation", "Search", "Factor", "SplitError", "Divergence", "LayerReport", "Perplexity"}
 RECORDS |= {"QuantizeReport", "Row", "Latency", "Table", "PerTensor", "Rounded"}  # results, or nothing to ask
@@ -64,12 +82,14 @@ PARTS = {
     "BlockFloatTensor",
 }  # made by functions, or files
 BASES = {"Method", "WeightMethod", "IntegerMethod", "Int8Linear", "Rounding"}
-BEHIND = {"check_weight", "check_levels", "midpoints", "kernel_status", "plain", "kl_per_position", "read_names"}
+BEHIND = {"check_weight", "check_levels", "midpoints", "kernel_status", "plain", "kl_per_position"}
 BEHIND |= {
     "chosen_model",
     "real_lm",
     "longest_context",
     "read_parts",
+    "read_names",
+    "read_metadata",
     "dynamic_levels",
     "Stored",
     "nf4_levels",
@@ -79,6 +99,8 @@ BEHIND |= {
     "row_of",
     "write_hidden",  # would write over the hidden text
     "qat",  # of one checkpoint
+    "run_tensorrt",  # needs a GPU
+    *([] if engine_here("nncf") else ["save_nncf"]),
 }  # called by doors, with what they checked
 
 
@@ -322,6 +344,8 @@ def good_calls(folder: Path) -> dict:
         "restart": (hunted.restart, {}),
         **checkpoint_calls(folder),
         **engine_calls(folder),
+        **onnx_calls(folder),
+        **table_calls(folder),
         "compare": (ledger.compare, {"row": entry, "other": ledger.measure(model(), new, method="rtn", **reads)}),
     }  # fmt: skip
 
@@ -377,6 +401,46 @@ def engine_calls(folder: Path) -> dict:
     return calls
 
 
+def onnx_calls(folder: Path) -> dict:
+    """Of the engines that are here and read ONNX files."""
+    q, calls, path = ql.quantize_tensor(x(6, 32), bits=4, granularity=ql.PerGroup(16)), {}, folder / "layer.onnx"
+    if engine_here("onnx") and engine_here("onnxruntime"):
+        onnx.save_onnx_int8(int8_layer(), path)
+        calls |= {
+            "save_onnx_float": (onnx.save_onnx_float, {"linear": nn.Linear(8, 6), "path": folder / "f.onnx"}),
+            "save_onnx_int8": (onnx.save_onnx_int8, {"layer": int8_layer(), "path": folder / "i.onnx"}),
+            "save_onnx_weights": (onnx.save_onnx_weights, {"q": q, "path": folder / "w.onnx"}),
+            "expected_int8": (onnx.expected_int8, {"layer": int8_layer(), "x": x()}),
+            "onnx_session": (onnx.onnx_session, {"path": path}),
+            "fused": (onnx.fused, {"path": path}),
+            "codes_in": (onnx.codes_in, {"path": path}),
+            "tensorrt_refusals": (tensorrt.tensorrt_refusals, {"path": path}),
+        }
+        if engine_here("onnxscript"):
+            calls |= {"save_onnx": (onnx_models.save_onnx, {"model": model(), "path": folder / "m.onnx"})}
+        if engine_here("openvino"):
+            calls |= {
+                name: (getattr(openvino, name), {"path": path}) for name in ("openvino_session", "openvino_graph")
+            }
+        if engine_here("openvino") and engine_here("nncf"):
+            calls |= {"save_nncf": (openvino.save_nncf, {"path": path, "out": folder / "n.xml"})}
+    return calls
+
+
+def table_calls(folder: Path) -> dict:
+    row, file = engine_table.Row("an engine", "a form", 1, 0.0), folder / "file of an engine"
+    file.write_bytes(b"a")
+    runs = {"run": lambda array: array / 2, "in_float": lambda array: array / 4}
+    of_layer = {"engine": "an engine", "form": "a form", "path": file, "x": x(), "y": x(), **runs}
+    return {
+        "table's measure": (engine_table.measure, of_layer),
+        "table's show": (engine_table.show, {"rows": [row]}),
+        "relative": (engine_table.relative, {"got": x(), "wanted": x()}),
+        "cpu_seconds": (lambda call, **options: engine_table.cpu_seconds(call, **options), {"call": list, "rounds": 2}),
+        "stored_rows": (engine_table.stored_rows, {"engine": "LiteRT"}),
+    }
+
+
 def int8_layer():
     """A static int8 layer of eight inputs."""
     observer = MinMax()
@@ -401,7 +465,10 @@ def public() -> set[str]:
 
 @pytest.fixture(scope="module")
 def calls(tmp_path_factory):
-    return good_calls(tmp_path_factory.mktemp("doors"))
+    exported = cache(onnx_models._exported)  # of one model; seconds each time
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_models, "_exported", lambda model: copy.deepcopy(exported(model)))
+        yield good_calls(tmp_path_factory.mktemp("doors"))
 
 
 def test_every_public_function_has_a_good_call(calls):

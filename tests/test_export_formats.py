@@ -1,6 +1,7 @@
 """Codes in other programs' tensors and files: there and back, beside the engines' own, refused if they do not fit."""
 
 import importlib.util
+import re
 import warnings
 
 import pytest
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from test_lm import random_model
 from torch import Tensor, nn
 
 from quantlab import PerAxis, PerGroup, PerTensor, choose_qparams, dequantize, quantize, quantize_codebook
@@ -17,10 +19,13 @@ from quantlab.codebook import fp4_levels, nf4_levels
 from quantlab.export import checkpoints
 from quantlab.export.checkpoint_words import AWQ_ORDER, LAYOUTS, from_words, to_words
 from quantlab.export.checkpoints import checkpoint_codes, layer_codes, layer_parts, load_checkpoint, save_checkpoint
+from quantlab.export.parts import int32_bias
 from quantlab.gptq import Hessian, gptq_quantize
 from quantlab.linear import StaticInt8Linear
 from quantlab.lm import load_lm, quantize_lm
 from quantlab.observers import MinMax
+from quantlab.packing import pack
+from quantlab.rotations import rotate
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the engines', about themselves
 
@@ -33,6 +38,14 @@ def needs(name: str):
 
 def matrix(rows: int = 48, columns: int = 128, seed: int = 0) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) / 10
+
+
+def seeded_linear(rows: int = 48, columns: int = 128) -> nn.Linear:
+    linear = nn.Linear(columns, rows)
+    with torch.no_grad():
+        linear.weight.copy_(matrix(rows, columns, 4))
+        linear.bias.copy_(matrix(1, rows, 5)[0])
+    return linear
 
 
 def same(a, b) -> bool:
@@ -168,10 +181,66 @@ def test_a_folder_is_whole_or_not_there(lm, tmp_path, monkeypatch):
     after = load_file(tmp_path / "m" / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "letter.txt").write_text("dear")
-    with pytest.raises(ValueError, match="holds no checkpoint"):
-        save_checkpoint(model, tmp_path / "mine", report.qtensors, layout="AWQ")
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_folder_of_someone_else_is_left_untouched(lm, tmp_path, monkeypatch):
+    (model, _), folder = lm, tmp_path / "mine"
+    _, report = quantize_lm(model, method="rtn", progress=False, **WAYS["AWQ"])
+
+    def refused(words: str) -> None:
+        before = contents(folder)
+        with pytest.raises(ValueError, match=f"{folder}.* {words}"):
+            save_checkpoint(model, folder, report.qtensors, layout="AWQ")
+        assert contents(folder) == before
+        assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+    model.save_pretrained(folder)  # a model.safetensors, and none of ours
+    refused("holds no checkpoint of ours")
+    (folder / "model.safetensors").write_bytes(b"half a file")
+    refused("is truncated or no safetensors file")
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "letter.txt").write_text("dear")
+    refused("holds no checkpoint of ours")
+    (folder / "letter.txt").unlink()
+    save_checkpoint(model, folder, report.qtensors, layout="AWQ")
+    (folder / "letter.txt").write_text("dear")
+    refused("also holds letter.txt")
+    (folder / "letter.txt").unlink()
+    save_checkpoint(model, folder, report.qtensors, layout="AWQ")
+    monkeypatch.chdir(folder)
+    refused("is where this program runs")
+
+
+def test_a_model_that_turns_activations_while_it_runs_is_no_checkpoint(tmp_path):
+    for online in (True, False):
+        turned = rotate(
+            random_model("llama", vocab_size=64, hidden_size=32, intermediate_size=64), heads=False, online=online
+        )
+        new, report = quantize_lm(turned, method="rtn", bits=8, group_size=None, symmetric=True, progress=False)
+        if online:
+            with pytest.raises(ValueError, match=r"mlp\.down_proj\.rotation turns activations"):
+                save_checkpoint(turned, tmp_path / "m", report.qtensors, layout="W8A8")
+            assert not (tmp_path / "m").exists()
+        else:
+            save_checkpoint(turned, tmp_path / "m", report.qtensors, layout="W8A8")
+
+
+def test_buffers_that_a_checkpoint_holds_are_written(tmp_path):
+    model = random_model("llama", vocab_size=64)
+    model.model.layers[0].register_buffer("bias_of_router", torch.linspace(0, 1, 7))
+    model.model.layers[0].register_buffer("not_kept", torch.ones(7), persistent=False)
+    report = quantize_lm(model, method="rtn", bits=8, group_size=None, symmetric=True, progress=False)[1]
+    save_checkpoint(model, tmp_path / "m", report.qtensors, layout="W8A8")
+    stored = load_file(tmp_path / "m" / "model.safetensors")
+    assert torch.equal(stored["model.layers.0.bias_of_router"], torch.linspace(0, 1, 7))
+    weights = {f"{name}.weight_scale" for name in report.qtensors}
+    tied = set(model.all_tied_weights_keys)
+    assert stored.keys() == (model.state_dict().keys() | weights) - tied
 
 
 def other(q):
@@ -190,6 +259,22 @@ def test_a_checkpoint_needs_all_layers_of_one_kind(lm, tmp_path):
     with pytest.raises(ValueError, match="2 kinds"):
         save_checkpoint(model, tmp_path / "m", codes | {first: odd}, layout="W4A16")
     assert not (tmp_path / "m").exists()
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_bias_in_steps_of_the_accumulators_fits_an_int32_or_is_refused():
+    step = torch.tensor([0.5, 0.25, 2.0**-20])
+    bias = torch.tensor([-(2.0**30), 2.0**29 - 32, 1.3])
+    slow = [round(b / s) for b, s in zip(bias.tolist(), step.tolist(), strict=True)]
+    assert int32_bias(bias, step).tolist() == slow
+    assert slow[0] == -(2**31)
+    for row, value in ((0, -(2.0**30) - 128), (0, 2.0**30), (2, 4096.0), (1, -1e30)):
+        wrong = bias.clone()
+        wrong[row] = value
+        with pytest.raises(ValueError, match=rf"bias of row {row} is {re.escape(f'{value:.6g}')}, .* int32"):
+            int32_bias(wrong, step)
 
 
 # --- torchao ----------------------------------------------------------------------------------------------------------
@@ -217,7 +302,7 @@ def test_torchao_holds_our_codes_and_computes_with_them(bits, how, symmetric):
 def test_torchao_alone_finds_the_same_codes_and_scales(bits, size):
     from quantlab.export.torchao import from_torchao, quantized_by_torchao
 
-    linear = nn.Linear(128, 48)
+    linear = seeded_linear()
     before = linear.weight.detach().clone()
     theirs = quantized_by_torchao(linear, bits=bits, group_size=size)
     how = PerAxis(0) if size is None else PerGroup(size)
@@ -232,7 +317,7 @@ def test_the_int8_weights_of_quantize_are_read(lm):
 
     from quantlab.export.torchao import from_torchao
 
-    net = nn.Sequential(nn.Linear(64, 16))
+    net = nn.Sequential(seeded_linear(16, 64))
     q = rounded(net[0].weight, bits=8, granularity=PerAxis(0))
     quantize_(net, Int8WeightOnlyConfig())
     assert same(from_torchao(net[0].weight), q)
@@ -292,7 +377,7 @@ def test_litert_gives_what_is_expected_of_our_codes(tmp_path, bits, how, tokens)
 
 def static(bits: int = 8) -> tuple:
     """A static int8 layer and the map of its output."""
-    linear, observer, x = nn.Linear(128, 48), MinMax(), matrix(256, seed=2) + 0.03
+    linear, observer, x = seeded_linear(), MinMax(), matrix(256, seed=2) + 0.03
     observer.update(x)
     layer = StaticInt8Linear.from_linear(linear, observer, weight_bits=bits)
     y = layer.exact(x)
@@ -317,7 +402,7 @@ def test_litert_files_are_whole_or_not_there(tmp_path, monkeypatch):
     from quantlab.export import litert
     from quantlab.export.litert import save_litert_int8, save_litert_weights, weight_codes
 
-    monkeypatch.setattr(litert, "two_a_byte", lambda codes: codes.to(torch.uint8).flatten()[::2].numpy())
+    monkeypatch.setattr(litert, "pack", lambda codes, bits: pack(codes.flatten().roll(1), bits=bits))
     q = rounded(matrix(), bits=4, granularity=PerGroup(32))
     with pytest.raises(ValueError, match="other codes"):
         save_litert_weights(q, tmp_path / "w", verify=True)
@@ -333,6 +418,25 @@ def test_litert_files_are_whole_or_not_there(tmp_path, monkeypatch):
     (tmp_path / "text").write_text("no file of theirs")
     with pytest.raises(ValueError, match="TFL3"):
         weight_codes(tmp_path / "text")
+
+
+@needs("ai_edge_litert")
+def test_litert_refuses_a_bias_that_no_int32_holds_and_answers_that_are_wrong(tmp_path, monkeypatch):
+    from quantlab.export import litert
+    from quantlab.export.litert import save_litert_int8, save_litert_weights
+
+    layer, output = static()
+    with torch.no_grad():
+        layer.bias[7] = 1e9
+    with pytest.raises(ValueError, match=r"bias of row 7 is 1e\+09"):
+        save_litert_int8(layer, output, tmp_path / "w")
+    q = rounded(matrix(), bits=4, granularity=PerGroup(32))
+    monkeypatch.setattr(litert, "expected_litert", lambda q, x, *, bias: torch.ones(len(x), len(bias)))
+    with pytest.raises(ValueError, match="LiteRT's answer is .* off"):
+        save_litert_weights(q, tmp_path / "w", verify=True)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(litert, "expected_litert", None)  # without verify nothing is computed
+    save_litert_weights(q, tmp_path / "w")
 
 
 # --- bitsandbytes -----------------------------------------------------------------------------------------------------

@@ -39,6 +39,23 @@ def test_whatever_ends_the_writing_leaves_the_old_file(tmp_path, error):
     assert (path.read_text(), list(tmp_path.iterdir())) == ("old", [path])
 
 
+@pytest.mark.parametrize("content", ["new", lambda path: path.write_text("new")])
+def test_a_file_is_looked_at_before_it_takes_its_place(tmp_path, content):
+    path, seen = tmp_path / "x", []
+    write_whole(path, "old")
+
+    def refuse(part):
+        seen.append((part.read_text(), path.read_text()))
+        raise ValueError("not this one")
+
+    with pytest.raises(ValueError, match="not this one"):
+        write_whole(path, content, refuse)
+    assert seen == [("new", "old")]
+    assert (path.read_text(), list(tmp_path.iterdir())) == ("old", [path])
+    assert write_whole(path, content, lambda part: None) == 3
+    assert path.read_text() == "new"
+
+
 def test_a_folder_that_is_not_there_is_not_made(tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder"):
         write_whole(tmp_path / "typo" / "x", "text")

@@ -17,7 +17,7 @@ EXERCISES = {
     for file in FILES
     for name, exercise in importlib.import_module(f"quantlab.exercises.{file}").EXERCISES.items()
 }
-SLOW = 0.5  # seconds of the processor for one judgment, from which on the machine tries thirty mutants, evenly chosen
+SLOW = 0.25  # seconds of the processor for one judgment, from which on the machine tries thirty mutants, evenly chosen
 BY_CASES = [name for name, exercise in EXERCISES.items() if exercise.test is None and callable(exercise.solution)]
 
 

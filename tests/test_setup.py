@@ -161,6 +161,14 @@ def test_every_notebook_runs_on_another_model_with_a_browser_or_without_one(brow
     assert steps["tests"][1]["QUANTLAB_BROWSER_MODEL"] == str(run.FOREIGN)
 
 
+def test_what_engines_need_is_pinned():
+    engines = ("peers", "deploy", "torchao", "nncf")
+    assert PROJECT["optional-dependencies"].keys() == {"test", "site", *engines}
+    for name in engines:
+        for requirement in map(Requirement, PROJECT["optional-dependencies"][name]):
+            assert constraints()[canonicalize_name(requirement.name)] in requirement.specifier
+
+
 def test_the_site_is_built_and_then_looked_at_unless_options_say_otherwise():
     assert list(run.steps("site", [])) == ["site", "its pages"]
     assert list(run.steps("site", ["01"])) == ["site"]

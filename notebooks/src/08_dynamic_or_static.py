@@ -274,7 +274,7 @@ two = DynamicInt8Linear.from_linear(big, activation_bits=bits)
 three = DynamicInt8Linear.from_linear(big, per="token", activation_bits=bits)
 sums = one(z)  # any numbers of the output's shape
 
-def passes():  # what our Python adds for a scale a token: codes and scaling in passes of their own
+def passes():  # the passes of our Python for a scale a token: the search for the ranges, codes, scaling
     qp = three.input_qparams(z)
     return quantize(z, qp).to(torch.uint8), sums * qp.scale
 # %% tags=["nbval-ignore-output"]
@@ -292,9 +292,10 @@ found(least["range"] < 0.5 * least["tensor"], "the range takes below half of it"
 {way: f"{1e3 * seconds:.2f} ms" for way, seconds in least.items()}
 # %% [markdown]
 # Finding the range is a part of the time, not most of it, and our static layer looks through its input as well, to
-# refuse NaN: so static and per tensor are close. Per token does more. The last number says what *our Python* adds:
-# oneDNN's kernel knows one scale only, so the codes are made and the sums are scaled in passes of their own. That is
-# our code, not the method: a kernel that is written for a scale a token does both on the way. What a static scale
+# refuse NaN: so static and per tensor are close. Per token does more. The last number is the time of the passes that
+# *our Python* makes, the search for the ranges among them: oneDNN's kernel knows one scale only, so the codes are made
+# and the sums are scaled apart. That is our code, not the method: a kernel that is written for a scale a token does
+# both on the way. What a static scale
 # buys: it is known *before* the input exists, so the operation before can write codes at once. Dynamic per tensor
 # must see the last token before it can round the first.
 # %% [markdown]

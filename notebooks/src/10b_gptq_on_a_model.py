@@ -19,7 +19,7 @@
 # 1. H = XᵀX alone. 2. By a multiple of its column of H⁻¹. 3. That of the outputs; the weights lie further
 #    away.</details>
 #
-# We go on with the layer of notebook 10, a query layer of 3 bits with one scale a row: its weight, its inputs on
+# We go on with the layer of notebook 10, a query layer at 3 bits with one scale a row: its weight, its inputs on
 # calibration text, their H, and the weight by round-to-nearest and by GPTQ. (A model larger than the bundled one reads
 # fewer tokens here than the text says: `budget`.)
 # %%
@@ -57,7 +57,7 @@ def my_nearest_plane(W, R, scale):
 check("10.4", my_nearest_plane)
 # %% [markdown]
 # No inverse of H anywhere. **Predict**: exercise 10.3's loop gets the columns in reverse. How many elements differ?
-# %%
+# %% tags=["nbval-ignore-output"]
 from quantlab.exercises.gptq import babai_solution, column_solution
 
 few = hessian.matrix[:64, :64] + 0.01 * hessian.matrix.diagonal().mean() * torch.eye(64)
@@ -341,7 +341,7 @@ found(of_place > 0.7, f"the ratio goes with place: correlation {of_place:.2f}")
 found(abs(of_loudness) < 0.35, f"it does not go with loudness: correlation {of_loudness:.2f}")
 found(moved[loudest].mean() > 1.2,
     f"the loud end {moved[loudest].mean():.2f} times as far as by rounding")
-found(beside < 1, f"but nearer than the columns around, {beside:.2f} times as far")
+print(f"the loud columns, over those around them: {beside:.2f}")
 # %% [markdown]
 # The same scales, zero points and bits for every weight: with one scale a row, GPTQ chooses *which* grid
 # point, nothing else. (Later *groups* take their grid from moved weights.) Left to right the loud columns, too, end

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 11 AWQ
 # *60 minutes with exercises 11.1 to 11.3, of which the computer needs about one; 11.4 and 11.5 take 45 more. You
-# need notebooks 03, 09 and 10.*
+# need notebooks 03, 09 and 10b.*
 #
 # GPTQ needs an inverse. AWQ, activation-aware weight quantization (激活感知权重量化, Lin et al. 2023), asks for
 # less: multiply the channels that matter, round, divide. At the end you can

@@ -426,7 +426,7 @@ for bits, new in qat_models.items():
 from quantlab import ledger
 
 text = token_stream(its_tokenizer, load_text("eval"))[:4096]
-# round-to-nearest and GPTQ: rows of the reference ledger, notebooks 06 and 10, on the same tokens
+# round-to-nearest and GPTQ: rows of the reference ledger, notebooks 06 and 10b, on the same tokens
 known = [row for row in ledger.read(DATA / "ledger.csv") if row.group == "128"]
 rows = [row for row in known if row.method in ("rtn", "gptq")]
 for bits, new in qat_models.items():

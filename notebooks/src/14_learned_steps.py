@@ -413,7 +413,7 @@ from quantlab import ledger
 text = token_stream(its_tokenizer, load_text("eval"))[:4096]
 known = ledger.read(DATA / "ledger.csv")
 few = ["three only", "both", "neither"]
-guess = predict("Three values, two values: trained, which has less KL than GPTQ at 2 bits?", few)
+guess = predict("Trained with three values, or two: which has less KL than GPTQ at 2 bits?", few)
 def trained(run):
     new, packed = copy.deepcopy(base), load_tensors(DATA / f"checkpoints/{run}.safetensors")
     for name, layer in linear_layers(new).items():

@@ -310,8 +310,8 @@ down = list(layers_of_role(inside, "down"))[1]
 read = capture_inputs(inside, calibration[:256], [down])[down]
 explore_blocks(read, block=min(64, read.shape[1] & -read.shape[1]))
 # %% [markdown]
-# A spike is spread over its block alone: the other blocks do not see it. In this layer the error falls all the way to
-# one block of all channels, at every number of bits that is shown.
+# A spike is spread over its block alone: the other blocks do not see it. In this layer one block of all channels has
+# the least error at every number of bits that is shown; at 4 bits the way there is not quite even.
 #
 # ## 6. What it gives: 8 bits and 4
 # Three models that compute the same, four ways, four settings: 8 bits with a fixed scale a tensor, with one for each
@@ -516,9 +516,8 @@ if large is not None:
            for way in ("learned", "random") for name in plain})
 # %% [markdown]
 # Where SmolLM2 is installed, rotating leaves 0.23 of the damage with one fixed scale, and 0.35 at 4 bits, which is
-# still a damaged model. (At most 0.35 was the aim for both: at 4 bits it is just reached, and another machine may
-# miss it.) Smoothing leaves 0.90, for the loudest inputs are those of `down_proj`; with a scale a token it halves the
-# damage.
+# still a damaged model. Smoothing leaves 0.90, for the loudest inputs are those of `down_proj`; with a scale a token
+# it halves the damage.
 #
 # Here the learned turn gains nothing over Hadamard's: 1.08 times its KL at 4 bits, learnt on 1,024 rows of 128 tokens,
 # in 40 steps. A turn drawn at random does nearly as well at 8 bits (1.02 to 1.16 times) and worse at 4 (1.25 times).

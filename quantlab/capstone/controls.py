@@ -6,8 +6,9 @@ from dataclasses import replace
 import torch
 
 from quantlab.arguments import check_int, check_kind
-from quantlab.capstone.recipes import Made, with_codes
+from quantlab.capstone.recipes import Made
 from quantlab.granularity import QTensor
+from quantlab.lm.walk import with_codes
 
 
 def shuffled(model, codes: Mapping, *, seed: int = 0) -> Made:

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from quantlab.arguments import check_choice, check_flag, check_int, check_list
-from quantlab.capstone.recipes import ATTENTION, in_groups, with_codes
+from quantlab.capstone.recipes import ATTENTION, in_groups
 from quantlab.granularity import QTensor
 from quantlab.hessian import Hessian
 from quantlab.lm import (
@@ -22,6 +22,7 @@ from quantlab.lm import (
     save_quantized,
     weight_of,
 )
+from quantlab.lm.walk import with_codes
 from quantlab.methods import GPTQ, RTN
 
 PARTS = ("embedding", "attention", "MLP")

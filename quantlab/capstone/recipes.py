@@ -17,10 +17,10 @@ from quantlab.granularity import PerGroup, QTensor, quantize_tensor
 from quantlab.lm import DATA, divergence, embedding_layers, layers_of_role, linear_layers, quantize_lm
 from quantlab.lm import budget as tokens_for
 from quantlab.lm.measuring import checked_windows
+from quantlab.lm.walk import with_codes
 from quantlab.methods import GPTQ, NF4, RTN, Method
 from quantlab.methods.base import WeightMethod
 from quantlab.mixed import knapsack, sensitivity
-from quantlab.modules import put_weight
 from quantlab.quantized import Quantized
 from quantlab.storage import load_tensors
 
@@ -40,20 +40,6 @@ def quantize_embeddings(model, quantizer: Callable[..., Quantized], by_name: dic
         codes[name] = quantizer(layer.weight.detach(), **by_name.get(name, {}))
         layer.weight.data.copy_(codes[name].dequantize())
     return new, codes
-
-
-def with_codes(model, codes: Mapping[str, Quantized]) -> Made:
-    """A copy of the model that holds these quantized weights, of linear layers and embeddings by name; and they."""
-    new = copy.deepcopy(check_model(model))
-    embeddings, layers = embedding_layers(new), linear_layers(new)
-    for name, q in check_kind(codes, "codes", Mapping, "a recipe gives").items():
-        if name in embeddings:
-            embeddings[name].weight.data.copy_(q.dequantize())
-        elif name in layers:
-            put_weight(layers[name], q.dequantize())
-        else:
-            raise ValueError(f"the model has no linear layer {name!r}, nor an embedding of that name")
-    return new, dict(codes)
 
 
 def in_groups(weight: Tensor, *, bits: int, group_size: int = 128) -> QTensor:

@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from quantlab.arguments import check_kind, check_real, kind
+from quantlab.arguments import check_kind, kind
 from quantlab.codebook import CodebookTensor, DoubleQuantized, nf4_levels
 from quantlab.export.engines import engine
+from quantlab.export.parts import float_bias
+from quantlab.packing import pack, unpack
 
 __all__ = ["from_bitsandbytes", "to_bitsandbytes"]
 
@@ -23,8 +25,7 @@ def to_bitsandbytes(q: CodebookTensor, *, bias: Tensor | None = None) -> nn.Modu
     """
     _check_fits(q)
     bnb = engine("bitsandbytes")
-    halves = q.codes.reshape(-1, 2)
-    packed = (halves[:, :1] << 4 | halves[:, 1:]).to(torch.uint8)
+    packed = pack(q.codes.reshape(-1, 2).flip(1), bits=4)[:, None]
     layer = bnb.nn.Linear4bit(
         q.shape[1], q.shape[0], bias=bias is not None, compute_dtype=q.dtype, quant_type="nf4", device="meta"
     )
@@ -33,9 +34,7 @@ def to_bitsandbytes(q: CodebookTensor, *, bias: Tensor | None = None) -> nn.Modu
         compress_statistics=not isinstance(q.absmax, Tensor), module=layer, bnb_quantized=True,
     )  # fmt: skip
     if bias is not None:
-        if check_real(bias, "bias").shape != q.shape[:1]:
-            raise ValueError(f"bias must be ({q.shape[0]},), got {tuple(bias.shape)}")
-        layer.bias = nn.Parameter(bias.detach().to(q.dtype), requires_grad=False)
+        layer.bias = nn.Parameter(float_bias(bias, q.shape[0]).to(q.dtype), requires_grad=False)
     layer.quant_state = layer.weight.quant_state
     return layer.eval()
 
@@ -54,7 +53,8 @@ def from_bitsandbytes(layer: nn.Module) -> CodebookTensor:
         found = "a weight that is not rounded yet" if state is None else state.quant_type
         raise ValueError(f"need a weight of nf4, got {found}")
     packed, shape = layer.weight.detach().reshape(-1).view(torch.uint8), torch.Size(state.shape)
-    codes = torch.stack([packed >> 4, packed & 15], -1).flatten()[: shape.numel()].view(shape)
+    pairs = unpack(packed, bits=4, count=2 * packed.numel()).view(-1, 2).flip(1)
+    codes = pairs.flatten()[: shape.numel()].view(shape)
     absmax = state.absmax.clone()
     if state.nested:
         absmax = DoubleQuantized(absmax, state.state2.absmax.clone(), state.offset.clone())

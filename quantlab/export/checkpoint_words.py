@@ -7,8 +7,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from quantlab.arguments import check_codes, check_flag, check_int
+from quantlab.arguments import check_codes, check_flag, check_int, kind
+from quantlab.export.parts import half_scales
 from quantlab.granularity import QTensor
+from quantlab.packing import pack, unpack
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the kernel of its authors unpacks pairs: the even places first
 
@@ -24,22 +26,19 @@ def to_words(codes: Tensor, *, bits: int, awq: bool = False) -> Tensor:
     each = _each(bits)
     if check_codes(codes).ndim == 0 or codes.numel() == 0 or codes.shape[-1] % each:
         raise ValueError(f"{each} codes of {bits} bits share an int32; {tuple(codes.shape)} cannot be divided so")
-    low, high = (int(bound) for bound in torch.aminmax(codes.long()))
-    if low < 0 or high >= 2**bits:
-        raise ValueError(f"codes of {bits} bits lie in 0..{2**bits - 1}, got {low}..{high}")
     runs = codes.long().unflatten(-1, (-1, each))[..., _order(each, awq)]
-    words = (runs << torch.arange(0, 32, bits, device=codes.device)).sum(-1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    return pack(runs, bits=bits).view(torch.int32).view(runs.shape[:-1])
 
 
 def from_words(words: Tensor, *, bits: int, awq: bool = False) -> Tensor:
-    """The codes of to_words, uint8. Raises: ValueError if bits is not 4 or 8, or words are not int32."""
+    """The codes of to_words, uint8. Raises: ValueError if bits is not 4 or 8, or words are no list of int32."""
     each = _each(bits)
-    if check_codes(words, "words").dtype != torch.int32:
-        raise ValueError(f"words must be int32, got {words.dtype}")
-    runs = (words.long()[..., None] >> torch.arange(0, 32, bits, device=words.device)) & (2**bits - 1)
+    if check_codes(words, "words").dtype != torch.int32 or words.ndim == 0:
+        raise ValueError(f"words must be int32, one at least, got {kind(words)}")
+    raw = words.contiguous().view(torch.uint8)
+    runs = unpack(raw, bits=bits, count=words.numel() * each).view(*words.shape, each)
     places = torch.tensor(_order(each, awq)).argsort().to(words.device)
-    return runs[..., places].flatten(-2).to(torch.uint8)
+    return runs[..., places].flatten(-2)
 
 
 @dataclass(frozen=True)
@@ -72,13 +71,6 @@ def _from_zero(q: QTensor) -> tuple[Tensor, Tensor]:
     return q.codes.short() - q.qparams.qmin, q.qparams.zero_point - q.qparams.qmin
 
 
-def _halves(scale: Tensor) -> Tensor:
-    half = scale.half()
-    if not half.isfinite().all() or (half == 0).any():
-        raise ValueError(f"scales are stored in float16, 6e-8 to 65504; got {scale.min():.3g}..{scale.max():.3g}")
-    return half.T.contiguous()
-
-
 def _write_packed(q: QTensor) -> dict[str, Tensor]:
     codes, zero = _from_zero(q)
     parts = {"weight_packed": to_words(codes, bits=q.bits), "weight_scale": q.qparams.scale}
@@ -108,7 +100,7 @@ def _write_gptq(q: QTensor, less: int) -> dict[str, Tensor]:
     index = q.group_index
     if index is None:
         index = torch.arange(columns) // (columns // q.qparams.scale.shape[1])
-    parts = {"qweight": to_words(codes, bits=4).T.contiguous(), "scales": _halves(q.qparams.scale)}
+    parts = {"qweight": to_words(codes, bits=4).T.contiguous(), "scales": half_scales(q.qparams.scale).T.contiguous()}
     return parts | {"qzeros": to_words(zero.T - less, bits=4), "g_idx": index.int()}
 
 
@@ -120,7 +112,7 @@ def _read_gptq(parts: Mapping, less: int):
 def _write_awq(q: QTensor) -> dict[str, Tensor]:
     """Words run along the outputs, in an order of their own."""
     codes, zero = (to_words(t.T, bits=4, awq=True) for t in _from_zero(q))
-    return {"qweight": codes, "scales": _halves(q.qparams.scale), "qzeros": zero}
+    return {"qweight": codes, "scales": half_scales(q.qparams.scale).T.contiguous(), "qzeros": zero}
 
 
 def _read_awq(parts: Mapping):

@@ -12,7 +12,6 @@ from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedTokenizerBase
@@ -21,11 +20,14 @@ from quantlab.arguments import check_choice, check_flag, check_kind, check_model
 from quantlab.export.checkpoint_layouts import configuration, layer_codes, layer_parts
 from quantlab.export.checkpoint_words import LAYOUTS
 from quantlab.export.engines import engine
-from quantlab.files import new_folder, read_json
+from quantlab.export.parts import check_close, check_same_codes, meant_logits, some_ids
+from quantlab.files import read_json
 from quantlab.granularity import QTensor
 from quantlab.lm.layers import linear_layers
-from quantlab.modules import evaluating, put_weight
+from quantlab.lm.saving import check_not_online, own_folder
+from quantlab.modules import check_codes_fit
 from quantlab.quantized import smallest_exact
+from quantlab.storage import read_metadata, read_parts
 
 __all__ = ["LAYOUTS", "checkpoint_codes", "layer_codes", "layer_parts", "load_checkpoint", "save_checkpoint"]
 
@@ -45,15 +47,12 @@ def save_checkpoint(model, folder, qtensors: Mapping, *, layout: str, tokenizer=
     Raises: ValueError if a layer is missing, is a stranger, or does not fit the layout, the folder holds other files,
     or verify finds a difference; ModuleNotFoundError if verify needs compressed-tensors and it is not here.
     """
-    folder, layout = check_path(folder, "folder").resolve(), check_choice(layout, "layout", LAYOUTS)
+    folder, layout = check_path(folder, "folder"), check_choice(layout, "layout", LAYOUTS)
     qtensors, verify = _fitting(check_model(model), qtensors, layout), check_flag(verify, "verify")
     tensors, config = _tensors(model, qtensors, layout), copy.deepcopy(model.config)
-    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if (there and WEIGHTS not in there) or folder == Path.cwd() or folder.is_file():
-        raise ValueError(f"{folder} exists and holds no checkpoint; nothing was written")
     config.dtype, config.quantization_config = model.dtype, configuration(model, qtensors, layout)
     symmetric = next(iter(qtensors.values())).symmetric
-    with new_folder(folder) as new:
+    with own_folder(folder, "checkpoint of ours", _is_ours) as new:
         config.save_pretrained(new)
         if tokenizer is not None:
             check_kind(tokenizer, "tokenizer", PreTrainedTokenizerBase, "load_lm gives").save_pretrained(new)
@@ -91,15 +90,11 @@ def checkpoint_codes(folder) -> dict[str, QTensor]:
 
     Raises: FileNotFoundError if there is no such folder, ValueError if save_checkpoint did not write it.
     """
-    path = check_path(folder, "folder") / WEIGHTS
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    layers: dict[str, dict] = {}
-    with safe_open(path, "pt") as file:
-        about = file.metadata() or {}
-        for name in file.keys():
-            layer, _, end = name.rpartition(".")
-            layers.setdefault(layer, {})[end] = file.get_tensor(name)
+    path, layers = check_path(folder, "folder") / WEIGHTS, {}
+    about, tensors = read_parts(path)
+    for name, tensor in tensors.items():
+        layer, _, end = name.rpartition(".")
+        layers.setdefault(layer, {})[end] = tensor
     if about.get("layout") not in LAYOUTS:
         raise ValueError(f"{path} does not say its layout: save_checkpoint did not write it")
     how = {"layout": about["layout"], "symmetric": about["symmetric"] == "True"}
@@ -108,14 +103,14 @@ def checkpoint_codes(folder) -> dict[str, QTensor]:
 
 def _fitting(model, qtensors, layout: str) -> dict[str, QTensor]:
     """qtensors in the model's order; ValueError unless there is one for each linear layer, and all are of one kind."""
+    check_not_online(model)
     qtensors, layers = check_kind(qtensors, "qtensors", Mapping, "the report of quantize_lm has"), linear_layers(model)
     if odd := sorted(layers.keys() ^ qtensors.keys()):
         raise ValueError(f"a checkpoint needs codes of all linear layers and no others; {odd[0]!r} is on one side only")
     for name, layer in layers.items():
         if not isinstance(layer, nn.Linear):
             raise ValueError(f"{name} is a {type(layer).__name__}; checkpoints here are of models of nn.Linear")
-        if check_kind(qtensors[name], name, QTensor).shape != layer.weight.shape:
-            raise ValueError(f"{name} is {tuple(layer.weight.shape)}, its codes are {tuple(qtensors[name].shape)}")
+        check_codes_fit(name, check_kind(qtensors[name], name, QTensor), layer.weight)
     kinds = {(q.bits, q.granularity, q.symmetric, q.group_index is None) for q in qtensors.values()}
     if len(kinds) > 1:
         raise ValueError(f"one configuration speaks for all layers of a checkpoint; here are {len(kinds)} kinds")
@@ -123,26 +118,26 @@ def _fitting(model, qtensors, layout: str) -> dict[str, QTensor]:
 
 
 def _tensors(model, qtensors: dict[str, QTensor], layout: str) -> dict:
-    tied = set(model.all_tied_weights_keys)
-    own = {n: smallest_exact(t.detach()) for n, t in model.named_parameters() if n not in tied}
+    """What goes into the file: parts of layers, and all else of a checkpoint, buffers too; a tied weight once."""
+    own = {n: smallest_exact(t) for n, t in model.state_dict().items() if n not in model.all_tied_weights_keys}
     for name, q in qtensors.items():
         del own[f"{name}.weight"]
         own |= {f"{name}.{end}": part for end, part in layer_parts(q, layout).items()}
-    return {name: t.contiguous().cpu() for name, t in own.items()}
+    return {name: t.cpu().contiguous().clone() for name, t in own.items()}  # a file shares no memory
+
+
+def _is_ours(folder: Path) -> bool:
+    path = folder / WEIGHTS
+    return path.is_file() and read_metadata(path).get("layout") in LAYOUTS
 
 
 def _compare(folder: Path, model, qtensors: dict[str, QTensor], layout: str) -> None:
     stored = checkpoint_codes(folder)
     for name, q in qtensors.items():
-        if not torch.equal(stored[name].codes.short() + 2 ** (q.bits - 1), q.codes.short() - q.qparams.qmin):
-            raise ValueError(f"other codes of {name} come back than were written; nothing was saved")
-    if layout not in LOGITS:
-        return
-    meant, ids = copy.deepcopy(model), torch.arange(12)[None] % model.config.vocab_size
-    for name, q in qtensors.items():
-        put_weight(meant.get_submodule(name), q.dequantize())
-    with torch.no_grad(), evaluating(meant):
-        expected, got = (m(ids, use_cache=False).logits.float() for m in (meant, load_checkpoint(folder)))
-    apart, largest = (got - expected).abs().max().item(), expected.abs().max().item()
-    if not apart <= LOGITS[layout] * largest:
-        raise ValueError(f"logits of the loaded model are {apart:.3g} apart of {largest:.3g}; nothing was saved")
+        counted = stored[name].codes.short() + 2 ** (q.bits - 1), q.codes.short() - q.qparams.qmin  # from 0
+        check_same_codes(*counted, of=name)
+    if layout in LOGITS:
+        expected = meant_logits(model, qtensors, some_ids(model))
+        with torch.no_grad():
+            got = load_checkpoint(folder)(some_ids(model), use_cache=False).logits.float()
+        check_close(got, expected, LOGITS[layout] * expected.abs().max().item(), "the loaded model")

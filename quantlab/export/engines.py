@@ -8,7 +8,7 @@ from quantlab.arguments import check_kind
 PIP = "pip install -e .[deploy] -c constraints.txt"
 OWN_COMMAND = {
     "torchao": "pip install -e .[torchao] -c constraints.txt",
-    "nncf": "pip install nncf -c constraints.txt",
+    "nncf": "pip install -e .[nncf] -c constraints.txt",
     "tensorrt": "pip install tensorrt (it needs a GPU)",
 }
 

@@ -15,6 +15,7 @@ from quantlab.export.gguf_file import GGUFFile, GGUFTensor, read_gguf
 from quantlab.export.gguf_mixes import MIXES, tensor_types
 from quantlab.export.gguf_tokenizer import tokenizer_metadata
 from quantlab.export.gguf_write import write_gguf
+from quantlab.modules import check_codes_fit
 
 __all__ = [
     "MIXES", "TYPES", "BlockType", "GGUFFile", "GGUFTensor", "codes_to_gguf", "dequantize_gguf", "gguf_name",
@@ -104,8 +105,7 @@ def _tensors(model, mix: str, importance: dict, qtensors: dict) -> dict[str, GGU
         kind, weight = types[theirs], parameter.detach().cpu()
         if name == f"{layer}.weight" and layer in qtensors:
             kind, packed = codes_to_gguf(qtensors[layer])
-            if qtensors[layer].shape != weight.shape:
-                raise ValueError(f"{layer} is {tuple(weight.shape)}, its codes are {tuple(qtensors[layer].shape)}")
+            check_codes_fit(layer, qtensors[layer], weight)
         else:
             packed = quantize_gguf(weight, kind, importance=importance.get(layer) if weight.ndim == 2 else None)
         rows = packed.view(len(weight), -1)  # of a vector, each value is a row

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantlab.arguments import check_path
+from quantlab.arguments import check_file
 from quantlab.export.gguf_blocks import TYPES, dequantize_gguf
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
@@ -49,9 +49,7 @@ def read_gguf(path) -> GGUFFile:
     Raises: FileNotFoundError if there is none, ValueError if it is none, is damaged, or holds a type of tensor that is
     not known here.
     """
-    path = check_path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
+    path = check_file(path)
     size = path.stat().st_size
     raw = torch.from_file(str(path), size=size, dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
     try:

@@ -21,10 +21,8 @@ def write_gguf(path, metadata: Mapping, tensors: Mapping[str, GGUFTensor], check
             file.write(_padded(_head(metadata, tensors)))
             for t in tensors.values():
                 file.write(_padded(t.packed.contiguous().numpy().tobytes()))
-        if check is not None:
-            check(part)
 
-    return write_whole(path, write)
+    return write_whole(path, write, check)
 
 
 def _head(metadata: Mapping, tensors: Mapping[str, GGUFTensor]) -> bytes:

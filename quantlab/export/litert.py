@@ -1,8 +1,9 @@
 """One linear layer with quantlab's codes as a LiteRT file (.tflite, once TensorFlow Lite's), without TensorFlow."""
 
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,10 +11,12 @@ from torch import Tensor
 from quantlab.affine import QParams, dequantize, quantize
 from quantlab.arguments import check_flag, check_int, check_kind, check_path, check_real
 from quantlab.blocks import PerAxis, PerGroup
-from quantlab.export.litert_graph import Graph, two_a_byte
-from quantlab.export.litert_run import check_file, litert_session, some_inputs, weight_codes
+from quantlab.export.litert_graph import Graph
+from quantlab.export.litert_run import check_layer, litert_session, some_inputs, weight_codes
+from quantlab.export.parts import float_bias, half_scales, int32_bias
 from quantlab.granularity import QTensor, quantize_tensor
 from quantlab.linear import StaticInt8Linear
+from quantlab.packing import pack
 
 __all__ = ["expected_litert", "litert_session", "save_litert_int8", "save_litert_weights", "weight_codes"]
 
@@ -26,11 +29,11 @@ def save_litert_int8(layer: StaticInt8Linear, output: QParams, path, *, tokens: 
     points. The number of tokens is fixed. verify: the file must hold the same codes, and LiteRT's outputs must be
     within a step of the exact ones, before it takes its place.
 
-    Raises: ValueError if the layer is no StaticInt8Linear of 8 bits, output is no map to 0..255, or verify finds a
-    difference; ModuleNotFoundError if ai-edge-litert is not here.
+    Raises: ValueError if the layer is no StaticInt8Linear of 8 bits, an int32 does not hold its bias, output is no map
+    to 0..255, or verify finds a difference; ModuleNotFoundError if ai-edge-litert is not here.
     """
     _check_static(layer, output)
-    path, tokens = check_path(path), check_int(tokens, "tokens", 1, 2**16)
+    path, tokens, verify = check_path(path), check_int(tokens, "tokens", 1, 2**16), check_flag(verify, "verify")
     graph, sizes = Graph(), {"x": (tokens, layer.in_features), "y": (tokens, layer.out_features)}
     maps = {"x": QParams(layer.input_scale, layer.input_zero_point, 0, 255), "y": output}
     x, y = (graph.tensor(name, shape) for name, shape in sizes.items())
@@ -40,16 +43,12 @@ def save_litert_int8(layer: StaticInt8Linear, output: QParams, path, *, tokens: 
     )
     w = graph.tensor("w", layer.codes.shape, "int8", layer.codes.numpy(), scale=layer.weight_scale)
     step = layer.input_scale * layer.weight_scale
-    bias = torch.zeros_like(step) if layer.bias is None else layer.bias.detach()
-    b_codes = (bias / step).round().clamp(-(2**31), 2**31 - 128).to(torch.int32)
+    b_codes = int32_bias(float_bias(layer.bias, layer.out_features), step)
     b = graph.tensor("b", b_codes.shape, "int32", b_codes.numpy(), scale=step)
     graph.op("QUANTIZE", [x], x_codes)
     graph.op("FULLY_CONNECTED", [x_codes, w, b], y_codes)
     graph.op("DEQUANTIZE", [y_codes], y)
-    inputs = some_inputs(tokens, layer.in_features, 20 * layer.input_scale.item())
-    expected = dequantize(quantize(layer.exact(inputs), output), output)
-    check = check_file(layer.codes, inputs, expected, 1.01 * output.scale.item())
-    return graph.save(x, y, path, check if check_flag(verify, "verify") else None)
+    return graph.save(x, y, path, partial(_check_int8, layer, output, tokens) if verify else None)
 
 
 def save_litert_weights(
@@ -66,20 +65,18 @@ def save_litert_weights(
     ai-edge-litert is not here.
     """
     size, path, tokens = _check_weight(q), check_path(path), check_int(tokens, "tokens", 1, 2**16)
-    bias, graph, scale = _bias(q, bias), Graph(), q.qparams.scale
+    bias, verify = float_bias(bias, q.shape[0]), check_flag(verify, "verify")
+    graph, scale = Graph(), q.qparams.scale
     x, y = graph.tensor("x", (tokens, q.shape[1])), graph.tensor("y", (tokens, q.shape[0]))
-    kind, data = ("int4", two_a_byte(q.codes)) if q.bits == 4 else ("int8", q.codes.numpy())
+    kind, data = ("int4", pack(q.codes & 15, bits=4)) if q.bits == 4 else ("int8", q.codes)
     if size is None:
-        w = graph.tensor("w", q.shape, kind, data, scale=scale)
+        w = graph.tensor("w", q.shape, kind, data.numpy(), scale=scale)
     else:
-        scales = graph.tensor("w_scale", scale.shape, "float16", _halves(scale))
-        w = graph.tensor("w", q.shape, kind, data, block=size, scales=scales)
+        scales = graph.tensor("w_scale", scale.shape, "float16", half_scales(scale).numpy())
+        w = graph.tensor("w", q.shape, kind, data.numpy(), block=size, scales=scales)
     b = graph.tensor("b", bias.shape, "float32", bias.numpy())
     graph.op("FULLY_CONNECTED", [x, w, b], y)
-    inputs = some_inputs(tokens, q.shape[1], 1.0)
-    expected = expected_litert(q, inputs, bias=bias)
-    check = check_file(q.codes, inputs, expected, 0.01 * expected.abs().max().item())
-    return graph.save(x, y, path, check if check_flag(verify, "verify") else None)
+    return graph.save(x, y, path, partial(_check_weights, q, bias, tokens) if verify else None)
 
 
 def expected_litert(q: QTensor, x: Tensor, *, bias: Tensor | None = None) -> Tensor:
@@ -96,7 +93,18 @@ def expected_litert(q: QTensor, x: Tensor, *, bias: Tensor | None = None) -> Ten
     scale = q.qparams.scale.half().bfloat16().float() if grouped else q.qparams.scale
     weight = replace(q, qparams=replace(q.qparams, scale=scale), dtype=torch.float32).dequantize()
     rounded = quantize_tensor(x.float(), bits=8, granularity=PerAxis(0), symmetric=False)
-    return F.linear(rounded.dequantize(), weight, _bias(q, bias))
+    return F.linear(rounded.dequantize(), weight, float_bias(bias, q.shape[0]))
+
+
+def _check_int8(layer: StaticInt8Linear, output: QParams, tokens: int, path: Path) -> None:
+    x = some_inputs(tokens, layer.in_features, 20 * layer.input_scale.item())
+    check_layer(path, layer.codes, x, dequantize(quantize(layer.exact(x), output), output), 1.01 * output.scale.item())
+
+
+def _check_weights(q: QTensor, bias: Tensor, tokens: int, path: Path) -> None:
+    x = some_inputs(tokens, q.shape[1], 1.0)
+    y = expected_litert(q, x, bias=bias)
+    check_layer(path, q.codes, x, y, 0.01 * y.abs().max().item())
 
 
 def _check_static(layer, output) -> None:
@@ -125,17 +133,3 @@ def _check_weight(q: QTensor) -> int | None:
     if q.bits == 4 and q.shape[1] % 2:
         raise ValueError(f"two codes of 4 bits share a byte: the inputs must be even, got {q.shape[1]}")
     return size
-
-
-def _bias(q: QTensor, bias: Tensor | None) -> Tensor:
-    bias = torch.zeros(q.shape[0]) if bias is None else check_real(bias, "bias").detach().float()
-    if bias.shape != q.shape[:1]:
-        raise ValueError(f"bias must be ({q.shape[0]},), got {tuple(bias.shape)}")
-    return bias
-
-
-def _halves(scale: Tensor) -> np.ndarray:
-    half = scale.half()
-    if not half.isfinite().all() or (half == 0).any():
-        raise ValueError(f"scales of groups are stored in float16, 6e-8 to 65504; got {scale.min():.3g}..")
-    return half.numpy()

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from quantlab.export.engines import engine
@@ -72,17 +71,4 @@ class Graph:
         self.sub.inputs, self.sub.outputs = [x], [y]
         builder = flatbuffers.Builder(1024)
         builder.Finish(self.model.Pack(builder), b"TFL3")
-
-        def write(part: Path) -> None:
-            part.write_bytes(builder.Output())
-            if check is not None:
-                check(part)
-
-        return write_whole(path, write)
-
-
-def two_a_byte(codes: Tensor) -> np.ndarray:
-    """Signed 4-bit codes (rows, columns), two a byte, the first of them in the low half."""
-    flat = codes.flatten().to(torch.uint8) & 15
-    flat = torch.cat([flat, flat.new_zeros(flat.numel() % 2)])
-    return (flat[::2] | flat[1::2] << 4).numpy()
+        return write_whole(path, bytes(builder.Output()), check)

@@ -6,8 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantlab.arguments import check_path, check_real
+from quantlab.arguments import check_file, check_real
 from quantlab.export.engines import engine
+from quantlab.export.parts import check_close, check_same_codes
+from quantlab.packing import unpack
 
 
 def litert_session(path):
@@ -53,8 +55,7 @@ def weight_codes(path) -> Tensor:
         raise ValueError(f"{path} holds no weight named w; save_litert_int8 and save_litert_weights write one")
     raw, shape = torch.from_numpy(np.array(model.buffers[found[0].buffer].data, np.uint8)), tuple(found[0].shape)
     if found[0].type == schema.TensorType.INT4:
-        raw = torch.stack([raw & 15, raw >> 4], -1).flatten()[: shape[0] * shape[1]]
-        raw = (raw ^ 8).to(torch.int8) - 8
+        raw = (unpack(raw, bits=4, count=shape[0] * shape[1]) ^ 8).to(torch.int8) - 8  # with a sign again
     return raw.view(torch.int8).reshape(shape)
 
 
@@ -63,26 +64,14 @@ def some_inputs(tokens: int, columns: int, spread: float) -> Tensor:
     return torch.linspace(-9, 11, tokens * columns).sin().view(tokens, columns) * spread
 
 
-def check_file(codes: Tensor, x: Tensor, expected: Tensor, apart: float):
-    """What verify asks of a file: the codes, and LiteRT's answer to x."""
-
-    def check(path: Path) -> None:
-        if not torch.equal(weight_codes(path), codes):
-            raise ValueError("other codes come back than were written; nothing was saved")
-        found = (litert_session(path)(x) - expected).abs().max().item()
-        if not found <= apart:
-            raise ValueError(
-                f"LiteRT's outputs are {found:.3g} from those meant, more than {apart:.3g}; nothing was saved"
-            )
-
-    return check
+def check_layer(path: Path, codes: Tensor, x: Tensor, y: Tensor, allowed: float) -> None:
+    """ValueError unless a file holds these codes (out, in), and LiteRT answers x by y, as far apart as is allowed."""
+    check_same_codes(weight_codes(path), codes)
+    check_close(litert_session(path)(x), y, allowed, "LiteRT")
 
 
 def _bytes(path) -> bytes:
-    path = check_path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    data = path.read_bytes()
+    data = check_file(path).read_bytes()
     if data[4:8] != b"TFL3":
         raise ValueError(f"{path} is no LiteRT file: bytes 4 to 8 of one are TFL3")
     return data

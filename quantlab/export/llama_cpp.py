@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantlab.arguments import check_codes, check_int, check_kind, check_model, check_path
+from quantlab.arguments import check_codes, check_file, check_int, check_kind, check_model
 from quantlab.export.gguf_file import read_gguf
 from quantlab.files import read_json
 from quantlab.modules import evaluating
@@ -100,9 +100,7 @@ def _package() -> Path:
 
 
 def _run(path, **request) -> dict:
-    path = check_path(path).resolve()
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
+    path = check_file(path).resolve()
     if not llama_cpp_here():
         raise FileNotFoundError(HOW)
     request |= {"package": str(_package()), "model": str(path)}

@@ -4,14 +4,25 @@ Int8 is written as Q/DQ nodes: QuantizeLinear, DequantizeLinear and a float prod
 engine that knows the pattern computes in integers, another one in floats. fused(path) shows which it was.
 """
 
+from functools import partial
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from quantlab.affine import QParams, quantize
 from quantlab.arguments import check_choice, check_flag, check_int, check_kind, check_real
-from quantlab.export.onnx_graphs import Check, blocked_constants, layer_model, nbits_constants, nbits_group, write_onnx
+from quantlab.export.onnx_graphs import (
+    blocked_constants,
+    check_layer,
+    layer_model,
+    nbits_constants,
+    nbits_group,
+    write_onnx,
+)
 from quantlab.export.onnx_run import codes_in, fused, onnx_session
+from quantlab.export.parts import float_bias, int32_bias
 from quantlab.granularity import QTensor
 from quantlab.linear import StaticInt8Linear, int_linear
 from quantlab.modules import as_linear, check_linear, weight_of
@@ -29,8 +40,7 @@ def save_onnx_float(linear: nn.Linear, path) -> int:
     """Write a float layer, x (tokens, in) -> y (tokens, out): what the others are compared with; returns its bytes."""
     linear = as_linear(check_linear(linear))
     w = weight_of(linear).float()
-    b = torch.zeros(len(w)) if linear.bias is None else linear.bias.detach().float()
-    constants = {"w_grid": w.contiguous().numpy(), "b": b.numpy()}
+    constants = {"w_grid": w.contiguous().numpy(), "b": float_bias(linear.bias, len(w)).numpy()}
     return write_onnx(path, layer_model(_product("Gemm", "x"), constants, tuple(w.shape)))
 
 
@@ -45,13 +55,13 @@ def save_onnx_int8(
     place; codes must be the same, outputs expected_int8's, operator by operator (fused, a CPU without VNNI may add two
     products in 16 bits, which do not always fit; weights of 7 bits always do).
 
-    Raises: ValueError if the layer is no StaticInt8Linear with activations of 8 bits, or verify finds a difference;
-    ModuleNotFoundError.
+    Raises: ValueError if the layer is no StaticInt8Linear with activations of 8 bits, an int32 does not hold its bias,
+    or verify finds a difference; ModuleNotFoundError.
     """
-    scale, zero = _input_map(layer, check_flag(signed, "signed"))
+    (scale, zero), verify = _input_map(layer, check_flag(signed, "signed")), check_flag(verify, "verify")
     turned = check_choice(form, "form", INT8_FORMS) == "MatMul"
     codes = layer.codes.T if turned else layer.codes
-    bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias.detach()
+    bias, step = float_bias(layer.bias, layer.out_features), scale * layer.weight_scale
     constants = {
         "x_scale": scale.numpy(), "x_zero": np.array(int(zero), np.int8 if signed else np.uint8),
         "w": codes.contiguous().numpy(), "w_scale": layer.weight_scale.numpy(),
@@ -62,17 +72,14 @@ def save_onnx_int8(
         ("DequantizeLinear", ["x_codes", "x_scale", "x_zero"], "x_grid", {}),
         ("DequantizeLinear", ["w", "w_scale", "w_zero"], "w_grid", {"axis": int(turned)}),
     ]
-    step = scale * layer.weight_scale
     if form == "Gemm, int32 bias":
-        constants |= {"b_codes": (bias / step).round().to(torch.int32).numpy(), "b_scale": step.numpy()}
+        constants |= {"b_codes": int32_bias(bias, step).numpy(), "b_scale": step.numpy()}
         nodes += [("DequantizeLinear", ["b_codes", "b_scale"], "b", {"axis": 0})]
     else:
         constants |= {"b": bias.numpy()}
     model = layer_model(nodes + _product(form, "x_grid"), constants, tuple(layer.codes.shape))
-    x = _inputs(layer.in_features, 20 * scale.item())
     slack = step.max().item() / 2 if form == "Gemm, int32 bias" else 0.0
-    check = Check(layer.codes, x, expected_int8(layer, x, signed=signed), slack)
-    return write_onnx(path, model, check if check_flag(verify, "verify") else None)
+    return write_onnx(path, model, partial(_check_int8, layer, signed, slack) if verify else None)
 
 
 def expected_int8(layer: StaticInt8Linear, x: Tensor, *, signed: bool = False) -> Tensor:
@@ -96,16 +103,17 @@ def save_onnx_weights(
     """Write a layer whose weight alone has codes, x (tokens, in) -> y (tokens, out); returns the file's size in bytes.
 
     form: "MatMulNBits" is ONNX Runtime's own operator; its level 1 computes in float32, 4 rounds activations to int8.
-    "MatMul" and "Gemm" are standard ONNX (opset 21): a blocked DequantizeLinear of UINT4 codes, then the product.
-    verify: the file is read and run before it takes its place; at level 4 only its codes are compared.
+    "MatMul" and "Gemm" are standard ONNX (opset 21): a blocked DequantizeLinear of UINT4 codes, then the product; they
+    have no level. verify: the file is read and run before it takes its place; at level 4 only its codes are compared.
 
     Raises: ValueError if q has no groups of a power of two from 16 on that divides the columns, is not of 4 or 8 bits,
-    has an order of columns (act-order), the bias does not fit, or verify finds a difference; ModuleNotFoundError.
+    has an order of columns (act-order), the bias or the level does not fit, or verify finds a difference;
+    ModuleNotFoundError.
     """
     group, form, level = nbits_group(q), check_choice(form, "form", FORMS), check_int(level, "level", 0, 4)
-    if bias is not None and check_real(bias, "bias").shape != q.shape[:1]:
-        raise ValueError(f"bias must be ({q.shape[0]},), got {tuple(bias.shape)}")
-    b = torch.zeros(q.shape[0]) if bias is None else bias.detach().float()
+    bias, verify = float_bias(bias, q.shape[0]), check_flag(verify, "verify")
+    if form != "MatMulNBits" and level != 1:
+        raise ValueError(f'level is an attribute of "MatMulNBits", "{form}" has none: leave it at 1, got {level}')
     if form == "MatMulNBits":
         about = {"K": q.shape[1], "N": q.shape[0], "bits": q.bits, "block_size": group, "accuracy_level": level}
         nodes = [("MatMulNBits", ["x", "w", "w_scale", "w_zero", "", "b"], "y", about)]
@@ -114,11 +122,19 @@ def save_onnx_weights(
         about = {"axis": int(form == "Gemm"), "block_size": group}
         nodes = [("DequantizeLinear", ["w", "w_scale", "w_zero"], "w_grid", about), *_product(form, "x")]
         constants = blocked_constants(q, turned=form == "MatMul")
+    model = layer_model(nodes, constants | {"b": bias.numpy()}, q.shape)
+    return write_onnx(path, model, partial(_check_weights, q, bias, level) if verify else None)
+
+
+def _check_int8(layer: StaticInt8Linear, signed: bool, slack: float, path: Path) -> None:
+    x = _inputs(layer.in_features, 20 * _input_map(layer, signed)[0].item())
+    check_layer(path, layer.codes, x, expected_int8(layer, x, signed=signed), slack)
+
+
+def _check_weights(q: QTensor, bias: Tensor, level: int, path: Path) -> None:
     x = _inputs(q.shape[1], 1.0)
-    rounded = form == "MatMulNBits" and level == 4
-    check = Check(q.codes.int() - q.qparams.qmin, x, None if rounded else x @ q.dequantize().float().T + b)
-    model = layer_model(nodes, constants | {"b": b.numpy()}, q.shape)
-    return write_onnx(path, model, check if check_flag(verify, "verify") else None)
+    y = None if level == 4 else x @ q.dequantize().float().T + bias
+    check_layer(path, q.codes.int() - q.qparams.qmin, x, y)
 
 
 def _input_map(layer: StaticInt8Linear, signed: bool) -> tuple[Tensor, Tensor]:

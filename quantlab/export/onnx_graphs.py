@@ -1,7 +1,6 @@
 """ONNX graphs put together and written: nodes, constants, packed codes, and the check of a file before it is there."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,36 +12,28 @@ from quantlab.arguments import check_kind, check_path
 from quantlab.blocks import PerGroup
 from quantlab.export.engines import engine
 from quantlab.export.onnx_run import codes_in, onnx_session
+from quantlab.export.parts import check_close, check_same_codes
 from quantlab.files import write_whole
 from quantlab.granularity import QTensor
+from quantlab.packing import pack
 
 OPSET, IR = 21, 10  # the first with blocks in DequantizeLinear and with UINT4; engines of 2024 read them
 LIMIT = 2**31 - 1  # bytes of one protobuf message
 
 
-@dataclass(frozen=True, eq=False)
-class Check:
-    """What a written file must hold and give: its codes (out, in), and the answer to x, within slack + 1e-4 of it."""
-
-    codes: Tensor
-    x: Tensor
-    y: Tensor | None = None  # None: the engine rounds activations in a way of its own
-    slack: float = 0.0
-
-    def __call__(self, path: Path) -> None:
-        """Read a file and run it operator by operator: what the graph says, whatever an optimizer would make of it."""
-        if not torch.equal(codes_in(path), self.codes.int()):
-            raise ValueError("the file holds other codes than were written; nothing was saved")
-        got = torch.from_numpy(onnx_session(path, optimize=False)(self.x.numpy()))
-        if self.y is not None:
-            check_close(got, self.y, self.slack + 1e-4 * self.y.abs().max().item())
+ENGINE = "ONNX Runtime"
 
 
-def check_close(got: Tensor, wanted: Tensor, allowed: float) -> None:
-    """ValueError if an answer lies further from the one that was meant."""
-    apart = (got - wanted).abs().max().item()
-    if not apart <= allowed:
-        raise ValueError(f"ONNX Runtime's answer is {apart:.2e} off, {allowed:.2e} was allowed; nothing was saved")
+def check_layer(path: Path, codes: Tensor, x: Tensor, y: Tensor | None, slack: float = 0.0) -> None:
+    """ValueError unless a file holds these codes (out, in), and answers x by y, within slack + 1e-4 of the largest.
+
+    It is run operator by operator: what the graph says, whatever an optimizer would make of it. y None: the engine
+    rounds activations in a way of its own, and must only run.
+    """
+    check_same_codes(codes_in(path), codes)
+    got = torch.from_numpy(onnx_session(path, optimize=False)(x.numpy()))
+    if y is not None:
+        check_close(got, y, slack + 1e-4 * y.abs().max().item(), ENGINE)
 
 
 def layer_model(nodes: list[tuple], constants: Mapping, shape: tuple[int, int]):
@@ -68,14 +59,8 @@ def tensor(name: str, values):
     onnx = engine("onnx")
     if isinstance(values, np.ndarray):
         return onnx.numpy_helper.from_array(values, name)
-    raw = two_a_byte(values.flatten()).numpy().tobytes()
+    raw = pack(values, bits=4).numpy().tobytes()
     return onnx.helper.make_tensor(name, onnx.TensorProto.UINT4, list(values.shape), raw, raw=True)
-
-
-def two_a_byte(codes: Tensor) -> Tensor:
-    """Codes 0..15 two a byte, the first in the low four bits; a row of odd length is filled up with 0."""
-    codes = F.pad(codes.to(torch.uint8), (0, codes.shape[-1] % 2))
-    return codes[..., ::2] | codes[..., 1::2] << 4
 
 
 def nbits_group(q: QTensor) -> int:
@@ -96,12 +81,10 @@ def nbits_constants(q: QTensor) -> dict[str, np.ndarray]:
     """MatMulNBits' constants: codes (out, groups, bytes), scales (out, groups), zero points (out, bytes)."""
     group, (rows, columns) = nbits_group(q), q.shape
     codes, zeros = (part.int() - q.qparams.qmin for part in (q.codes, q.qparams.zero_point))
-    if q.bits == 4:
-        codes, zeros = two_a_byte(codes), two_a_byte(zeros)
-    blocks = codes.to(torch.uint8).reshape(rows, columns // group, group * q.bits // 8)
-    return {
-        "w": blocks.numpy(), "w_scale": q.qparams.scale.contiguous().numpy(), "w_zero": zeros.to(torch.uint8).numpy()
-    }  # fmt: skip
+    zeros = F.pad(zeros, (0, zeros.shape[1] % 2 if q.bits == 4 else 0))  # a row of them ends with a byte
+    codes, zeros = (pack(part, bits=q.bits).view(rows, -1) for part in (codes, zeros))
+    blocks = codes.view(rows, columns // group, group * q.bits // 8)
+    return {"w": blocks.numpy(), "w_scale": q.qparams.scale.contiguous().numpy(), "w_zero": zeros.numpy()}
 
 
 def blocked_constants(q: QTensor, *, turned: bool) -> dict:
@@ -121,10 +104,4 @@ def write_onnx(path, model, check: Callable[[Path], None] | None = None) -> int:
     path, size = check_path(path), model.ByteSize()
     if size > LIMIT:
         raise ValueError(f"one ONNX file holds at most 2 GiB, this model has {size / 2**30:.1f} GiB")
-
-    def write(part: Path) -> None:
-        part.write_bytes(model.SerializeToString())
-        if check is not None:
-            check(part)
-
-    return write_whole(path, write)
+    return write_whole(path, model.SerializeToString(), check)

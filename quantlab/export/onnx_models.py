@@ -1,22 +1,24 @@
 """A whole language model as an ONNX file, ids -> logits, with quantlab's codes where a float weight stood."""
 
 import ast
-import copy
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from quantlab.arguments import check_choice, check_flag, check_kind, check_model, longest_context
+from quantlab.arguments import check_choice, check_flag, check_kind, check_model, check_path, longest_context
 from quantlab.export.engines import engine
-from quantlab.export.onnx_graphs import check_close, nbits_constants, nbits_group, write_onnx
+from quantlab.export.onnx_graphs import ENGINE, nbits_constants, nbits_group, write_onnx
 from quantlab.export.onnx_run import onnx_session
+from quantlab.export.parts import check_close, meant_logits, some_ids
 from quantlab.granularity import QTensor
-from quantlab.modules import device_of, evaluating, linears_in, put_weight, weight_of
+from quantlab.lm.layers import embedding_layers, linear_layers
+from quantlab.modules import check_codes_fit, device_of, evaluating, is_linear, weight_of
 
 LEVELS = {"float": 1, "int8": 4}  # MatMulNBits' accuracy_level: what the activations are computed in
 TOLERANCE = 1e-3  # of the largest logit, for float activations
@@ -33,22 +35,29 @@ def save_onnx(
     each block. verify: ONNX Runtime must give the logits of the model with the codes' weights, within a thousandth of
     the largest (for "int8", which rounds, within half of it), before the file takes its place.
 
-    Raises: ValueError if a name in qtensors is no linear layer, codes do not fit, the exporter writes a layer as
-    something else than MatMul (one with a bias, and inputs of two dimensions), the file would be larger than 2 GiB, or
-    verify finds a difference; ModuleNotFoundError.
+    Raises: ValueError if a name in qtensors is no linear layer, codes do not fit, there are none for "int8", the
+    exporter cannot write the model (a layer that computes in integers), or writes a layer as something else than MatMul
+    (one with a bias, and inputs of two dimensions), the file would be larger than 2 GiB, or verify finds a difference;
+    ModuleNotFoundError.
     """
     level = LEVELS[check_choice(activations, "activations", LEVELS)]
     qtensors = {} if qtensors is None else dict(check_kind(qtensors, "qtensors", Mapping))
-    layers = linears_in(check_model(model))
+    _check_fits(check_model(model), qtensors)
+    path, verify = check_path(path), check_flag(verify, "verify")
+    if activations == "int8" and not qtensors:
+        raise ValueError('activations="int8" is of MatMulNBits, which stands where a layer has codes: pass qtensors')
+    graph = _exported(model)
+    _put_codes(graph, qtensors, level)
+    return write_onnx(path, graph, partial(_check, model, qtensors, level) if verify else None)
+
+
+def _check_fits(model, qtensors: dict) -> None:
+    layers = linear_layers(model) | {n: m for n, m in embedding_layers(model).items() if is_linear(m)}  # a head
     for name, q in qtensors.items():
         if name not in layers:
             raise ValueError(f"the model has no linear layer {name!r}; linear_layers(model) lists them")
         nbits_group(q)
-        if q.shape != weight_of(layers[name]).shape:
-            raise ValueError(f"{name} is {tuple(weight_of(layers[name]).shape)}, its codes are {tuple(q.shape)}")
-    graph = _exported(model)
-    _put_codes(graph, qtensors, level)
-    return write_onnx(path, graph, _check(model, qtensors, level) if check_flag(verify, "verify") else None)
+        check_codes_fit(name, q, weight_of(layers[name]))
 
 
 class _Logits(nn.Module):
@@ -68,12 +77,16 @@ def _exported(model):
     most = min(longest_context(model), 2**31)
     sizes = {"ids": {0: torch.export.Dim("batch", max=1024), 1: torch.export.Dim("tokens", max=most)}}
     ids = torch.zeros(2, 8, dtype=torch.int64, device=device_of(model))
-    with evaluating(model), torch.no_grad(), _quiet():
-        program = torch.onnx.export(
-            _Logits(model).eval(), (ids,), dynamo=True, dynamic_shapes=sizes, input_names=["ids"],
-            output_names=["logits"], verbose=False,
-        )  # fmt: skip
-    return program.model_proto
+    names = {"input_names": ["ids"], "output_names": ["logits"]}
+    try:
+        with evaluating(model), torch.no_grad(), _quiet():
+            logits = _Logits(model).eval()
+            return torch.onnx.export(
+                logits, (ids,), dynamo=True, dynamic_shapes=sizes, verbose=False, **names
+            ).model_proto
+    except torch.onnx.OnnxExporterError as error:
+        why = str(error.__cause__ or error).partition("\n")[0]
+        raise ValueError(f"torch.onnx.export cannot write this {type(model).__name__}: {why}") from error
 
 
 @contextmanager
@@ -131,18 +144,8 @@ def _drop_unused(graph) -> None:
         graph.initializer.remove(constant)
 
 
-def _check(model, qtensors: dict[str, QTensor], level: int) -> Callable[[Path], None]:
+def _check(model, qtensors: dict[str, QTensor], level: int, path: Path) -> None:
     """ONNX Runtime's logits beside those of a copy of the model with the weights that the codes stand for."""
-    ids = torch.arange(12)[None] % model.config.vocab_size
-
-    def check(path: Path) -> None:
-        got = torch.from_numpy(onnx_session(path)(ids.numpy()))
-        meant = copy.deepcopy(model)
-        for name, q in qtensors.items():
-            put_weight(meant.get_submodule(name), q.dequantize())
-        with torch.no_grad(), evaluating(meant):
-            logits = meant(ids, use_cache=False).logits.float()
-        share = TOLERANCE if level == 1 or not qtensors else 0.5
-        check_close(got, logits, share * logits.abs().max().item())
-
-    return check
+    ids = some_ids(model)
+    got, meant = torch.from_numpy(onnx_session(path)(ids.numpy())), meant_logits(model, qtensors, ids)
+    check_close(got, meant, (TOLERANCE if level == 1 else 0.5) * meant.abs().max().item(), ENGINE)

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantlab.arguments import check_flag, check_path
+from quantlab.arguments import check_file, check_flag
 from quantlab.export.engines import engine
+from quantlab.packing import unpack
 
 _QUIET = 3  # of ONNX Runtime's log: errors alone
 
@@ -20,7 +21,7 @@ def onnx_session(path, *, optimize: bool = True) -> Callable[[np.ndarray], np.nd
     optimize=False runs the graph operator by operator, as it is written.
     Raises: FileNotFoundError, ModuleNotFoundError; what ONNX Runtime says of a file that is none.
     """
-    session = _session(_file(path), check_flag(optimize, "optimize"))
+    session = _session(check_file(path), check_flag(optimize, "optimize"))
     name = session.get_inputs()[0].name
     return lambda x: session.run(None, {name: x})[0]
 
@@ -32,7 +33,7 @@ def fused(path) -> list[str]:
     among the operators computes in floats, whatever Q/DQ nodes stand around it.
     Raises: FileNotFoundError, ModuleNotFoundError.
     """
-    path, onnx = _file(path), engine("onnx")
+    path, onnx = check_file(path), engine("onnx")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "optimized.onnx"
         _session(path, True, out)
@@ -45,7 +46,7 @@ def codes_in(path) -> Tensor:
     Raises: FileNotFoundError, ModuleNotFoundError; ValueError if no node of the file has a weight of codes.
     """
     onnx = engine("onnx")
-    graph = onnx.load(_file(path)).graph
+    graph = onnx.load(check_file(path)).graph
     held = {t.name: t for t in graph.initializer}
     for node in graph.node:
         if node.op_type == "MatMulNBits":
@@ -64,16 +65,9 @@ def _array(constant) -> Tensor:
 
 def _nbits_codes(node, blocks: np.ndarray) -> Tensor:
     about = {a.name: a.i for a in node.attribute}
-    raw = torch.from_numpy(blocks.copy()).reshape(about["N"], -1)
-    codes = torch.stack([raw & 15, raw >> 4], -1).flatten(1) if about["bits"] == 4 else raw
-    return codes[:, : about["K"]].int()
-
-
-def _file(path) -> Path:
-    path = check_path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    return path
+    raw = torch.from_numpy(blocks.copy())
+    codes = unpack(raw, bits=about["bits"], count=raw.numel() * 8 // about["bits"])
+    return codes.view(about["N"], -1)[:, : about["K"]].int()
 
 
 def _session(path: Path, optimize: bool, out: Path | None = None):

@@ -1,6 +1,7 @@
 """OpenVINO on the ONNX files of quantlab.export: run, seen as the engine rewrote them, and with NNCF's own codes.
 
-OpenVINO rounds activations to int8 in front of weights of 4 or 8 bits, unless it is told not to.
+In front of weights of 4 or 8 bits OpenVINO rounds activations to int8 on some processors, unless it is told not to: it
+did on one with AVX512-VNNI, and did not on one with AVX2 alone.
 """
 
 import tempfile
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from quantlab.arguments import check_choice, check_flag, check_int, check_path
+from quantlab.arguments import check_choice, check_file, check_flag, check_int, check_path
 from quantlab.export.engines import engine
 
 MODES = ("INT8_ASYM", "INT8_SYM", "INT4_ASYM", "INT4_SYM", "NF4")
@@ -18,7 +19,8 @@ MODES = ("INT8_ASYM", "INT8_SYM", "INT4_ASYM", "INT4_SYM", "NF4")
 def openvino_session(path, *, float_activations: bool = False) -> Callable[[np.ndarray], np.ndarray]:
     """An ONNX file (or OpenVINO's .xml) as a function of its one input, run by OpenVINO on one thread of the CPU.
 
-    float_activations: tell OpenVINO not to round activations in front of weights of 4 or 8 bits (it does by default).
+    float_activations: tell OpenVINO not to round activations in front of weights of 4 or 8 bits, as it does by itself
+    on some processors.
     Raises: FileNotFoundError, ModuleNotFoundError; what OpenVINO says of a file that is none.
     """
     compiled = _compiled(path, check_flag(float_activations, "float_activations"))
@@ -47,7 +49,7 @@ def save_nncf(path, out, *, mode: str = "INT8_ASYM", group_size: int | None = No
     Raises: ValueError if a group_size comes with 8 bits, or out does not end in .xml; FileNotFoundError;
     ModuleNotFoundError if NNCF is not installed (it is none of quantlab's deploy set: 200 MB).
     """
-    mode, out, source = check_choice(mode, "mode", MODES), check_path(out, "out"), _file(path)
+    mode, out, source = check_choice(mode, "mode", MODES), check_path(out, "out"), check_file(path)
     if mode.startswith("INT8") and group_size is not None:
         raise ValueError(f"{mode} has one scale a row: group_size must be None, got {group_size}")
     if out.suffix != ".xml":
@@ -74,15 +76,8 @@ def _save(ov, model, out: Path) -> int:
 
 
 def _compiled(path, float_activations: bool):
-    path, ov = _file(path), engine("openvino")
+    path, ov = check_file(path), engine("openvino")
     settings = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
     if float_activations:
         settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
     return ov.Core().compile_model(str(path), "CPU", settings)
-
-
-def _file(path) -> Path:
-    path = check_path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    return path

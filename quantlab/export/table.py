@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantlab.arguments import check_function, check_kind, check_list, check_real
+from quantlab.arguments import check_file, check_function, check_int, check_kind, check_list, check_real, kind
 from quantlab.files import read_json
 
 DATA = Path(__file__).resolve().parent.parent.parent / "data"
@@ -44,6 +44,7 @@ HEAD = f"{'engine':16} {'form':34} {'bytes':>10}  {'apart':>8}  {'speed':>6}"
 def cpu_seconds(*calls: Callable, rounds: int = 5) -> list[float]:
     """The least CPU time of each call, after one that warms up; they take turns, so that a busy machine hits all."""
     best = [float("inf")] * len(calls)
+    rounds = check_int(rounds, "rounds", 1, 10_000)
     for call in calls:
         check_function(call, "a call", "nothing")()
     for _ in range(rounds):
@@ -55,30 +56,43 @@ def cpu_seconds(*calls: Callable, rounds: int = 5) -> list[float]:
 
 
 def relative(got: np.ndarray | Tensor, wanted: Tensor) -> float:
-    """‖got - wanted‖ / ‖wanted‖.
+    """‖got - wanted‖ / ‖wanted‖. Raises: ValueError if got is no array of reals of wanted's shape, or wanted is 0.
 
     >>> relative(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 3.0])) < 0.24
     True
     """
+    got = check_real(torch.from_numpy(got) if isinstance(got, np.ndarray) else got, "got").detach().double()
     wanted = check_real(wanted, "wanted").detach().double()
-    return ((torch.as_tensor(np.asarray(got)).double() - wanted).norm() / wanted.norm()).item()
+    if got.shape != wanted.shape or not wanted.any():
+        raise ValueError(f"got {tuple(got.shape)} and wanted {tuple(wanted.shape)} must be alike, and wanted not 0")
+    return ((got - wanted).norm() / wanted.norm()).item()
 
 
 def measure(engine: str, form: str, path, run: Callable, x: Tensor, y: Tensor, in_float: Callable) -> Row:
-    """A row of the table: a file's bytes, its answer to x beside y, its time for one token beside in_float's."""
-    one = x[:1].numpy()
+    """A row of the table: a file's bytes, its answer to x beside y, its time for one token beside in_float's.
+
+    run, in_float: functions of an array (tokens, in), as onnx_session gives. x (tokens, in), y (tokens, out).
+    Raises: FileNotFoundError if there is no file, ValueError if x or y is no matrix, or the answer is not as y is.
+    """
+    engine, form = check_kind(engine, "engine", str), check_kind(form, "form", str)
+    run, in_float = check_function(run, "run", "an array"), check_function(in_float, "in_float", "an array")
+    size, given = check_file(path).stat().st_size, check_real(x).detach()
+    if given.ndim != 2 or check_real(y, "y").ndim != 2 or len(y) != len(x):
+        raise ValueError(f"x and y must be (tokens, in) and (tokens, out), got {kind(x)} and {kind(y)}")
+    one, apart = given[:1].numpy(), relative(run(given.numpy()), y)
     fast, slow = cpu_seconds(lambda: run(one), lambda: in_float(one))
-    return Row(engine, form, Path(path).stat().st_size, relative(run(x.numpy()), y), slow / fast)
+    return Row(engine, form, size, apart, slow / fast)
 
 
-def stored_rows(engine: str, key: str = "layer") -> list[Row]:
+def stored_rows(engine: str) -> list[Row]:
     """The rows of an engine that were measured once, with their date and processor. None: an empty list."""
+    check_kind(engine, "engine", str)
     found = []
     for file in (STORED, WALKED):
         if file.is_file():
-            kept = read_json(file, {"date": str, "processor": str, key: list})
+            kept = read_json(file, {"date": str, "processor": str, "layer": list})
             when = f"stored: {kept['date']}, {kept['processor']}"
-            found += [Row(*row, when) for row in kept[key] if row[0] == engine]
+            found += [Row(*row, when) for row in kept["layer"] if row[0] == engine]
     return found
 
 

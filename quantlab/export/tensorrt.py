@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from quantlab.arguments import check_path
+from quantlab.arguments import check_file
 from quantlab.export.engines import engine
 from quantlab.export.onnx_run import onnx_session
 
@@ -29,10 +29,7 @@ def tensorrt_refusals(path) -> list[str]:
     for weights alone.
     Raises: FileNotFoundError if there is no file, ModuleNotFoundError if onnx is not installed.
     """
-    path, onnx = check_path(path), engine("onnx")
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    graph = onnx.load(path).graph
+    graph = engine("onnx").load(check_file(path)).graph
     held = {t.name: t for t in graph.initializer}
     said = []
     for node in graph.node:

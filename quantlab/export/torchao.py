@@ -11,7 +11,7 @@ from quantlab.arguments import check_choice, check_flag, check_int, check_kind, 
 from quantlab.blocks import PerAxis, PerGroup
 from quantlab.export.engines import engine
 from quantlab.granularity import QTensor, code_range
-from quantlab.modules import check_linear, linears_in, weight_of
+from quantlab.modules import check_codes_fit, check_linear, linears_in, weight_of
 
 __all__ = ["from_torchao", "quantized_by_torchao", "to_torchao", "torchao_model"]
 
@@ -104,8 +104,7 @@ def torchao_model(model, qtensors: Mapping, *, activations: str = "float"):
     for name, q in check_kind(qtensors, "qtensors", Mapping, "the report of quantize_lm has").items():
         if not isinstance(layers.get(name), nn.Linear):
             raise ValueError(f"the model has no nn.Linear {name!r}; linear_layers(model) lists its layers")
-        if check_kind(q, name, QTensor).shape != layers[name].weight.shape:
-            raise ValueError(f"{name} is {tuple(layers[name].weight.shape)}, its codes are {tuple(q.shape)}")
+        check_codes_fit(name, check_kind(q, name, QTensor), layers[name].weight)
         layers[name].weight = nn.Parameter(to_torchao(q, activations=activations), requires_grad=False)
     return new
 

@@ -1,7 +1,8 @@
 """A quantized model as a folder that loads by itself: configuration, tokenizer, and one file of packed weights."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -37,15 +38,8 @@ def save_quantized(folder, model, qtensors: Mapping | None = None, tokenizer=Non
 
     Raises: ValueError if a layer of qtensors does not exist or holds other weights, or if the folder holds other files.
     """
-    folder, stored = check_path(folder, "folder").resolve(), _stored(check_model(model), qtensors)
-    if folder == Path.cwd():
-        raise ValueError(
-            f"{folder} is where this program runs, and a folder is replaced as a whole; name one inside it"
-        )
-    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if (there and WEIGHTS not in there) or folder.is_file():
-        raise ValueError(f"{folder} exists and holds no quantized model; nothing was written")
-    with new_folder(folder) as new:
+    folder, stored = check_path(folder, "folder"), _stored(check_model(model), qtensors)
+    with own_folder(folder, "quantized model", lambda path: (path / WEIGHTS).is_file()) as new:
         _config_of(model).save_pretrained(new)
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(new)
@@ -53,10 +47,30 @@ def save_quantized(folder, model, qtensors: Mapping | None = None, tokenizer=Non
             check_kind(tokenizer, "tokenizer", PreTrainedTokenizerBase, "load_lm gives")
             tokenizer.save_pretrained(new)
         size = save_tensors(new / WEIGHTS, stored)
+    return size
+
+
+@contextmanager
+def own_folder(folder: Path, what: str, ours: Callable[[Path], bool]) -> Iterator[Path]:
+    """An empty folder to fill, which then takes the place of `folder`, if all that lies there is of our own writing.
+
+    what it should hold, in a word; ours(folder): whether it does. Raises: ValueError that names the folder if it does
+    not, if files lie there that are not written anew (a tokenizer's aside), or this program runs in it. Nothing is
+    changed then.
+    """
+    folder = folder.resolve()
+    if folder == Path.cwd():
+        raise ValueError(
+            f"{folder} is where this program runs, and a folder is replaced as a whole; name one inside it"
+        )
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if folder.is_file() or (there and not ours(folder)):
+        raise ValueError(f"{folder} exists and holds no {what}; nothing was written")
+    with new_folder(folder) as new:
+        yield new
         foreign = sorted(there - {path.name for path in new.iterdir()} - TOKENIZER_FILES)
         if foreign:
             raise ValueError(f"{folder} also holds {', '.join(foreign)}; nothing was written")
-    return size
 
 
 def load_quantized(folder, *, packed: bool = False):
@@ -115,8 +129,7 @@ def _stored(model, qtensors: Mapping | None) -> dict:
     """What goes into the file: the quantized weights by layer name, everything else by its own."""
     if qtensors is not None:
         check_kind(qtensors, "qtensors", Mapping, "the report of quantize_lm has")
-    if online := next((name for name, m in model.named_modules() if isinstance(m, OnlineHadamard)), None):
-        raise ValueError(f"{online} turns activations, which no configuration says; rotate(online=False) can be saved")
+    check_not_online(model)
     own, layers = _own_tensors(model), packed_layers(model)
     _check_layers(model, qtensors or {})
     quantized = dict(qtensors or {}) | {name: layer.q for name, layer in layers.items()}
@@ -124,6 +137,12 @@ def _stored(model, qtensors: Mapping | None) -> dict:
         raise ValueError("there is no quantized layer to save; pass the qtensors of quantize_weights or of the report")
     weights = {f"{name}.weight" for name in quantized}
     return {**quantized, **{name: smallest_exact(t) for name, t in own.items() if name not in weights}}
+
+
+def check_not_online(model) -> None:
+    """ValueError if the model turns activations while it runs: a folder that loads by itself cannot say so."""
+    if online := next((name for name, m in model.named_modules() if isinstance(m, OnlineHadamard)), None):
+        raise ValueError(f"{online} turns activations, which no configuration says; rotate(online=False) can be saved")
 
 
 def _own_tensors(model) -> dict[str, Tensor]:

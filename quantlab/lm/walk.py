@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from quantlab.arguments import check_flag, check_function, check_model, kind
+from quantlab.arguments import check_flag, check_function, check_kind, check_model, kind
 from quantlab.hessian import Hessian
 from quantlab.lm.blocks import Arguments, advance, block_inputs, input_hessians
 from quantlab.lm.checkpoint import Checkpoint, open_checkpoint
 from quantlab.lm.integers import replace_block
-from quantlab.lm.layers import activation_scales, blocks_of, float_layers
+from quantlab.lm.layers import activation_scales, blocks_of, embedding_layers, float_layers, linear_layers
 from quantlab.lm.measuring import checked_windows
 from quantlab.lm.report import LayerReport, QuantizeReport, left_in_float, model_bytes
 from quantlab.methods import IntegerMethod, Method, SmoothQuant, WeightMethod, method_of, plain
-from quantlab.modules import linears_in, put_weight, weight_of
+from quantlab.modules import check_codes_fit, linears_in, put_weight, weight_of
 from quantlab.outliers import smooth
 from quantlab.quantized import Quantized
 
@@ -78,6 +78,23 @@ def quantize_weights(model, quantizer: Callable[[Tensor], Quantized]) -> tuple[n
             raise ValueError(f"quantizer must return what has dequantize() and nbytes, got {kind(q)}")
         put_weight(layer, qtensors[name].dequantize())
     return new, qtensors
+
+
+def with_codes(model, codes: Mapping[str, Quantized]) -> tuple[nn.Module, dict[str, Quantized]]:
+    """A copy of the model that holds these quantized weights, of linear layers and embeddings by name; and they.
+
+    Raises: ValueError if the model has no such layer, or one of another shape.
+    """
+    new = copy.deepcopy(check_model(model))
+    embeddings, layers = embedding_layers(new), linear_layers(new)
+    for name, q in check_kind(codes, "codes", Mapping, "a recipe gives").items():
+        if name not in embeddings and name not in layers:
+            raise ValueError(f"the model has no linear layer {name!r}, nor an embedding of that name")
+        weight = embeddings[name].weight.data if name in embeddings else weight_of(layers[name])
+        values = q.dequantize()
+        check_codes_fit(name, values, weight)
+        weight.copy_(values)
+    return new, dict(codes)
 
 
 def _checked(model, tokens: Tensor | None, window: int, reads: bool) -> tuple[int, Tensor]:
