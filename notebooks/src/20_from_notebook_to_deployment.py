@@ -531,8 +531,8 @@ from importlib.metadata import PackageNotFoundError, distribution
 import quantlab.export
 
 sources = Path(quantlab.export.__file__).parent
-onnx_files = ("onnx_models.py", "onnx_graphs.py", "onnx_run.py")
-folders = ("checkpoints.py", "checkpoint_layouts.py", "checkpoint_words.py")
+onnx_files = ("onnx_models.py", "onnx_graphs.py", "onnx_run.py", "parts.py")
+folders = ("checkpoints.py", "checkpoint_layouts.py", "checkpoint_words.py", "parts.py")
 needs = {"ONNX Runtime": (("onnx", "onnxruntime", "onnxscript"), onnx_files),
          "OpenVINO": (("onnx", "onnxscript", "openvino"), (*onnx_files, "openvino.py")),
          "compressed-tensors": (("compressed-tensors",), folders),
