@@ -18,12 +18,21 @@ WRONG = {
 }
 
 
+ENGINE = {"20.2": "onnxruntime", "20.4": "onnxruntime"}  # what an exercise cannot be judged without
+
+
+def skip_without_engine(name):
+    if name in ENGINE:
+        pytest.importorskip(ENGINE[name], reason=f"{ENGINE[name]} is not here: pip install -e .[deploy]")
+
+
 def stub(*_args):
     raise NotImplementedError
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_solution_passes(name):
+    skip_without_engine(name)
     exercise = checks.find(name)
     assert checks.judge(exercise, exercise.solution).startswith("passed")
 
@@ -39,6 +48,7 @@ def test_the_stub_is_not_attempted(name, answer):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_wrong_answers_get_a_message_that_fits(name):
+    skip_without_engine(name)
     wrong = WRONG[name]
     assert len(wrong) >= 3
     for answer, message in wrong:

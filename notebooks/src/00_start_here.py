@@ -436,7 +436,7 @@ from quantlab.progress import progress
 
 progress()
 # %% [markdown]
-# Linked notebooks are there (✓); the others are being written.
+# All notebooks are there (✓):
 #
 # | notebook | about |
 # |---|---|
@@ -464,7 +464,7 @@ progress()
 # | [17 Rotations](17_rotations.ipynb) ✓ | turn the basis, and the outliers are gone |
 # | [18 The cache of keys and values](18_kv_cache.ipynb) ✓ | quantize the memory of the text |
 # | [19 llama.cpp's files](19_llama_cpp_files.ipynb) ✓ | what Q4_K_M means, and the file that runs |
-# | 20 From notebook to deployment | files and engines, compared |
+# | [20 From notebook to deployment](20_from_notebook_to_deployment.ipynb) ✓ | files and engines, compared |
 # | [21 Bug hunt](21_bug_hunt.ipynb) ✓ | programs that look right |
 # | [22 Capstone: fit the budget](22_capstone.ipynb) ✓ | the best model in so many bytes |
 # %% [markdown]
@@ -496,6 +496,8 @@ progress()
 # | KL divergence | KL 散度 | how far a prediction is from another |
 # | nat | 奈特 | a bit is log 2 = 0.69 of them; KL is counted in nats |
 # | rtn | | round to nearest, the plainest method |
+# | deployment | 部署 | to run a model where it is used |
+# | engine | 推理引擎 | a program that runs models, from files of its own |
 # %% [markdown]
 # ### Another model
 # `QUANTLAB_MODEL=... python run.py lab` runs all notebooks on another causal language model. It is

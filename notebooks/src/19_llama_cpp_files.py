@@ -514,4 +514,4 @@ check("19.5", my_search)
 # - Importance weights a search for scales; most of what it gains in the simple types is the search.
 # - Codes of GPTQ fit into the simplest blocks; llama.cpp runs them, and rounds activations too.
 #
-# Next: [21 Bug hunt](21_bug_hunt.ipynb), in which you catch such claims yourself.
+# Next: [20 From notebook to deployment](20_from_notebook_to_deployment.ipynb), the same for all other engines.

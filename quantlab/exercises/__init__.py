@@ -22,5 +22,6 @@ CHAPTERS = {
     "17": "rotations",
     "18": "kv",
     "19": "llamacpp",
+    "20": "deployment",
     "22": "capstone",
 }
