@@ -26,8 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 PYTHON = ROOT / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-# Python compiles a module when it first imports it; compiling all 16,000 of them here would take another minute.
-PIP = [PYTHON, "-m", "pip", "install", "--no-compile", *([] if sys.stdout.isatty() else ["--quiet"])]
+PIP = [PYTHON, "-m", "pip", "install", *([] if sys.stdout.isatty() else ["--quiet"])]
 EXTRAS = "test,peers,deploy,site" if os.environ.get("QUANTLAB_PEERS") == "1" else "test"
 SMOLLM2 = os.environ.get("QUANTLAB_SMOLLM2") != "0"
 # What the same machine computes with when it plays others: other kernels add in another order, so last digits differ.
