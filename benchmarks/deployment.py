@@ -196,19 +196,19 @@ def torch_rows(linear, x: Tensor) -> Iterator[Row]:
         q = quantize_codebook(linear.weight, nf4_levels(), block_size=64)
         layer = to_bitsandbytes(q, bias=linear.bias)
         assert torch.equal(from_bitsandbytes(layer).codes, q.codes), "bitsandbytes: other codes came back"
-        yield torch_row("bitsandbytes", "NF4, blocks of 64", q, layer, linear, x)
+        yield torch_row("bitsandbytes", "NF4, blocks of 64", q.nbytes, q, layer, linear, x)
     for name, bits, how in (("int8 rows", 8, PerAxis(0)), ("4 bits, groups of 32", 4, PerGroup(32))):
         if engine_here("torchao"):
             q = quantize_tensor(linear.weight, bits=bits, granularity=how)
             weight = to_torchao(q)
             assert torch.equal(from_torchao(weight).codes, q.codes), "torchao: other codes came back"
-            yield torch_row("torchao", name, q, lambda x, w=weight: F.linear(x, w, linear.bias), linear, x)
+            nbytes = sum(getattr(weight, part).nbytes for part in weight.__tensor_flatten__()[0])
+            yield torch_row("torchao", name, nbytes, q, lambda x, w=weight: F.linear(x, w, linear.bias), linear, x)
 
 
-def torch_row(engine: str, form: str, q, run: Callable, linear, x: Tensor) -> Row:
+def torch_row(engine: str, form: str, nbytes: int, q, run: Callable, linear, x: Tensor) -> Row:
     fast, slow = cpu_seconds(lambda: run(x[:1]), lambda: linear(x[:1]))
-    packed = quantize_tensor(linear.weight, bits=8, granularity=PerAxis(0)) if engine == "torchao" else q  # a byte each
-    return Row(engine, form, packed.nbytes, relative(run(x), F.linear(x, q.dequantize(), linear.bias)), slow / fast)
+    return Row(engine, form, nbytes, relative(run(x), F.linear(x, q.dequantize(), linear.bias)), slow / fast)
 
 
 # The bundled model
