@@ -222,7 +222,7 @@ from quantlab.mixed import greedy, knapsack
 
 greedy(costs, sizes, 30)
 # %% [markdown]
-# The small layer's step gains 2.0 for one byte; the large layer's gains 9.0 for ten, 0.9 each. So the small one is
+# The small layer's step gains 2.0 for one byte; the large layer's gains 10 − 1 = 9 for ten. So the small one is
 # taken, and then one byte is missing for the step that mattered. Greedy never takes anything back.
 #
 # ### Exact

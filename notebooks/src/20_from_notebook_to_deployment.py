@@ -120,7 +120,7 @@ if runs:
 # %% [markdown]
 # `apart` is the distance from our answer with the same codes, relative to its size: here from exact integers, from
 # section 5 on from x times the dequantized weight. `speed` is float's time over this one's, for one token on one
-# thread. (It moves from run to run, sometimes by a third: 1.7 and 1.9 are alike.) The answer is right and the layer
+# thread. (It moves from run to run, sometimes by a third.) The answer is right and the layer
 # is slow. `fused` lists the operators that the engine runs in place of ours: a **float Gemm**, and in front of it the
 # weight is turned into floats again, in each call.
 #
