@@ -1,6 +1,9 @@
 """ONNX files: codes come back, the engines' answers are the exact integers', bad input is refused, nothing is half."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -245,7 +248,7 @@ def with_large_bias(row: int) -> StaticInt8Linear:
 
 def test_a_large_bias_fits_a_float_and_answers_are_computed_for_verify_alone(tmp_path, monkeypatch):
     save_onnx_int8(with_large_bias(5), tmp_path / "layer.onnx", form="Gemm", verify=True)
-    monkeypatch.setattr(ours, "_inputs", None)  # neither inputs nor answers are made
+    monkeypatch.setattr(ours, "some_inputs", None)  # neither inputs nor answers are made
     save_onnx_int8(layer(), tmp_path / "layer.onnx")
     save_onnx_weights(groups(), tmp_path / "layer.onnx")
 
@@ -360,6 +363,22 @@ def test_openvino_may_round_activations_and_does_not_where_it_is_told_not_to(for
     assert (exact - y).norm() < 1e-4 * y.norm()
     assert (rounded - y).norm() < 2e-2 * y.norm()
     assert any("FullyConnected" in kind or "MatMul" in kind for kind, _ in openvino_graph(tmp_path / "layer.onnx"))
+
+
+@needs("openvino")
+def test_an_answer_of_openvino_that_lacks_rows_is_refused(tmp_path):
+    """oneDNN without AVX2 gives none and no error; a later OpenVINO may give all of them."""
+    q = groups()
+    save_onnx_weights(q, tmp_path / "layer.onnx", form="MatMul")
+    program = (
+        "import sys, numpy as np; from quantlab.export.openvino import openvino_session\n"
+        "run, x = openvino_session(sys.argv[1], float_activations=True), np.ones((5, int(sys.argv[2])), np.float32)\n"
+        "try:\n    print(len(run(x)), 'rows')\nexcept RuntimeError as error:\n    print(error)"
+    )
+    command = [sys.executable, "-c", program, tmp_path / "layer.onnx", str(q.shape[1])]
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "SSE41"}
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert said.startswith(("5 rows", "OpenVINO answers 5 rows of x with (0,"))
 
 
 @needs("nncf")

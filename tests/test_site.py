@@ -150,11 +150,14 @@ def live_film(page, number: int = 0):
     return film
 
 
-def measured(film, rounds: int = 3) -> dict:
-    """From event to changed pixels, and an empty frame: the quickest of some rounds, as other work may come between."""
+def measured(film, rounds: int = 3) -> list[dict]:
+    """From event to changed pixels, and an empty frame; several rounds, as other work may come between."""
     found = [film.evaluate(STEPS) for _ in range(rounds)]
-    every = [{**steps, "times": [time for time in steps["times"] if time is not None]} for steps in found]
-    return min(every, key=lambda steps: np.percentile(steps["times"], 95))
+    return [{**steps, "times": [time for time in steps["times"] if time is not None]} for steps in found]
+
+
+def quickest(rounds: list[dict]) -> dict:
+    return min(rounds, key=lambda steps: np.percentile(steps["times"], 95))
 
 
 def assert_soon(times: list[float], empty: list[float]) -> None:
@@ -200,9 +203,9 @@ def test_play_sweeps_until_something_else_is_touched(small, opened):
 
 @pytest.mark.browser
 def test_every_step_is_shown_soon(small, opened):
-    steps = measured(live_film(opened(small, "chapters/01_small.html")))
-    assert len(steps["times"]) == 24
-    assert_soon(**steps)
+    rounds = measured(live_film(opened(small, "chapters/01_small.html")))
+    assert [len(steps["times"]) for steps in rounds] == [24, 24, 24]
+    assert_soon(**quickest(rounds))
 
 
 @pytest.mark.browser
@@ -288,7 +291,7 @@ def test_three_chapters_of_the_built_site(stem, opened):
         pytest.skip("it was built without this chapter")
     page = opened(folder, f"chapters/{stem}.html")
     for number in range(page.locator(".film").count()):
-        steps = measured(live_film(page, number))  # of these states some have the same picture
+        steps = quickest(measured(live_film(page, number)))  # of these states some have the same picture
         median, p95, empty, late = (np.percentile(steps[k], q) for k in ("times", "empty") for q in (50, 95))
         print(f"{stem}, film {number + 1}: {len(steps['times'])} of 24 steps with another picture, median {median:.0f}")
         print(f"    ms, 95% within {p95:.0f} ms; an empty frame {empty:.0f} and {late:.0f} ms")

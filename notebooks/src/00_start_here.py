@@ -263,7 +263,8 @@ print(
 assert chances[0.5][0] > chances[1.0][0]
 guess.reveal("the likeliest")
 # %% [markdown]
-# Now the real model. **Predict first**, then drag:
+# Now the real model. Beside the sliders of every such picture, *play* moves the one that you moved last once through
+# its values, and *reset* puts all of them back. **Predict first**, then drag:
 # 1. Towards 0: what happens to the largest bar? And at 0?
 # 2. Does any bar ever overtake another?
 # 3. From which temperature on will the story stop making sense?

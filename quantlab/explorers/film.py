@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from quantlab.explorers.base import Explorer
-from quantlab.explorers.data import thinned
+from quantlab.explorers.data import states, thinned
 from quantlab.explorers.playing import stops_of
 from quantlab.files import write_whole
 
@@ -111,8 +111,7 @@ def grid(explorer: Explorer, most: int = MOST) -> list[dict]:
     counts = {name: len(found) for name, found in stops.items()}
     while math.prod(counts.values()) > most:
         counts[max(counts, key=counts.get)] -= 1
-    some = [thinned(stops[name], counts[name], explorer.controls[name].value) for name in stops]
-    return [dict(zip(stops, values, strict=True)) for values in itertools.product(*some)]
+    return states(**{n: thinned(stops[n], counts[n], explorer.controls[n].value) for n in stops})
 
 
 class _Reel:

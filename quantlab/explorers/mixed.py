@@ -121,7 +121,7 @@ class _Picture:
         right.set(xlim=(first - room, last + room), xlabel="kB of the linear layers")
         right.set(yscale="log", ylabel="predicted KL, nats")
         right.legend(loc="upper right", fontsize="small")
-        fig.subplots_adjust(left=0.17, right=0.98, top=0.92, bottom=0.15, wspace=0.26)
+        fig.subplots_adjust(left=0.17, right=0.98, top=0.92, bottom=0.22, wspace=0.26)
         self.moving = [self.bits, *self.digits.values(), self.here]
 
     def show(self, found: Allocation) -> None:
@@ -173,10 +173,10 @@ def _draw_table(ax: Axes, costs: dict):
     table = _table({name: widths[0] for name in costs})
     picture = ax.imshow(table, aspect="auto", interpolation="nearest", **colours)
     kinds, _ = _rows_and_columns(_places(costs))
-    ax.set(title="bits of each layer, by block", yticks=range(len(kinds)), xticks=[])
+    ax.set(title="bits of each layer", xlabel="block", yticks=range(len(kinds)), xticks=[])
     ax.set_yticklabels(kinds, fontsize="small")
-    keys = [Patch(color=shade, label=str(b)) for shade, b in zip(shades, widths, strict=True)]
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.07), "ncols": len(keys)}
+    keys = [Patch(facecolor=shade, edgecolor="0.6", label=f"{b} bits") for shade, b in zip(shades, widths, strict=True)]
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": len(keys)}
     ax.legend(handles=keys, fontsize="small", frameon=False, columnspacing=1, handlelength=1, **place)
     return picture
 

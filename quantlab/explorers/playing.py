@@ -68,10 +68,12 @@ class Player:
 
     def _step(self) -> None:
         self.timer = asyncio.get_running_loop().call_later(PACE, self._step)
-        self.busy = True
         self.past.append(self.to_come.pop(0))
-        self.played.value = self.past[-1]
-        self.busy = False
+        self.busy = True
+        try:
+            self.played.value = self.past[-1]
+        finally:
+            self.busy = False
         if not self.to_come:
             self.stop()
 

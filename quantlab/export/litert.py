@@ -12,8 +12,8 @@ from quantlab.affine import QParams, dequantize, quantize
 from quantlab.arguments import check_flag, check_int, check_kind, check_path, check_real
 from quantlab.blocks import PerAxis, PerGroup
 from quantlab.export.litert_graph import Graph
-from quantlab.export.litert_run import check_layer, litert_session, some_inputs, weight_codes
-from quantlab.export.parts import float_bias, half_scales, int32_bias
+from quantlab.export.litert_run import check_layer, litert_session, weight_codes
+from quantlab.export.parts import float_bias, half_scales, int32_bias, some_inputs
 from quantlab.granularity import QTensor, quantize_tensor
 from quantlab.linear import StaticInt8Linear
 from quantlab.packing import pack

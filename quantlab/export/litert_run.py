@@ -59,11 +59,6 @@ def weight_codes(path) -> Tensor:
     return raw.view(torch.int8).reshape(shape)
 
 
-def some_inputs(tokens: int, columns: int, spread: float) -> Tensor:
-    """(tokens, columns) from -spread to spread, the same each time."""
-    return torch.linspace(-9, 11, tokens * columns).sin().view(tokens, columns) * spread
-
-
 def check_layer(path: Path, codes: Tensor, x: Tensor, y: Tensor, allowed: float) -> None:
     """ValueError unless a file holds these codes (out, in), and LiteRT answers x by y, as far apart as is allowed."""
     check_same_codes(weight_codes(path), codes)

@@ -19,10 +19,11 @@ from quantlab.export.onnx_graphs import (
     layer_model,
     nbits_constants,
     nbits_group,
+    product,
     write_onnx,
 )
 from quantlab.export.onnx_run import codes_in, fused, onnx_session
-from quantlab.export.parts import float_bias, int32_bias
+from quantlab.export.parts import float_bias, int32_bias, some_inputs
 from quantlab.granularity import QTensor
 from quantlab.linear import StaticInt8Linear, int_linear
 from quantlab.modules import as_linear, check_linear, weight_of
@@ -41,7 +42,7 @@ def save_onnx_float(linear: nn.Linear, path) -> int:
     linear = as_linear(check_linear(linear))
     w = weight_of(linear).float()
     constants = {"w_grid": w.contiguous().numpy(), "b": float_bias(linear.bias, len(w)).numpy()}
-    return write_onnx(path, layer_model(_product("Gemm", "x"), constants, tuple(w.shape)))
+    return write_onnx(path, layer_model(product("Gemm", "x"), constants, tuple(w.shape)))
 
 
 def save_onnx_int8(
@@ -77,7 +78,7 @@ def save_onnx_int8(
         nodes += [("DequantizeLinear", ["b_codes", "b_scale"], "b", {"axis": 0})]
     else:
         constants |= {"b": bias.numpy()}
-    model = layer_model(nodes + _product(form, "x_grid"), constants, tuple(layer.codes.shape))
+    model = layer_model(nodes + product(form, "x_grid"), constants, tuple(layer.codes.shape))
     slack = step.max().item() / 2 if form == "Gemm, int32 bias" else 0.0
     return write_onnx(path, model, partial(_check_int8, layer, signed, slack) if verify else None)
 
@@ -120,19 +121,19 @@ def save_onnx_weights(
         constants = nbits_constants(q)
     else:
         about = {"axis": int(form == "Gemm"), "block_size": group}
-        nodes = [("DequantizeLinear", ["w", "w_scale", "w_zero"], "w_grid", about), *_product(form, "x")]
+        nodes = [("DequantizeLinear", ["w", "w_scale", "w_zero"], "w_grid", about), *product(form, "x")]
         constants = blocked_constants(q, turned=form == "MatMul")
     model = layer_model(nodes, constants | {"b": bias.numpy()}, q.shape)
     return write_onnx(path, model, partial(_check_weights, q, bias, level) if verify else None)
 
 
 def _check_int8(layer: StaticInt8Linear, signed: bool, slack: float, path: Path) -> None:
-    x = _inputs(layer.in_features, 20 * _input_map(layer, signed)[0].item())
+    x = some_inputs(16, layer.in_features, 20 * _input_map(layer, signed)[0].item())
     check_layer(path, layer.codes, x, expected_int8(layer, x, signed=signed), slack)
 
 
 def _check_weights(q: QTensor, bias: Tensor, level: int, path: Path) -> None:
-    x = _inputs(q.shape[1], 1.0)
+    x = some_inputs(16, q.shape[1], 1.0)
     y = None if level == 4 else x @ q.dequantize().float().T + bias
     check_layer(path, q.codes.int() - q.qparams.qmin, x, y)
 
@@ -146,14 +147,3 @@ def _input_map(layer: StaticInt8Linear, signed: bool) -> tuple[Tensor, Tensor]:
     if not signed:
         return scale, zero
     return scale * torch.maximum(zero, 255 - zero) / 127, torch.zeros_like(zero)
-
-
-def _product(form: str, x: str) -> list[tuple]:
-    """y = x Wᵀ + b. Gemm turns W (out, in) itself; for MatMul it is written turned."""
-    if form == "MatMul":
-        return [("MatMul", [x, "w_grid"], "xw", {}), ("Add", ["xw", "b"], "y", {})]
-    return [("Gemm", [x, "w_grid", "b"], "y", {"transB": 1})]
-
-
-def _inputs(size: int, spread: float) -> Tensor:
-    return spread * torch.randn(16, size, generator=torch.Generator().manual_seed(0))

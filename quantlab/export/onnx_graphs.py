@@ -19,8 +19,6 @@ from quantlab.packing import pack
 
 OPSET, IR = 21, 10  # the first with blocks in DequantizeLinear and with UINT4; engines of 2024 read them
 LIMIT = 2**31 - 1  # bytes of one protobuf message
-
-
 ENGINE = "ONNX Runtime"
 
 
@@ -34,6 +32,13 @@ def check_layer(path: Path, codes: Tensor, x: Tensor, y: Tensor | None, slack: f
     got = torch.from_numpy(onnx_session(path, optimize=False)(x.numpy()))
     if y is not None:
         check_close(got, y, slack + 1e-4 * y.abs().max().item(), ENGINE)
+
+
+def product(form: str, x: str) -> list[tuple]:
+    """The nodes of y = x Wᵀ + b. Gemm turns W (out, in) itself; for MatMul it is written turned."""
+    if form == "MatMul":
+        return [("MatMul", [x, "w_grid"], "xw", {}), ("Add", ["xw", "b"], "y", {})]
+    return [("Gemm", [x, "w_grid", "b"], "y", {"transB": 1})]
 
 
 def layer_model(nodes: list[tuple], constants: Mapping, shape: tuple[int, int]):

@@ -80,10 +80,8 @@ def _exported(model):
     names = {"input_names": ["ids"], "output_names": ["logits"]}
     try:
         with evaluating(model), torch.no_grad(), _quiet():
-            logits = _Logits(model).eval()
-            return torch.onnx.export(
-                logits, (ids,), dynamo=True, dynamic_shapes=sizes, verbose=False, **names
-            ).model_proto
+            how = {"dynamo": True, "dynamic_shapes": sizes, "verbose": False}
+            return torch.onnx.export(_Logits(model).eval(), (ids,), **how, **names).model_proto
     except torch.onnx.OnnxExporterError as error:
         why = str(error.__cause__ or error).partition("\n")[0]
         raise ValueError(f"torch.onnx.export cannot write this {type(model).__name__}: {why}") from error

@@ -54,6 +54,11 @@ def check_close(got: Tensor, meant: Tensor, allowed: float, engine: str) -> None
         raise ValueError(f"{engine}'s answer is {apart:.2e} off, {allowed:.2e} was allowed; nothing was saved")
 
 
+def some_inputs(tokens: int, columns: int, spread: float) -> Tensor:
+    """Normal values (tokens, columns) of this standard deviation, the same each time."""
+    return spread * torch.randn(tokens, columns, generator=torch.Generator().manual_seed(0))
+
+
 def some_ids(model) -> Tensor:
     """Twelve tokens (1, 12) that the model knows, the same each time."""
     return torch.arange(12)[None] % model.config.vocab_size
