@@ -17,6 +17,7 @@ NOTEBOOKS = sorted(Path(os.environ.get("QUANTLAB_NOTEBOOKS", labs.ROOT / "notebo
 FIRST = "01_scale_and_zero_point.ipynb"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 SLOWEST = 30  # seconds in which the slowest slider must have changed what is shown
+AT_REST = 1.0  # seconds after which the picture is the finer one that an explorer draws at rest
 
 
 def code_cells(notebook: dict) -> list[dict]:
@@ -66,12 +67,12 @@ def shown(explorer) -> Shown:
 
 
 def shown_next(notebook, explorer, before: Shown) -> Shown:
-    """What is shown once it is no longer `before` and half a second has passed without work; or `before`."""
+    """What is shown once it is no longer `before` and a second has passed without work; or `before`."""
     now, deadline, quiet = before, time.monotonic() + SLOWEST, None
     while now == before and time.monotonic() < deadline:
         notebook.page.wait_for_timeout(50)
         now = shown(explorer)
-    while quiet is None or time.monotonic() - quiet < 0.5:
+    while quiet is None or time.monotonic() - quiet < AT_REST:
         last, now = now, shown(explorer)
         if quiet is None or now != last or not notebook.idle():
             quiet = time.monotonic()

@@ -1,11 +1,14 @@
-"""The buttons "play" and "reset" of an explorer, and the pictures that it keeps."""
+"""The buttons "play" and "reset" of an explorer, the pictures that it keeps, and those that it draws at rest."""
 
 import asyncio
+import io
 import math
 
 import ipywidgets as widgets
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageChops
 
 from quantlab.explorers import base, explore_angle, explore_clipping, playing
 
@@ -109,3 +112,68 @@ def test_pictures_kept_are_bounded(monkeypatch):
     for angle in (20, 30, 40, 20):
         explorer.controls["angle"].value = angle
     assert len(drawn) == 4
+
+
+def rested(make) -> tuple[Image.Image, Image.Image]:
+    """The picture while something moves, and the one that stands where nothing has moved for a while."""
+
+    async def wait():
+        explorer = make()
+        image = next(w for w in explorer.view.children if isinstance(w, widgets.Image))
+        moving = image.value
+        await asyncio.sleep(3 * playing.REST)
+        return explorer, moving, image.value
+
+    explorer, moving, still = asyncio.run(wait())
+    assert explorer.picture() == moving  # what is filmed, and stored in a notebook
+    return tuple(Image.open(io.BytesIO(png)) for png in (moving, still))
+
+
+def apart(*pictures) -> float:
+    """From afar, where the edges of letters and lines do not count."""
+    return np.asarray(
+        ImageChops.difference(*(p.convert("RGB").resize((105, 42), Image.Resampling.BOX) for p in pictures))
+    ).mean()
+
+
+def bell():
+    return explore_clipping(torch.randn(5000, generator=torch.Generator().manual_seed(0)))
+
+
+def moved():
+    explorer = explore_angle(10, 1)
+    explorer.controls["bits"].index = 0
+    return explorer
+
+
+@pytest.mark.parametrize("make", [bell, moved], ids=["64", "all"])
+def test_a_picture_at_rest_is_the_same_one_with_twice_the_pixels(make, monkeypatch):
+    monkeypatch.setattr(playing, "REST", 0.05)
+    moving, still = rested(make)
+    assert still.size == (2 * moving.width, 2 * moving.height)
+    assert apart(moving, still) < 2  # of 255
+    assert apart(moving, still.transpose(Image.Transpose.FLIP_LEFT_RIGHT)) > 5  # as would be seen
+
+
+def test_while_a_control_moves_nothing_is_drawn_twice_as_fine(monkeypatch):
+    monkeypatch.setattr(playing, "REST", 0.2)
+    sizes = []
+
+    async def keep_moving():
+        explorer = explore_angle(10, 1)
+        image = next(w for w in explorer.view.children if isinstance(w, widgets.Image))
+        image.observe(lambda change: sizes.append(len(change.new)), names="value")
+        for angle in range(-45, 45, 10):
+            explorer.controls["angle"].value = angle
+            await asyncio.sleep(0.02)
+        sizes.append("end")
+        await asyncio.sleep(0.8)
+
+    asyncio.run(keep_moving())
+    assert len(sizes[sizes.index("end") + 1 :]) == 1  # and once it is at rest, once
+    assert max(sizes[: sizes.index("end")]) < sizes[-1]
+
+
+def test_without_a_loop_a_picture_stays_as_it_is():
+    explorer = moved()
+    assert Image.open(io.BytesIO(explorer.view.children[1].value)).width == 840

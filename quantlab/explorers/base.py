@@ -1,7 +1,7 @@
 """What every explorer is made of: controls, a figure that is drawn once, and a line of numbers.
 
-A moved slider redraws only the artists that changed (blitting). The picture is a plain image, so it also stands in a
-notebook that has no kernel.
+A moved slider redraws only the artists that changed (blitting). Once it rests, the picture is drawn again with twice
+the pixels, for dense screens. It is a plain image, so it also stands in a notebook that has no kernel.
 """
 
 import base64
@@ -10,7 +10,8 @@ import html
 import io
 import textwrap
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ipywidgets as widgets
@@ -20,9 +21,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from quantlab.explorers.playing import Player, reset_button
+from quantlab.explorers.playing import Player, Rest, reset_button
 
 KEPT = 200  # pictures of an explorer that are kept, of some 20 kB
+FINE = 2  # pixels of a picture at rest for each pixel of one that moves, in each direction
 # Callbacks may come on a second thread, and matplotlib's font cache is one for the whole process.
 DRAWING = threading.RLock()
 
@@ -74,20 +76,34 @@ def with_caption(png: bytes, text: str) -> bytes:
 
 
 class Canvas:
-    """A private figure on Agg: everything still is drawn once, the moving artists again for each picture."""
+    """A private figure on Agg: everything still is drawn once, the moving artists again for each picture.
 
-    def __init__(self, fig: Figure, moving: list, few_colours: bool):
-        self.fig, self.moving, self.canvas, self.palette = fig, moving, FigureCanvasAgg(fig), None
+    fineness: pixels for each pixel of the figure, in each direction. Several canvases can share a figure.
+    """
+
+    def __init__(self, fig: Figure, moving: list, palette: Image.Image | None = None, fineness: int = 1):
+        self.fig, self.moving, self.palette, self.dpi = fig, moving, palette, fineness * fig.dpi
+        self.canvas = FigureCanvasAgg(fig)
         for artist in moving:
             artist.set_animated(True)
-        with DRAWING:
+        with self._in_use():
             self.canvas.draw()
             self.still = self.canvas.copy_from_bbox(fig.bbox)
-        if few_colours:  # lines and bars: 64 colours are enough, and a fifth of the time to encode
-            self.palette = _with_white(self.picture().quantize(64))
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """The figure is drawn by this canvas, at its fineness."""
+        with DRAWING:
+            dpi = self.fig.dpi
+            self.fig.set_canvas(self.canvas)
+            self.fig.set_dpi(self.dpi)
+            try:
+                yield
+            finally:
+                self.fig.set_dpi(dpi)
 
     def picture(self) -> Image.Image:
-        with DRAWING:
+        with self._in_use():
             self.canvas.restore_region(self.still)
             for artist in self.moving:
                 self.fig.draw_artist(artist)
@@ -115,7 +131,10 @@ def bind(
 ) -> Explorer:  # fmt: skip
     """Bind controls to a figure: update(**values) moves the artists and returns the line of numbers (or more lines)."""
     update(**_values(controls))  # the colours of a first picture
-    canvas, text = Canvas(ax.figure, moving, few_colours), [""]
+    canvas, png, text = Canvas(ax.figure, moving), [b""], [""]
+    if few_colours:  # lines and bars: 64 colours are enough, and a fifth of the time to encode
+        canvas.palette = _with_white(canvas.picture().quantize(64))
+    fine = functools.cache(lambda: Canvas(ax.figure, moving, canvas.palette, FINE))
     width = f"{ax.figure.bbox.width:.0f}px"  # wider it would blur
     image, line = widgets.Image(format="png", layout={"width": width, "max_width": "100%"}), widgets.HTML()
 
@@ -127,15 +146,20 @@ def bind(
     def draw(_change=None) -> None:
         values = _values(controls)
         text[0] = update(**values)
-        image.value = picture_at(*values.values())
+        png[0] = image.value = picture_at(*values.values())
+        rest.begin()
         line.value = f'<div style="white-space: pre-wrap; line-height: 1.4">{html.escape(text[0])}</div>'
 
+    def sharpen() -> None:
+        image.value = fine().png()
+
+    rest = Rest(sharpen)
     for control in controls.values():
         control.observe(draw, names="value")
     draw()
     buttons = Player(controls).button, reset_button(controls)
     row = widgets.HBox([*controls.values(), *buttons], layout={"flex_flow": "row wrap"})
-    shown = (lambda: image.value), (lambda: text[0])
+    shown = (lambda: png[0]), (lambda: text[0])
     return Explorer(View([row, image, line], *shown), controls, ax, shown[1], shown[0], filmed)
 
 

@@ -1,7 +1,9 @@
-"""What plays with an explorer's controls: the values at which each can stand, "play" and "reset"."""
+"""What plays with an explorer's controls: where each can stand, "play", "reset", and what follows once they rest."""
 
 import asyncio
 import math
+from collections.abc import Callable
+from contextlib import suppress
 
 import ipywidgets as widgets
 
@@ -9,6 +11,7 @@ from quantlab.explorers.data import thinned
 
 PACE = 0.15  # seconds between the steps of "play"
 STEPS = 60  # of one round, at most
+REST = 0.4  # seconds without a move after which a control is at rest
 
 
 def stops_of(control: widgets.Widget) -> list:
@@ -90,6 +93,20 @@ class Player:
         if change.owner is not self.played or not isinstance(change.new, float):
             return False
         return any(math.isclose(change.new, value, abs_tol=1e-9) for value in self.past[-3:])
+
+
+class Rest:
+    """Acts once nothing has moved for a while, where a loop runs that can wait, as in a kernel."""
+
+    def __init__(self, act: Callable[[], None]):
+        self.act, self.timer = act, None
+
+    def begin(self) -> None:
+        """What moved may be at rest from now on."""
+        if self.timer:
+            self.timer.cancel()
+        with suppress(RuntimeError):  # no loop: a script, a test
+            self.timer = asyncio.get_running_loop().call_later(REST, self.act)
 
 
 def _button(text: str) -> widgets.Button:
