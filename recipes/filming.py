@@ -60,7 +60,7 @@ def make(source: Path) -> Path:
     if notebook.cells:
         first = nbformat.v4.new_code_cell(FIRST_CELL.format(folder=str(target)))
         notebook.cells = [first, *notebook.cells]
-        _run_apart(notebook)
+        run_apart(notebook)
     _check(target, sum(map(shows_explorer, notebook.cells)))
     (target / DONE).write_text("")
     return target
@@ -85,7 +85,7 @@ def _check(folder: Path, explorers: int) -> None:
         )
 
 
-def _run_apart(notebook) -> None:
+def run_apart(notebook) -> None:
     """Run it where what its cells write is nobody's."""
     with tempfile.TemporaryDirectory() as root:
         shutil.copytree(ROOT / "data", Path(root) / "data")

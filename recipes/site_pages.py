@@ -89,8 +89,8 @@ def film_html(stem: Path, address: str, section: str) -> str:
     width, height = index["size"]
     alt = html.escape(f"Explorer: {section}. Controls: {names}. Its numbers stand below the picture.", quote=True)
     return (
-        f'<div class="film" data-film="{address}"><img src="{address}.webp" alt="{alt}" width="{width}" '
-        f'height="{height}" loading="lazy"><p class="numbers">{html.escape(text)}</p>'
+        f'<div class="film" data-film="{address}"><div class="frame"><img src="{address}.webp" alt="{alt}" '
+        f'width="{width}" height="{height}" loading="lazy"></div><p class="numbers">{html.escape(text)}</p>'
         '<p class="static-only">The sliders need JavaScript.</p></div>'
     )
 

@@ -213,6 +213,12 @@ def test_what_stands_on_the_page(small, opened):
     page = opened(small, "chapters/01_small.html", width=360)
     live_film(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    frame = page.locator(".film .frame").first  # in which the picture moves sideways, by finger and by key
+    widths = frame.evaluate("f => [f.clientWidth, f.scrollWidth, f.querySelector('canvas').clientWidth]")
+    assert widths[0] <= 360 < 600 <= widths[1] == widths[2]
+    frame.focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("() => document.querySelector('.film .frame').scrollLeft > 0")
     assert page.locator("img:not([alt]), img[alt='']").count() == 0
     assert page.locator("math").count() == 1
     assert "python run.py lab" in page.locator("article").inner_text()

@@ -40,8 +40,7 @@ class Film {
       image.replaceWith(this.canvas);
       this.box.prepend(row);
       this.box.classList.add("live");
-      this.keepRoom();
-      new ResizeObserver(() => this.keepRoom()).observe(this.canvas);
+      new ResizeObserver(() => this.resized()).observe(this.canvas.parentElement);
     });
   }
 
@@ -147,6 +146,14 @@ class Film {
     this.stop();
     this.place = [...this.start];
     this.show();
+  }
+
+  // On a narrow screen the picture is wider than its frame, which keys, too, can then move.
+  resized() {
+    const frame = this.canvas.parentElement;
+    if (frame.scrollWidth > frame.clientWidth) frame.tabIndex = 0;
+    else frame.removeAttribute("tabindex");
+    this.keepRoom();
   }
 
   // As much room as the longest text needs, so that nothing below moves.
