@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantlab.arguments import check_int, check_kind, check_number, check_path
 from quantlab.files import write_whole
-from quantlab.lm import QuantizeReport, divergence, model_bytes, perplexity
+from quantlab.lm import QuantizeReport, model_bytes, perplexity_and_divergence
 from quantlab.lm.measuring import checked_windows
 from quantlab.lm.report import left_in_float, left_in_float_note
 
@@ -72,7 +72,7 @@ def measure(
         seconds, calibration_tokens = report.seconds, report.calibration_tokens
     seconds = seconds if seconds is None else check_number(seconds, "seconds", low=0)
     read = calibration_tokens if calibration_tokens is None else check_int(calibration_tokens, "calibration_tokens", 0)
-    p, d = perplexity(model, tokens, window=window), divergence(reference, model, tokens, window=window)
+    p, d = perplexity_and_divergence(reference, model, tokens, window=window)
     size = report.nbytes if report else model_bytes(model, qtensors)
     return Row(
         method=method,

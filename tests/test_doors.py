@@ -272,6 +272,9 @@ def good_calls(folder: Path) -> dict:
         "capture_inputs": (lm.capture_inputs, {"model": model(), **reads, "layers": [layer]}),
         "perplexity": (lm.perplexity, {"model": model(), **reads, "stride": 8}),
         "divergence": (lm.divergence, {"reference": model(), "model": new, **reads, "stride": 8}),
+        "perplexity_and_divergence": (
+            lm.perplexity_and_divergence, {"reference": model(), "model": new, **reads, "stride": 8}
+        ),
         "quantize_lm": (lm.quantize_lm, {"model": model(), **reads, "method": "rtn", "progress": False}),
         "quantize_weights": (lm.quantize_weights, {"model": model(), "quantizer": rows}),
         "model_bytes": (lm.model_bytes, {"model": new, "qtensors": report.qtensors}),
@@ -496,7 +499,7 @@ def sound(result, depth: int = 0) -> bool:
 RIGHT = {("round_to", "x", "NaN"): "NaN stays NaN, says its docstring"}
 RIGHT |= {
     (door, "window", "2**40"): "one window has no spread"
-    for door in ("perplexity", "divergence", "measure", "sensitivity")
+    for door in ("perplexity", "divergence", "perplexity_and_divergence", "measure", "sensitivity")
 }
 RIGHT |= {("packed forward", "x", kind): "as nn.Linear" for kind in ("NaN", "inf", "3e38", "1e300")}
 RIGHT |= {("hadamard_transform", "x", "3e38"): "sums beyond float32, as in the product with the matrix"}

@@ -228,6 +228,20 @@ def test_divergence_of_a_model_from_itself_and_by_hand():
     assert d.top1 == pytest.approx((p.argmax(-1) == q.argmax(-1)).float().mean().item())
 
 
+@pytest.mark.parametrize("stride", [None, 7])
+def test_perplexity_and_divergence_of_one_reading_are_those_of_two(stride):
+    model, tokens, read = random_model("llama"), random_tokens(60), []
+    other, _ = lm.quantize_lm(model, tokens, bits=3, window=20, progress=False)
+    two = (
+        lm.perplexity(other, tokens, window=20, stride=stride),
+        lm.divergence(model, other, tokens, window=20, stride=stride),
+    )
+    for one in (model, other):
+        one.register_forward_pre_hook(lambda m, _: read.append(m))
+    assert lm.perplexity_and_divergence(model, other, tokens, window=20, stride=stride) == two
+    assert read.count(model) == read.count(other)
+
+
 @pytest.mark.parametrize(
     ("tokens", "options", "message"),
     [

@@ -10,7 +10,16 @@ from quantlab.lm.layers import (
     linear_layers,
 )
 from quantlab.lm.loading import chosen_model, load_lm, real_lm
-from quantlab.lm.measuring import Divergence, Perplexity, answer, budget, divergence, generate, perplexity
+from quantlab.lm.measuring import (
+    Divergence,
+    Perplexity,
+    answer,
+    budget,
+    divergence,
+    generate,
+    perplexity,
+    perplexity_and_divergence,
+)
 from quantlab.lm.report import LayerReport, QuantizeReport, model_bytes
 from quantlab.lm.saving import load_quantized, save_quantized
 from quantlab.lm.texts import DATA, SEPARATOR, begin_token, load_text, read_documents, token_stream
@@ -42,6 +51,7 @@ __all__ = [
     "longest_context",
     "model_bytes",
     "perplexity",
+    "perplexity_and_divergence",
     "quantize_lm",
     "quantize_weights",
     "read_documents",

@@ -53,13 +53,24 @@ def perplexity(model, tokens: Tensor, *, window: int = 512, stride: int | None =
     Shapes: tokens (n,), one stream. Raises: ValueError if n < 2, window < 2, or not 1 <= stride <= window.
     """
     window, stride = checked_windows(model, tokens, window, stride)
-    sums, counts = [], []
-    for ids, scored in _windows(model, tokens, window, stride):
-        with torch.no_grad(), evaluating(model):
-            logits = model(ids.to(model.device), use_cache=False).logits[:, :-1].float().cpu()
-        nll = _negative_log_likelihood(logits.flatten(0, 1), ids[:, 1:].flatten()).view_as(scored)
-        sums += (nll * scored).sum(1).double().tolist()
-        counts += scored.sum(1).tolist()
+    read = _windows(model, tokens, window, stride)
+    return _perplexity(model, [_surprise(_logits(model, ids), ids, scored) for ids, scored in read])
+
+
+def _logits(model, ids: Tensor) -> Tensor:
+    """Of all tokens of each window but the last, which nothing follows."""
+    with torch.no_grad(), evaluating(model):
+        return model(ids.to(model.device), use_cache=False).logits[:, :-1].float().cpu()
+
+
+def _surprise(logits: Tensor, ids: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each window: the nats of its tokens that count, and how many these are."""
+    nll = _negative_log_likelihood(logits.flatten(0, 1), ids[:, 1:].flatten()).view_as(scored)
+    return (nll * scored).sum(1), scored.sum(1)
+
+
+def _perplexity(model, read: list[tuple]) -> Perplexity:
+    sums, counts = (torch.cat(parts).double().tolist() for parts in zip(*read, strict=True))
     mean, stderr = _ratio(sums, counts)
     if math.isnan(mean):
         check_finite(model)
@@ -80,18 +91,39 @@ def divergence(reference, model, tokens: Tensor, *, window: int = 512, stride: i
     Unlike a difference of perplexities it cannot cancel out, and its error bar is far smaller: both
     models read the same text.
     """
+    read = _read_by_both(reference, model, tokens, window, stride)
+    return _divergence([_distance(p, q, scored) for p, q, _, scored in read])
+
+
+def perplexity_and_divergence(
+    reference, model, tokens: Tensor, *, window: int = 512, stride: int | None = None
+) -> tuple[Perplexity, Divergence]:
+    """perplexity(model) and divergence(reference, model); each model reads the text once."""
+    surprises, distances = [], []
+    for p, q, ids, scored in _read_by_both(reference, model, tokens, window, stride):
+        surprises.append(_surprise(q, ids, scored))
+        distances.append(_distance(p, q, scored))
+    return _perplexity(model, surprises), _divergence(distances)
+
+
+def _read_by_both(reference, model, tokens: Tensor, window: int, stride: int | None) -> Iterator[tuple]:
+    """The logits of both, the tokens, and which of them count, of some windows at a time."""
     window, stride = checked_windows(model, tokens, window, stride)
     window, stride = checked_windows(reference, tokens, window, stride)
-    sums, counts, agreed = [], [], 0.0
     for ids, scored in _windows(reference, tokens, window, stride):
-        with torch.no_grad(), evaluating(reference), evaluating(model):
-            p, q = (m(ids.to(m.device), use_cache=False).logits[:, :-1].float().cpu() for m in (reference, model))
-        kl = torch.cat([kl_per_position(*some) for some in zip(p.split(64, 1), q.split(64, 1), strict=True)], dim=1)
-        sums += (kl * scored).sum(1).double().tolist()
-        counts += scored.sum(1).tolist()
-        agreed += ((p.argmax(-1) == q.argmax(-1)) * scored).sum().item()
+        yield _logits(reference, ids), _logits(model, ids), ids, scored
+
+
+def _distance(p: Tensor, q: Tensor, scored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each window: the KL of its positions that count, how many these are, and at how many both say the same."""
+    kl = torch.cat([kl_per_position(*some) for some in zip(p.split(64, 1), q.split(64, 1), strict=True)], dim=1)
+    return (kl * scored).sum(1), scored.sum(1), ((p.argmax(-1) == q.argmax(-1)) * scored).sum(1)
+
+
+def _divergence(read: list[tuple]) -> Divergence:
+    sums, counts, agreed = (torch.cat(parts).double().tolist() for parts in zip(*read, strict=True))
     mean, stderr = _ratio(sums, counts)
-    return Divergence(mean, stderr, agreed / sum(counts), int(sum(counts)))
+    return Divergence(mean, stderr, sum(agreed) / sum(counts), int(sum(counts)))
 
 
 SMALL = 8e6  # parameters: on models up to here the workbook reads all the tokens that its text speaks of
