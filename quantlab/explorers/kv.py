@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import ipywidgets as widgets
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from torch import Tensor
 
@@ -62,48 +63,68 @@ def explore_cache(query: Tensor, keys: Tensor, kl: Mapping, *, recent: int = 32)
     """
     query, keys = check_real(query, "query").detach().float(), check_real(keys, "keys").detach().float()
     options = [sorted({setting[i] for setting in kl}, reverse=i < 2) for i in range(3)]
+    starts = (("key bits", -1), ("value bits", 0), ("first in float", 0))
     controls = {
         name: widgets.SelectionSlider(options=choices, value=choices[start], description=name)
-        for (name, start), choices in zip(
-            (("key bits", -1), ("value bits", 0), ("first in float", 0)), options, strict=True
-        )
+        for (name, start), choices in zip(starts, options, strict=True)
     }
     for control in controls.values():
         control.style.description_width = "initial"
-    fig, (left, right) = figure(columns=2, height=3.4, gridspec_kw={"width_ratios": [5, 3]})
-    fig.subplots_adjust(left=0.08, right=0.98, top=0.9, bottom=0.15, wspace=0.22)
     before = _attention(query, keys)
-    (line,) = left.plot(before.numpy(), color=QUANTIZED, linewidth=1.2, label="keys in few bits", zorder=3)
-    left.plot(before.numpy(), color=FLOAT, linewidth=3, label="in float")
-    left.set(yscale="log", ylim=(1e-5, 1.5), xlabel="token looked at", ylabel="attention of the last token")
-    left.legend(fontsize="small", loc="upper center", ncols=2)
-    table = right.imshow(
-        _table(kl, options, options[2][0]), cmap="Blues", aspect="auto", norm=_norm(kl), interpolation="nearest"
-    )
-    right.set(xlabel="value bits", ylabel="key bits", title="KL to the float cache")
-    right.set(xticks=range(len(options[1])), xticklabels=options[1])
-    right.set(yticks=range(len(options[0])), yticklabels=options[0])
-    places = [(r, c) for r in range(len(options[0])) for c in range(len(options[1]))]
-    digits = {place: right.text(*place[::-1], "", ha="center", va="center", fontsize="x-small") for place in places}
-    ring = draw_ring(right, markersize=26)
+    picture = _CachePicture(before, kl, options)
 
     def update(**values) -> str:
         key_bits, value_bits, sinks = values.values()
         after = _attention(query, _stored(keys, key_bits, recent, sinks))
-        line.set_ydata(after.numpy())
-        cells = _table(kl, options, sinks)
-        table.set_data(cells)
-        for (r, c), digit in digits.items():
-            digit.set_text(f"{cells[r, c]:.2g}" if np.isfinite(cells[r, c]) else "")
-            digit.set_color("white" if table.norm(max(cells[r, c], table.norm.vmin)) > 0.6 else "black")
-        ring.set_data([options[1].index(value_bits)], [options[0].index(key_bits)])
+        picture.show(after, key_bits, value_bits, sinks)
         moved = (after - before).abs().sum().item() / 2
         return (
             f"keys {key_bits} bits, values {value_bits} bits, {sinks} first tokens in float: {moved:.1%} of this row's "
             f"attention goes elsewhere,  KL {kl[key_bits, value_bits, sinks]:.4f} (measured on the whole model)"
         )
 
-    return bind(controls, left, [table, *digits.values(), ring, line], update, few_colours=False)
+    return bind(controls, picture.ax, picture.moving, update, few_colours=False)
+
+
+class _CachePicture:
+    """Left, the attention of one token before and after; right, the KL of every pair of bits."""
+
+    def __init__(self, before: Tensor, kl: Mapping, options: list):
+        fig, (self.ax, right) = figure(columns=2, height=3.4, gridspec_kw={"width_ratios": [5, 3]})
+        fig.subplots_adjust(left=0.08, right=0.98, top=0.9, bottom=0.15, wspace=0.22)
+        self.kl, self.options = kl, options
+        self.line = _draw_attention(self.ax, before)
+        self.table, self.digits = _draw_kl(right, kl, options)
+        self.ring = draw_ring(right, markersize=26)
+        self.moving = [self.table, *self.digits.values(), self.ring, self.line]
+
+    def show(self, after: Tensor, key_bits: int, value_bits: int, sinks: int) -> None:
+        self.line.set_ydata(after.numpy())
+        cells, norm = _table(self.kl, self.options, sinks), self.table.norm
+        self.table.set_data(cells)
+        for (r, c), digit in self.digits.items():
+            digit.set_text(f"{cells[r, c]:.2g}" if np.isfinite(cells[r, c]) else "")
+            digit.set_color("white" if norm(max(cells[r, c], norm.vmin)) > 0.6 else "black")
+        self.ring.set_data([self.options[1].index(value_bits)], [self.options[0].index(key_bits)])
+
+
+def _draw_attention(ax: Axes, before: Tensor):
+    """The row in float, and the line that moves over it."""
+    (line,) = ax.plot(before.numpy(), color=QUANTIZED, linewidth=1.2, label="keys in few bits", zorder=3)
+    ax.plot(before.numpy(), color=FLOAT, linewidth=3, label="in float")
+    ax.set(yscale="log", ylim=(1e-5, 1.5), xlabel="token looked at", ylabel="attention of the last token")
+    ax.legend(fontsize="small", loc="upper center", ncols=2)
+    return line
+
+
+def _draw_kl(ax: Axes, kl: Mapping, options: list) -> tuple:
+    """The heat map over key bits and value bits, and a text for each cell."""
+    cells, (rows, columns, _) = _table(kl, options, options[2][0]), options
+    table = ax.imshow(cells, cmap="Blues", aspect="auto", norm=_norm(kl), interpolation="nearest")
+    ax.set(xlabel="value bits", ylabel="key bits", title="KL to the float cache")
+    ax.set(xticks=range(len(columns)), xticklabels=columns, yticks=range(len(rows)), yticklabels=rows)
+    style = {"ha": "center", "va": "center", "fontsize": "x-small"}
+    return table, {(r, c): ax.text(c, r, "", **style) for r in range(len(rows)) for c in range(len(columns))}
 
 
 def _chunks(x: Tensor, name: str) -> Tensor:
