@@ -2,8 +2,8 @@
 # # 19 llama.cpp's files: what Q4_K_M means
 # *60 minutes, of which the computer needs about two. You need notebooks 01, 03 and 10.*
 #
-# Most people who run a language model at home run a file named like `model-Q4_K_M.gguf`: llama.cpp reads
-# it, and what is built on llama.cpp, Ollama and LM Studio among others. At the end of this notebook you can
+# If you run a language model at home, its file may well be named like `model-Q4_K_M.gguf`: llama.cpp reads it, and so
+# do programs built on llama.cpp, such as Ollama and LM Studio. At the end of this notebook you can
 #
 # - open such a file with five lines of Python, and decode a block of weights by hand;
 # - say what each letter of Q4_K_M means, and how many bits a weight really takes;
@@ -20,9 +20,9 @@
 #    H = 2XᵀX/n; it makes the error of the output small, not that of the weights.</details>
 #
 # ## 1. What broke
-# Only this workbook can read the folders we stored models in. The world shares models in files like the one
-# that SmolLM2 comes in. What is in it? (Without that package, the bundled model is written in the same
-# format.)
+# Only this workbook can read the folders we stored models in. The world shares models in files like the one in
+# SmolLM2's package (notebook 16). What is in it? (If you have not installed that package, the bundled model is
+# written in the same format.)
 # %% tags=["nbval-ignore-output"]
 import tempfile
 from pathlib import Path
@@ -41,8 +41,8 @@ if not path.is_file():
     save_gguf(*load_lm(str(DATA / "model")), path, mix="Q4_1")
 # %% [markdown]
 # ## 2. By hand: the head of a file
-# A GGUF file begins with four letters, a version, and two counts: tensors, and keys of what is known of the
-# model.
+# A GGUF file begins with four letters, a version, and two counts: of its tensors, and of the keys under which it says
+# what is known of the model.
 # %%
 import struct
 
@@ -51,7 +51,7 @@ with open(path, "rb") as file:
 magic, version
 # %% [markdown]
 # Each key has a name (its length, then its letters), the number of its type, and its value; after the keys
-# comes a table of tensors, then their bytes. That is the whole format. The library reads it in a hundred
+# comes a table of tensors, then their bytes. That is the whole format. The library reads it in some 120
 # lines (`quantlab/export/gguf_file.py`):
 # %% tags=["nbval-ignore-output"]
 file = read_gguf(path)
@@ -61,12 +61,12 @@ dict(list(shown.items())[:6])
 # %% [markdown]
 # The tokenizer is among the keys as well, and the chat template: one file is enough to run the model.
 #
-# Tensors have names of llama.cpp's own, and *types* of their own: a table (the embedding) in one, matrices
-# in another, vectors in float32. We go to the first matrix of type Q4_1 and read its first 20 bytes.
+# The tensors have llama.cpp's names, and each has a *type*: here the embedding has one, the matrices have another,
+# and vectors are float32. We go to the first matrix of type Q4_1 and read its first 20 bytes.
 #
 # ## 3. By hand: one block
-# **Q4_1** stores 32 weights side by side in a row as a *block*: a float16 scale, a float16 least value, and
-# 32 codes of 4 bits, two a byte. Low four bits hold weights 0 to 15, high four bits 16 to 31:
+# **Q4_1** stores 32 neighbours of a row as a *block*: a float16 scale d, a float16 least value m, and 32 codes q of
+# 4 bits, two in a byte. The low four bits hold weights 0 to 15, the high four bits 16 to 31:
 #
 # $$\hat w_i = d\,q_i + m$$
 #
@@ -78,7 +78,7 @@ bits_of_q4_1 = predict("True bits per weight of Q4_1", ["4", "4.5", "5", "6"])
 # %% [markdown]
 # ### Exercise 19.1: decode a block (about 6 minutes)
 # `block` holds the 20 bytes as a uint8 tensor. Return the 32 weights. (`block[:4].view(torch.float16)`
-# takes four bytes for two float16.)
+# reads four bytes as two float16.)
 # %% tags=["exercise"]
 def my_decode(block):
     raise NotImplementedError
@@ -97,15 +97,15 @@ values = d * codes + m
 assert torch.equal(values, matrix.dequantize()[0, :32])
 print(bits_of_q4_1.reveal(f"{20 * 8 / 32:g}"))
 # %% [markdown]
-# Five bits for a file that says 4: two float16 numbers for 32 weights are a whole bit each.
+# Five bits where the name says 4: two float16 numbers for 32 weights are a whole bit a weight.
 #
 # ### Myth: "the K in Q4_K means k-means"
-# One reads it in forums. If a type chose its levels by k-means, they would lie unevenly, as NF4's do. The
-# types named *_K come in section 5, so we will look at the distances between their levels there.
+# One reads it in forums. If a type chose its levels by k-means, they would lie unevenly, as NF4's do. The types
+# whose names have a K come in section 5; there we look at the distances between their levels.
 #
 # ## 4. Q4_0: an uneven fifteen
-# **Q4_0** saves the least value: a scale and codes around zero, 18 bytes for 32 weights. Codes −8 to 7 have
-# one step more below zero than above. llama.cpp uses it: the value of the largest magnitude, *with its
+# **Q4_0** does without the least value: a scale, and codes around zero, 18 bytes for 32 weights. Codes −8 to 7 have
+# fifteen steps, one more below zero than above. llama.cpp uses it: the value of the largest magnitude, *with its
 # sign*, is laid on −8; so the scale may be negative.
 #
 # ### Exercise 19.2: Q4_0 (about 8 minutes)
@@ -116,8 +116,8 @@ def my_q4_0(x):
 # %%
 check("19.2", my_q4_0)
 # %% [markdown]
-# Now a layer of the model that this workbook runs on. (The format is for Llamas whose rows 256 divides; on
-# another model this notebook takes the bundled one.)
+# Now a layer of the model that this workbook runs on. (What follows needs a Llama whose rows 256 divides; if yours is
+# another model, the bundled one takes its place.)
 # %%
 from quantlab.export.gguf import TYPES, dequantize_gguf, quantize_gguf, types_of
 from quantlab.lm import budget, capture_inputs, layers_of_role, load_text, token_stream, weight_of
@@ -139,9 +139,9 @@ packed = quantize_gguf(weight, "Q4_0")
 true = 8 * packed.numel() / weight.numel()
 f"{name} {tuple(weight.shape)} becomes {tuple(packed.shape)} bytes: {true:.2f} bits a weight"
 # %% [markdown]
-# Is it the same as in other programs? The package `gguf`, llama.cpp's own Python, quantizes the simple
-# types, and decodes all of them. (Where llama.cpp is installed, a test of this workbook compares with its C
-# code too.)
+# Do other programs get the same bytes? The package `gguf`, llama.cpp's own Python, quantizes the simple types and
+# decodes all of them, so we compare. (Where llama.cpp is installed, a test of this workbook compares with its C code
+# too.)
 # %%
 from gguf import GGMLQuantizationType, quants
 
@@ -154,8 +154,8 @@ for kind in ("Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K"):
     assert (dequantize_gguf(packed, kind).numpy() == theirs).all()
 # %% [markdown]
 # ## 5. Super-blocks
-# A smaller block follows the weights more closely, but has its scale to pay. **Predict:** Q4_1 with blocks
-# of 16 instead of 32: how much error is left, and at how many bits?
+# A smaller block follows the weights more closely, but has its own scale to pay for. **Predict** for Q4_1 with blocks
+# of 16 instead of 32: how much of the error is left, and at how many bits?
 # %% tags=["nbval-ignore-output"]
 from quantlab.metrics import mse
 from quantlab.superblocks import round_in_superblocks
@@ -171,14 +171,14 @@ for size in (64, 32, 16, 8):
 less = 1 - by_size[16] / by_size[32]
 found(0.25 < less < 0.4, f"blocks of 16 have about a third less error than of 32: {less:.0%}")
 # %% [markdown]
-# Half the block, a third less error, and a whole bit more. Where does that bit go? Into two float16
-# numbers. But neighbouring blocks have scales of one size: 11 bits of precision are wasted on them.
-# **Quantize the scales too.** A *super-block* holds eight small blocks; each has a scale code s and an
-# offset code o of 6 bits, and all eight share two float16 numbers:
+# Blocks of 16 have nearly a third less error than blocks of 32, and cost a whole bit more. Where does that bit go?
+# Into two float16 numbers. But neighbouring blocks have scales of similar size; must each have a float16's range, and
+# its 11 bits of precision? **Quantize the scales too.** A *super-block* holds eight small blocks; each has a scale
+# code s and an offset code o of 6 bits, and all eight share two float16 numbers d and m:
 #
 # $$\hat w_i = d\,s\,q_i - m\,o$$
 #
-# That is notebook 04's double quantization, on a scale's small range.
+# The idea is that of notebook 04's double quantization.
 #
 # ### Exercise 19.3: true bits (about 6 minutes)
 # Return the true bits of a weight. `parts` is 1 for a scale alone, 2 for scale and offset; each part has a
@@ -189,7 +189,7 @@ def my_true_bits(code_bits, block_size, scale_bits, super_size, parts):
 # %%
 check("19.3", my_true_bits)
 # %% [markdown]
-# **Predict:** with scales of 6 bits, how much of the error's rise do we see, beside float16 scales?
+# **Predict:** by how many percent does the error rise, when scales and offsets have 6 bits instead of 16?
 # %%
 rounded = round_in_superblocks(weight)  # 4 bits, blocks of 32, scales of 6 bits, 256 together
 assert rounded.bits_per_element == TYPES["Q4_K"].bits == 4 + 2 * (6 / 32 + 16 / 256)
@@ -197,8 +197,8 @@ rise = relative(rounded.values) / by_size[32]
 found(rise < 1.03, f"scales of 6 bits cost {rise - 1:.1%} more error, below 3%")
 f"5 bits to {rounded.bits_per_element}, error times {rise:.3f}"
 # %% [markdown]
-# Half a bit saved for next to nothing: **this is Q4_K**. K stands for the family of types with
-# super-blocks. Q4_0 has the same 4.5 bits, without an offset:
+# Half a bit saved for next to nothing. These are the blocks of **Q4_K**; K stands for the family of types with
+# super-blocks. Beside it the two simple types; Q4_0 has the same 4.5 bits, but no offset:
 # %%
 kinds = "Q4_0", "Q4_1", "Q4_K"
 backs = {kind: dequantize_gguf(quantize_gguf(weight, kind), kind) for kind in kinds}
@@ -211,15 +211,14 @@ steps = levels.diff() / levels.diff().min()
 assert (steps - steps.round()).abs().max() < 1e-3  # whole steps: no k-means
 {kind: f"{TYPES[kind].bits} bits, error {error:.2e}" for kind, error in errors.items()}
 # %% [markdown]
-# The levels of a block lie whole steps apart: an even grid, and the myth is gone. But look: Q4_K is better
-# than our plain rounding with the same bits and blocks. Why, comes in section 7.
+# The levels of a block lie whole steps apart: an even grid, and the myth is gone. But look: Q4_K, at 4.5 bits, has
+# less error than even Q4_1, and so less than our plain rounding with Q4_K's own bits and blocks. Section 7 says why.
 #
 # ## 6. Drag it
-# Size of the small block, bits of its scale. The curves beside: plain rounding, NF4 and GPTQ, each with float32
-# scales for groups of 128 to 16.
+# Choose the size of the small block and the bits of its scale. For comparison there are three curves: plain rounding,
+# NF4 and GPTQ, each with float32 scales for groups of 128 (left) to 16 (right).
 #
-# **Predict:** at which scale bits does the error begin to rise? Does any super-block reach GPTQ's output
-# error?
+# **Predict:** from how many scale bits downwards does the error rise? Does any super-block reach GPTQ's output error?
 # %% tags=["nbval-ignore-output"]
 from quantlab.explorers import explore_super_blocks
 
@@ -245,34 +244,35 @@ found(min(of_weight, key=of_weight.get) == "super-blocks", "super-blocks move we
 found(min(of_output, key=of_output.get) == "GPTQ", "GPTQ moves the output least")
 {what: f"weight {of_weight[what]:.2e}, output {of_output[what]:.2e}" for what in made}
 # %% [markdown]
-# **What you saw.** From 5 bits on the blue line runs level; below, it turns up. At 4.5 bits the dot lies under
-# plain rounding and NF4. In the *output* GPTQ is below them all, as it moves weights. (It is judged here on the
-# tokens it was calibrated on, which flatters it; section 9 judges on others.) Can one have both?
-#
+# **What you saw.** With scales of 5 bits or more the blue line runs level; with fewer it turns up. At 4.5 bits the
+# dot lies under plain rounding and NF4. In the *output* GPTQ is below them all, though it moves the weights most. (It
+# is judged here on the tokens it was calibrated on, which flatters it; section 9 judges on others.) Can one have
+# both?
+# %% [markdown]
 # ## 7. The search for a scale
 # llama.cpp tries some twenty scales for a block. For each it rounds, and then asks: *with these codes*, which
-# scale is best? That is a parabola:
+# scale is best? The error is a parabola in s:
 #
 # $$\sum_i w_i\,(x_i - s\,q_i)^2 \to \min \qquad\Rightarrow\qquad s = \frac{\sum w_i x_i q_i}{\sum w_i q_i^2}$$
 #
-# The weights wᵢ of the errors are how much input i matters. An **importance matrix** (imatrix) is the mean square
-# of each input over some text: half the diagonal of GPTQ's H. All types but Q6_K multiply it by √(σ² + xᵢ²), σ² a
-# mean square over the row or super-block: large weights count more, whatever the data.
-# %% [markdown]
+# The factor wᵢ says how much weight xᵢ matters. An **importance matrix** (imatrix) holds the mean square of each
+# input over some text: half the diagonal of GPTQ's H. All types but Q6_K multiply it by √(σ² + xᵢ²), σ² a mean square
+# over the row or super-block: large weights count more, whatever the data.
+#
 # ### Exercise 19.4: the best scale (about 5 minutes)
-# All three are tensors of one length.
+# Return that s. `x`, `codes` and `importance` (the wᵢ) are tensors of one length.
 # %% tags=["exercise"]
 def my_scale(x, codes, importance):
     raise NotImplementedError
 # %%
 check("19.4", my_scale)
 # %% [markdown]
-# Now on the layer, judged by its *output* on tokens that were not measured. And a control, as always:
-# importance that is the same for every input (no data; large weights still count more), and the right one with
-# its inputs shuffled.
+# Now on the layer, judged by its *output* on tokens that the importance has not seen. There are two controls:
+# importance that is the same for every input (no data; large weights still count more), and the right one, shuffled
+# among the inputs.
 #
-# **Predict** for Q4_1: of what the right importance gains, how much is left with none? With the shuffled
-# one?
+# **Predict** for Q4_1: how much of the right importance's gain is left when all inputs count alike? And with the
+# shuffled one?
 # %% tags=["nbval-ignore-output"]
 right = seen.square().mean(0)
 order = torch.randperm(len(right), generator=torch.Generator().manual_seed(0))
@@ -301,15 +301,16 @@ found(left["Q4_K"]["right"] > left["Q4_1"]["right"], "Q4_K, which searches anywa
 found(left["Q4_K"]["shuffled"] > 0.97, "and nothing from the wrong importance")
 "Q4_1 gains " + ", ".join(f"{part:.0%} ({what})" for what, part in gain.items())
 # %% [markdown]
-# The control is worth more than the result. In Q4_1 *most of the gain is the search*: without importance
-# the simple types do not search at all, with any importance they do. Only what lies beyond "all alike" is
-# the data's. Q4_K always searches, which is why it beat our plain rounding, and gains less. Importance is
-# the diagonal of H alone, and moves no weight.
+# The control is worth more than the result. In Q4_1 *most of the gain is the search*, 22% of 31%: without importance
+# the simple types do not search at all, with any importance they do. Only what lies beyond "all alike" is the data's.
+# Q4_K searches even without importance: so it beat our plain rounding, and so importance gains it less. (Unlike GPTQ,
+# the search uses the diagonal of H alone, and moves no weight to make up for another's error.)
 #
 # ## 8. S, M, L: who gets more
 # The last letter is about *tensors*. **M**: most matrices are Q4_K, but the value projections and down
 # projections of the first and last eighth of the blocks, and of every third between, are Q6_K, and so is the head.
-# **S** is more sparing; Q4_K has no **L**. **Predict** the true bits of a weight in Q4_K_M, over the whole model.
+# **S** is more sparing. (An **L** there is for other types, not for Q4_K.) **Predict** the true bits of a weight in
+# Q4_K_M, over the whole model.
 # %% tags=["nbval-ignore-output"]
 from collections import Counter
 
@@ -319,9 +320,9 @@ total = sum(sizes[name] * TYPES[kind].bits for name, kind in types.items())
 true_bits = total / sum(sizes.values())
 f"{true_bits:.2f} bits", Counter(types.values()), Counter(types_of(model, "Q4_K_S").values())
 # %% [markdown]
-# A whole bit more than the name says (on the bundled model): the head is a large part of a small model. The
-# second count is Q4_K_S: Q5_K for the value projections of the first four blocks and the down projections of the
-# first eighth (here none).
+# A whole bit more than the name says (on the bundled model): Q4_K itself has 4.5 bits, and the head, in Q6_K, is a
+# large part of a small model. The second count is Q4_K_S: Q5_K for the value projections of the first four blocks and
+# the down projections of the first eighth (here none).
 #
 # And SmolLM2? Its rows have 576 weights, which are not a whole number of super-blocks. Such rows fall back
 # to blocks of 32:
@@ -338,16 +339,16 @@ if packaged_gguf():
     assert all("ffn_down" in name for name in in_q4_k)
 Counter(kinds_of.values())
 # %% [markdown]
-# If you have SmolLM2's package, you see it: of 211 matrices only 16 are Q4_K, all of them down projections. A file
-# named Q4_K_M need not hold much Q4_K. The name is a recipe, and the head of the file says what was cooked.
+# With SmolLM2's package you see it: of 211 matrices only 16 are Q4_K, all of them down projections. A file named
+# Q4_K_M need not hold much Q4_K. The name is a recipe, and the head of the file says what was cooked.
 #
 # ## 9. Write the file
-# One call writes weights, tokenizer and chat template. Two things would make a file that loads and speaks
-# nonsense: the rows of query and key, which llama.cpp wants in rotary *pairs* (transformers keeps a pair
-# half a head apart), and the rule by which text is split before merging. `verify=True` reads the file back
-# by the `gguf` package and compares.
+# One call writes weights, tokenizer and chat template. Two mistakes would make a file that loads and speaks nonsense:
+# in the order of the rows of query and key, which llama.cpp wants in rotary *pairs* (transformers keeps the two of a
+# pair half a head apart), and in the rule by which the tokenizer splits text before it merges. `verify=True` reads
+# the file back with the `gguf` package and compares.
 #
-# And our own codes? GPTQ in groups of 32, symmetric, fits Q4_0's blocks exactly: same bytes, other codes.
+# And our own codes? GPTQ in groups of 32, symmetric, fits Q4_0's blocks exactly: as many bytes, other codes.
 # %% tags=["nbval-ignore-output"]
 from quantlab.export.gguf_models import measure_importance
 from quantlab.lm import quantize_lm
@@ -384,18 +385,17 @@ found(kl["Q4_K_M"] < kl["Q4_0"], "Q4_K_M is better than Q4_0")
 found(kl["Q4_0 GPTQ"] < kl["Q4_K_M imatrix"], "GPTQ's codes in Q4_0 beat Q4_K_M with importance")
 assert bytes_of["Q4_0 GPTQ"] < bytes_of["Q4_K_M imatrix"]
 # %% [markdown]
-# On the bundled model the plainest type, with GPTQ's codes in it, beats Q4_K_M with fewer bytes, even where
-# Q4_K_M's search was given the importance that the same text has (which changes its KL by little more than the
-# error bars). A file
-# format is where codes are *kept*; how they were found is another question. The program that runs the file
-# cannot tell.
+# On the bundled model the plainest type, with GPTQ's codes in it, beats Q4_K_M with fewer bytes, even when Q4_K_M's
+# search is given the importance of the same text (which changes its KL by little more than the two error bars
+# together). A file format is where codes are *kept*; how they were found is another question. The program that runs
+# the file cannot tell.
 #
 # ## 10. Let llama.cpp run it
 # llama.cpp is a C++ program. Here it comes as a package of Node, with its CPU binary only. If it is not
 # installed, the cell says how to get it, and shows what was measured when this was written.
 #
-# **Predict:** the same file, the same weights. Is KL between llama.cpp's predictions and ours 0, 10⁻⁷, 10⁻⁴
-# or 10⁻²?
+# **Predict:** the same file, the same weights. Is the KL between llama.cpp's predictions and ours 0, 10⁻⁷, 10⁻⁴
+# or 10⁻²? With weights in float32, and in Q8_0?
 # %% tags=["nbval-ignore-output"]
 from quantlab.export.llama_cpp import HOW, llama_cpp_here, llama_cpp_predictions, stored_run
 from quantlab.metrics import kl_divergence
@@ -414,11 +414,10 @@ else:
     print(HOW, "\nStored, not measured here:", stored_run("bundled, KL to ours"))
 apart
 # %% [markdown]
-# The float32 file shows that rotary order, tokens and formulas are right: what is left there comes from a
-# cache in float16 and sums in another order. But with quantized weights the predictions are over a
-# hundred times further apart. So llama.cpp rounds something else. It does: to multiply in integers, it rounds the
-# *activations* to 8 bits too, in blocks of 32, each with a scale. (Notebook 08's dynamic quantization, per
-# block.)
+# The float32 file shows that rotary order, tokens and formulas are right; the little that is left we put down to
+# llama.cpp's cache in float16 and to sums in another order. But with quantized weights the KL is over a hundred times
+# larger. So llama.cpp rounds something else. It does: to multiply in integers, it rounds the *activations* to 8 bits
+# too, in blocks of 32, each with a scale. (This is notebook 08's dynamic quantization, per block.)
 #
 # Does that explain the size? We do the same in torch: each linear layer's input goes through Q8_0.
 # %% tags=["nbval-ignore-output"]
@@ -439,16 +438,16 @@ if "Q8_0" in apart:
           f"rounded activations move predictions by {moved:.1e}, llama.cpp is {size:.1e} away")
 f"KL from rounding activations in blocks of 32: {moved:.1e}"
 # %% [markdown]
-# The same size (without llama.cpp, compare it with the stored KL above). The digits themselves are not the
-# same: which way a value rounds hangs on the last digits of the layers before, and those differ. Equal bytes in
-# the file do not make equal predictions; equal up to a *named* and measured difference is what one can have.
+# About the same size (without llama.cpp, compare it with the stored KL above). The digits are not the same: which way
+# a value rounds hangs on the last digits of the layers before, and those differ. Equal bytes in the file do not make
+# equal predictions; equal up to a *named* and measured difference is what one can have.
 #
 # ## 11. What is it good for? Speed
-# Writing one token reads every weight once. The fewer bytes, the faster, if the program can compute with
-# them. Torch (float32) and llama.cpp (Q4_0) write the same number of tokens, each on one thread, and we
-# count seconds of the processor. The model is SmolLM2, where its package is there.
+# Writing one token reads every weight once. The fewer bytes, the faster, if the program can compute with them. Torch
+# (float32) and llama.cpp (Q4_0) write the same number of tokens, each on one thread, and we count the processor's
+# seconds. The model is SmolLM2, if its package is there.
 #
-# **Predict** the ratio: the file is some six times smaller than float32.
+# **Predict:** the file is some six times smaller than float32. How many times as fast is llama.cpp?
 # %% tags=["nbval-ignore-output"]
 from quantlab.export.llama_cpp import llama_cpp_speed, torch_speed
 
@@ -472,21 +471,20 @@ if llama_cpp_here():
 else:
     print(HOW, "\nStored, not measured here:", stored_run("SmolLM2, tokens a CPU second"))
 # %% [markdown]
-# That is why these files are everywhere. Part of the gain is llama.cpp's own (no Python between two
-# layers), part is bytes that need not be read.
+# That is one reason why these files are so common. How much of the gain is bytes that need not be read, and how much
+# is llama.cpp's own (no Python between two layers), this measurement does not tell.
 #
-# And the texts? On SmolLM2 the Q4_1 file goes on with " Paris", the Q4_0 file does not, though both have 4
-# bits. Is 5 bits against 4.5 such a gap? Notebook 16 has the reason: this model *was rounded to Q4_1 before
-# it came to us*. Rounding it to Q4_1 again must then give back the very same bytes:
+# And the texts? SmolLM2 as Q4_1 goes on with " Paris", as Q4_0 it does not, though both have codes of 4 bits. Can
+# 5 true bits against 4.5 make such a gap? Notebook 16 has the reason: this model *was rounded to Q4_1 before it came
+# to us*. Rounding it to Q4_1 again must then give back the very same bytes:
 # %%
 if packaged_gguf():
     again, first = read_gguf(folder / "large-Q4_1.gguf").tensors, read_gguf(packaged_gguf()).tensors
     assert again.keys() == first.keys()
     assert all(torch.equal(again[name].packed, first[name].packed) for name in first)
 # %% [markdown]
-# All 272 tensors of the package's file, byte for byte, written by us. On any other grid the weights are
-# rounded a second time. So do not compare types on a model that was quantized before: its own type always
-# wins.
+# All 272 tensors of the package's file, byte for byte, written by us. On any other grid the weights are rounded a
+# second time. So do not compare types on a model that was quantized before: its own type costs nothing at all.
 #
 # ## 12. Exercises
 # ### Exercise 19.5: search with importance (about 15 minutes)
@@ -499,9 +497,9 @@ def my_search(x, importance):
 check("19.5", my_search)
 # %% [markdown]
 # ### Exercise 19.6: whose bits? (about 30 minutes, no check)
-# `types_of(model, mix)` is a table, and `TYPES[kind].bits` its price. Give Q6_K to other tensors than
-# Q4_K_M does, at the same bytes, and measure the KL. Notebook 12's sensitivities tell which. Does the
-# recipe that was made for large models suit this one?
+# `types_of(model, mix)` says which tensor gets which type, and `TYPES[kind].bits` what a weight costs in it. Give
+# Q6_K to other tensors than Q4_K_M does, at the same number of bytes, and measure the KL. Notebook 12's sensitivities
+# suggest which. Does the recipe that was made for large models suit this one?
 #
 # ### Open
 # 1. Write GPTQ's codes with a *real offset* into Q4_1 (`symmetric=False`): what do the 5 bits buy?
@@ -509,9 +507,9 @@ check("19.5", my_search)
 # %% [markdown]
 # ### Recap
 # - A GGUF file is a head, a table and blocks; five lines decode a block.
-# - Q4_0: scale; Q4_1: scale and least value; K: super-blocks whose scales are codes themselves. True bits: 4.5, 5, 4.5.
+# - Q4_0: scale; Q4_1: scale and least value; Q4_K: super-blocks whose scales are codes. True bits: 4.5, 5, 4.5.
 # - S and M say which tensors get more; a name is a recipe, the file's head says what is in it.
-# - Importance weights a search for scales; most of what it gains in the simple types is the search.
-# - Codes of GPTQ fit into the simplest blocks; llama.cpp runs them, and rounds activations too.
+# - Importance weights the errors in a search for scales; in Q4_1 most of what it gained was the search.
+# - GPTQ's codes fit into the simplest blocks; llama.cpp runs them, and rounds activations too.
 #
 # Next: [20 From notebook to deployment](20_from_notebook_to_deployment.ipynb), the same for all other engines.

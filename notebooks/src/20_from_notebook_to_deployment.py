@@ -2,13 +2,13 @@
 # # 20 From notebook to deployment
 # *60 minutes, of which the computer needs about one. You need notebooks 03, 04, 06, 07, 08, 10 and 16.*
 #
-# So far this library has run our codes, and in notebook 19 llama.cpp. Servers, phones and GPUs have other engines:
-# ONNX Runtime, OpenVINO, LiteRT, TensorRT. To run a model there is its deployment (部署). At the end you can
+# So far our codes were run by this library, and in notebook 19 by llama.cpp. Servers, phones and GPUs have other
+# engines: ONNX Runtime, OpenVINO, LiteRT, TensorRT. To run a model there is its deployment (部署). At the end you can
 #
 # - write a quantized layer as a file, and see what an engine made of it;
 # - say why a file that "is int8" can be slower than float32, and why a fast one can be wrong;
-# - name the cause of most differences between an engine's answer and yours, and say which you cannot name;
-# - hold a file against TensorRT's rules without a GPU, and tell living tools from abandoned ones.
+# - trace a difference between an engine's answer and yours to its cause, and say where you cannot;
+# - check a file against TensorRT's rules without a GPU, and tell living tools from abandoned ones.
 # %% [markdown]
 # ### Recall
 # 1. What is the scale of an accumulator Σ (qx − zx) qw, where qx has the scale sx and qw the scale sw?
@@ -19,8 +19,9 @@
 # 1. sx · sw. 2. At most 255 · 127 = 32,385; twice that is above 32,767: it does not. 3. 16.</details>
 #
 # ## 1. What broke
-# A colleague exports our int8 layer to ONNX, a format of files that many engines (推理引擎) read. She times it,
-# and does not believe the number. Each code in the file is ours. What went wrong?
+# A colleague exports our int8 layer to ONNX, a file format that many engines (推理引擎) read. She times it there, and
+# does not believe the number. Yet every code in the file is ours. What went wrong? The layer has 1024 features in and
+# out, int8 weights with a scale for each row, and static uint8 activations (notebook 08).
 # %% tags=["nbval-ignore-output"]
 import tempfile
 from pathlib import Path
@@ -37,12 +38,9 @@ runs = here["onnx"] and here["onnxruntime"]
 folder = Path(tempfile.mkdtemp())
 
 if all(here.values()):
-    print("The engines are here: rows without a date are measured now.")
+    print("The engines are here: in the tables below, rows without a date are measured now.")
 else:
     print("You see stored figures of", *(name for name in here if not here[name]), f"({PIP})")
-# %% [markdown]
-# The layer: 1024 features in and out, int8 weights with a scale for each row, static uint8 activations
-# (notebook 08).
 # %%
 from quantlab.linear import StaticInt8Linear
 from quantlab.observers import MinMax
@@ -65,10 +63,10 @@ layer.codes.shape, layer.input_scale.shape, layer.weight_scale.shape
 # | QuantizeLinear (Q) | x, its scale, its zero point | codes of x |
 # | DequantizeLinear (DQ) | these codes | x on the grid, float |
 # | DequantizeLinear | weight codes, scales of rows, zero points | weight on the grid, float |
-# | MatMul, then Add; or Gemm, which is both | both, and the bias | y |
+# | MatMul, then Add; or Gemm, which is both | these two, and the bias | y |
 #
 # An engine that finds "DQ, DQ, product" in the graph *may* put an integer operator in its place. It need
-# not. By hand, a node is (operator, what it reads, what it makes, settings):
+# not. We write the graph by hand; a node is (operator, what it reads, what it makes, settings):
 # %%
 from quantlab.export.onnx import codes_in, fused, onnx_session, save_onnx_float, save_onnx_int8
 from quantlab.export.onnx_graphs import layer_model, write_onnx
@@ -88,7 +86,7 @@ if runs:
     assert (ours(x.numpy()) == theirs(x.numpy())).all()  # the library's file answers the same
     save_onnx_float(linear, folder / "float.onnx")
 # %% [markdown]
-# **Predict:** this layer as int8, beside the float layer in the same engine: is it faster?
+# **Predict:** in the same engine, is the int8 layer faster than the float layer?
 # %%
 from quantlab.export.table import measure, show, stored_rows
 from quantlab.predictions import predict
@@ -120,13 +118,13 @@ if runs:
 # %% [markdown]
 # `apart` is the distance from our answer with the same codes, relative to its size: here from exact integers, from
 # section 5 on from x times the dequantized weight. `speed` is float's time over this one's, for one token on one
-# thread. (It moves from run to run, sometimes by a third.) The answer is right and the layer
-# is slow. `fused` lists the operators that the engine runs in place of ours: a **float Gemm**, and in front of it the
-# weight is turned into floats again, in each call.
+# thread. (It moves from run to run: trust one digit.) The answer is right and the layer is slow. `fused` lists the
+# operators that the engine runs in place of ours: a **float Gemm**, and before it a DequantizeLinear, which makes
+# floats of the weight in each call.
 #
 # ## 3. The form that fuses
 # ONNX Runtime first makes one Gemm of MatMul and Add. For Gemm it knows a pattern, in which *all three*
-# inputs come from DQ. So the bias must be codes too: int32, in the accumulators' step.
+# inputs come from DQ. So the bias must be codes too: int32, in the step of the accumulators.
 #
 # ### Exercise 20.1: a bias for the accumulators (about 5 minutes)
 # `bias` and `w_scale` are tensors (rows,), `x_scale` a number. Return the bias's codes, int32.
@@ -182,16 +180,16 @@ check("20.2", my_file)
 # %% [markdown]
 # ## 4. Fast, and how right?
 # QGemm computes in integers, and sums of integers are exact. Its bias alone was rounded, to the accumulators' step.
-# On the CPU on which this was written the last line above says 5.9e-03, on others some 1e-05. **Predict:** what can
-# make such a difference between two CPUs?
+# On the CPU on which this was written, the last table has an `apart` of 5.9e-03, on others of about 1e-05.
+# **Predict:** what can make such a difference between two CPUs?
 # %%
 choices = ["the rounded bias", "the order of the sums", "sums that are too narrow"]
 exact = predict("5.9e-03 on one CPU comes from", choices)
 # %% [markdown]
-# Processors of x86 without the instructions VNNI multiply bytes by pairs: two products uint8 · int8 are
-# added **in 16 bits**, which saturate, and only then in 32. Notebook 07 met it in oneDNN. Here the whole layer
-# is computed so, by hand; then we look which of the two answers the engine gave. The other one is the control:
-# it must *not* fit.
+# x86 processors without the instructions VNNI multiply bytes in pairs: two products uint8 · int8 are added
+# **in 16 bits**, where the sum saturates, and only then in 32. Notebook 07 met this in oneDNN. Here we compute the
+# whole layer that way, by hand, and look which answer the engine gave, the exact or the saturated one. The other is
+# the control: it must *not* fit.
 # %%
 from quantlab import quantize
 
@@ -221,11 +219,12 @@ if runs:
     found(far > 1e-3, f"and not the other, {far:.1e} away", of="machine")
     print(f"from the exact integers {relative(got, y):.1e}, "
           f"from pairs in 16 bits {relative(got, by_pairs):.1e}")
+    print(f"rounding the bias alone moves y by {relative(y - linear.bias + b_codes * step, y):.1e}")
 print(exact.reveal("sums that are too narrow"))
 # %% [markdown]
-# So the cause is named: of the distance next to nothing is left, and that fits the bias, rounded to the accumulators'
-# step. The usual repair is **weights of 7 bits** ("reduce range"): two products are then at most 2 · 255 · 64 =
-# 32,640, which fits. **Predict:** is the answer then nearer to the float layer's?
+# So the cause is found. What is left of the distance is what the rounded bias explains (the last line). The usual
+# repair is **weights of 7 bits** ("reduce range"): two products are then at most 2 · 255 · 64 = 32,640, which fits.
+# **Predict:** is the answer then nearer to the float layer's?
 # %% tags=["nbval-ignore-output"]
 seven = StaticInt8Linear.from_linear(linear, observer, weight_bits=7)
 y7, form = seven.exact(x).detach(), "7 bits, Gemm, int32 bias"
@@ -240,10 +239,10 @@ off = {way: ((answer - linear(x)).norm() / linear(x).norm()).item()
        for way, answer in (("8 bits", y), ("8 bits, sums in 16", by_pairs), ("7 bits", y7))}
 print("from the float layer:", ", ".join(f"{way} {error:.2%}" for way, error in off.items()))
 # %% [markdown]
-# You take a larger rounding error, which you know, in place of a saturation that nobody told you of. On *this* layer,
-# where few pairs saturate, that does not even pay; section 11 has a model in which it does. Why did
-# `verify=True` not object? It runs the file operator by operator, as it is written. What an optimizer and a
-# CPU make of it can only be seen where it runs: **measure on the machine you deploy to.**
+# You take a larger rounding error, which you know, in place of a saturation that nobody names. On *this* layer
+# that does not even pay: 1.87 % from the float layer, beside 1.40 % with saturated sums. Section 11 has a model in
+# which it does. Why did `verify=True` not object? It runs the file operator by operator, as it is written. What an
+# optimizer and a CPU make of it can only be seen where it runs: **measure on the machine you deploy to.**
 #
 # ## 5. Four bits
 # For weights of 4 bits ONNX Runtime has an operator of its own, **MatMulNBits**: codes in blocks, a scale
@@ -258,7 +257,7 @@ def my_pack(codes, group):
 # %%
 check("20.3", my_pack)
 # %% [markdown]
-# Standard ONNX can say it too: codes of type UINT4, a *blocked* DequantizeLinear, and a float product. Four files:
+# Standard ONNX can say the same: codes of type UINT4, a *blocked* DequantizeLinear, and a float product. Four files:
 # MatMulNBits with `accuracy_level` 1 (activations stay float32) and with 4 (they may be rounded to int8); the
 # standard form with MatMul, and with Gemm.
 #
@@ -282,9 +281,9 @@ level1, level4, standard, gemm = (row.apart for row in fours)
 found(max(level1, gemm) < 1e-4 < min(level4, standard), "level 1 and Gemm are exact", of="machine")
 found(abs(standard / level4 - 1) < 0.01, "the standard form is as far off as level 4", of="machine")
 # %% [markdown]
-# The third file is the surprise. It asks for a float product; `fused` shows **MatMulNBits**, and `apart` is level
-# 4's. So ONNX Runtime rounds activations there, unasked. The fourth stays in floats, and pays in time. OpenVINO reads
-# the third file too, and can be told to leave activations alone:
+# The third file is the surprise. It asks for a float product; `fused` shows **MatMulNBits**, and its `apart` is that
+# of level 4. So ONNX Runtime rounds activations there, unasked. The fourth stays in floats, and pays in time.
+# OpenVINO reads the third file too, and can be told to leave activations alone:
 # %% tags=["nbval-ignore-output"]
 from quantlab.export.openvino import openvino_session
 
@@ -305,8 +304,8 @@ show([row for row in stored_rows("OpenVINO") if row.form.startswith("4 bits")])
 #
 # ## 6. TensorRT, without a GPU
 # NVIDIA's documentation says which Q/DQ nodes TensorRT refuses, on a machine that you may not have yet;
-# `tensorrt_refusals` holds a file against these rules. (TensorRT may refuse more. Nothing of this notebook was run on
-# a GPU.) **Predict** which of our three files breaks no rule: uint8 with an int32 bias (the fast one!), uint8 with a
+# `tensorrt_refusals` checks a file against these rules. (TensorRT may refuse more. Nothing of this notebook was run
+# on a GPU.) **Predict** which of three files breaks no rule: uint8 with an int32 bias (the fast one!), uint8 with a
 # float bias, int8 with a float bias. What is wrong with the others?
 # %% tags=["nbval-ignore-output"]
 from quantlab.export.tensorrt import tensorrt_refusals
@@ -335,9 +334,12 @@ def my_signed_file(x_scale, x_zero, codes, w_scale, bias):
 check("20.4", my_signed_file)
 # %% [markdown]
 # ## 7. One layer through more engines
-# More formats, the same layer. **LiteRT** (once TensorFlow Lite) has files of its own, **bitsandbytes** a
-# layer of NF4 codes (notebook 04). Checkpoints of GPTQ (two versions), AWQ and compressed-tensors (W4A16: weights of
-# 4 bits, activations of 16) keep three or four tensors for each layer.
+# More formats, the same layer. **LiteRT** (once TensorFlow Lite) has files of its own; checkpoints of GPTQ (two
+# versions), AWQ and compressed-tensors (W4A16: weights of 4 bits, activations of 16) keep three or four tensors for
+# each layer; **bitsandbytes** has a layer of NF4 codes (notebook 04). In each, our codes must come back bit for bit.
+# Values may move: where scales are kept in float16 (GPTQ, AWQ; here W4A16 keeps float32), or where an engine rounds
+# activations. Two tables follow at the end: what was measured here, and stored rows, for which the benchmark compared
+# the codes.
 # %% tags=["nbval-ignore-output"]
 import os
 
@@ -385,10 +387,6 @@ for layout, symmetric in (("GPTQ", True), ("GPTQ v2", False), ("AWQ", False), ("
     nbytes = sum(part.nbytes for part in held.values())
     names = (f"{name} {str(part.dtype).removeprefix('torch.')}" for name, part in held.items())
     print(f"{layout:8}{nbytes:,} bytes, values moved by {moved:.0e}: {', '.join(names)}")
-# %% [markdown]
-# All codes came back, bit for bit. Values moved where scales are kept in float16 (GPTQ, AWQ; here W4A16 keeps
-# float32), or where an engine rounds activations. The next table was measured here. The rows after it were stored;
-# for them the benchmark compared the codes.
 # %% tags=["nbval-ignore-output"]
 from quantlab.codebook import nf4_levels, quantize_codebook
 from quantlab.export.bitsandbytes import from_bitsandbytes, to_bitsandbytes
@@ -416,22 +414,18 @@ for engine, why in {"TensorRT": "it needs an NVIDIA GPU: rules are checked, noth
                     "Neural Compressor": "likewise, and it makes codes of its own"}.items():
     print(f"{engine:18} not run here: {why}")
 # %% [markdown]
-# (The stored layer has other random numbers than ours, so digits differ a little.) OpenVINO reads the same requests
-# otherwise: on that CPU uint8 with MatMul, with Gemm and with an int32 bias all come out as far apart as pairs that
-# saturate, and 7 bits mend it. So it seems to make integers of all of them, and takes longer than for its own floats:
-# integers alone make nothing fast. And "int8, Gemm" has a float bias like "int8, MatMul", and is much less slow. Its
-# weight lies as (out, in), the other's is turned; why that costs so much was not taken apart.
-#
-# torchao keeps a code of 4 bits in a whole byte here, so its 4 bits with many scales are larger than its int8.
-# llama.cpp has a notebook of its own, 19. Speed is for one token, beside the float layer *in the same engine* (for
-# bitsandbytes and torchao, torch's).
+# All codes came back. (The stored layer has other random numbers: digits differ a little.) OpenVINO's uint8 forms,
+# with MatMul, with Gemm and with an int32 bias, are all as far apart as pairs that saturate, and 7 bits mend it: it
+# seems to make integers of each. Yet each is slower than its own floats. In ONNX Runtime "int8, Gemm" is less slow
+# than "int8, MatMul", both with a float bias. Only the weight lies otherwise, (out, in) and not turned; we do not
+# know why that costs so much. torchao's code of 4 bits takes a byte. `speed` is beside the *same engine's* floats
+# (bitsandbytes and torchao: torch's).
 #
 # ## 8. The whole model
-# `torch.onnx.export` writes a whole model as a graph of floats. Our function then takes the weight out of
-# each product that a layer made, and puts MatMulNBits with **our GPTQ codes** in. (The exporter also notes stack
-# traces with the names of your folders, which are taken out.)
+# `torch.onnx.export` writes a whole model as a graph of floats. `save_onnx` then puts MatMulNBits with **our GPTQ
+# codes** in the place of each linear layer's product.
 #
-# **Predict:** the largest difference of logits between ONNX Runtime and quantlab, both with these codes.
+# **Predict:** with the same codes, how far apart are the logits of ONNX Runtime and of quantlab, at most?
 # %% tags=["nbval-ignore-output"]
 from quantlab.export.onnx_models import save_onnx
 from quantlab.lm import DATA, load_lm, load_text, quantize_lm, token_stream
@@ -470,11 +464,11 @@ found(apart < 1e-4, f"logits are {apart:.1e} apart, above 1e-4", of="machine")
 print(f"largest difference of logits: {apart:.1e}")
 print(logits_apart.reveal("about 1e-5"))
 # %% [markdown]
-# Equal to float rounding, on 256 tokens: another program computes what your notebook's model computes.
+# Equal up to float rounding, on 256 tokens: another program computes what your notebook's model computes.
 #
 # ## 9. Three programs from tutorials
-# They stand, in many forms, in tutorials. Each ends without an error; some warn, where nobody looks. **Predict** for
-# the first, which quantizes a model dynamically and then fine-tunes it: what has been trained?
+# Programs like these three stand in many tutorials. Each ends without an error; some warn, where nobody looks. The
+# first quantizes a model dynamically and then fine-tunes it. **Predict:** what has been trained?
 # %%
 import logging
 import textwrap
@@ -527,17 +521,17 @@ print(trained.reveal("nothing"))
 # %% [markdown]
 # - **Train after `quantize_dynamic`.** `backward()` ran, the optimizer stepped, and the gradient is None: the
 #   quantized layer has no parameters, and hands no gradient back. A warning is all that torch says.
-# - **`convert(net)`** returns a new model and leaves `net` alone, which goes on working, in floats.
+# - **`convert(net)`** returns a new model and leaves `net` as it was, in floats.
 # - **ONNX Runtime's `quantize_dynamic`** looks for products with a *constant* weight. Behind a Transpose there is
-#   none; the head that shares the embedding's table is exported so.
+#   none. A head that shares the embedding's table is exported like this.
 #
-# TensorFlow's converter has more of them (run with version 2.21 in an environment of its own, not here):
-# `Optimize.DEFAULT` leaves weights of less than 1,024 elements in float; `TFLITE_BUILTINS_INT8` does not refuse an
-# operator without int8 kernel, it stays float; with `float16` a representative dataset is read and ignored.
+# TensorFlow's converter has more of them (seen in version 2.21, not run here): `Optimize.DEFAULT` leaves weights of
+# less than 1,024 elements in float; with `TFLITE_BUILTINS_INT8` an operator without an int8 kernel stays float, and
+# is not refused; with `float16` a representative dataset is read and ignored.
 #
 # ## 10. What replaced what
-# Much of what one finds about these tools is about tools that are no more. With versions and dates, as read
-# in their own pages and packages on the day that is printed:
+# Much of what one finds about these tools is about tools that are no more. Here are their successors, as their own
+# pages and packages name them, read on the day that is printed:
 # %% tags=["nbval-ignore-output"]
 from quantlab.export.table import WALKED
 
@@ -590,24 +584,25 @@ for bar in kept["bars"]:
 # %% [markdown]
 # Read each engine's float32 row first: here no quantized file is faster than the *same engine's* floats. What is
 # above 1 comes from the engine, not from the codes. SmolLM2 says the same: both engines read it at 1.29 times torch's
-# speed in float32, and no int8 is clearly faster. The last bar is missed: OpenVINO with NNCF's codes reaches 1.15. On
-# this CPU, without VNNI, int8 saves bytes and no time.
+# speed in float32, and no int8 is clearly faster. The last limit is missed: OpenVINO with NNCF's codes reaches 1.15.
+# On this CPU, without VNNI, int8 saves bytes and no time.
 #
-# SmolLM2, 128 places: ONNX Runtime's dynamic int8 rounds weights *and* inputs. On that CPU, without VNNI, its
-# likeliest token is torch's in 0.8 % of places: one. Weights of 7 bits, which cannot saturate (section 4), bring it
-# to 62.5 %. The rest was not taken apart; one range for all tokens, stretched by outliers (notebook 16), is one
-# suspect. NNCF, OpenVINO's partner for quantizing, rounds the weights alone: 98.4 %. That is an easier task, not a
-# better int8.
-#
+# And the answers, in 128 places of SmolLM2's text? ONNX Runtime's dynamic int8 rounds weights *and* inputs. Its
+# likeliest token is torch's in 0.8 % of the places: one. Weights of 7 bits, which cannot saturate (section 4), bring
+# that to 62.5 %. What is still missing was not taken apart; a suspect is the one range for all tokens, which outliers
+# stretch (notebook 16). NNCF, OpenVINO's partner for quantizing, rounds the weights alone: 98.4 %. That is an easier
+# task, not a better int8.
+# %% [markdown]
 # ## 12. Drag it
 # Layers of K inputs and N outputs, with M tokens at once, in ONNX Runtime (where it is missing: in this library).
-# Left: measured times. Right: an estimate. *Moving bytes*: float32's time for one token, times the share of its
-# bytes. *Computing*: float32's time for 64 tokens, times M / 64. The black bar is what was measured.
+# Left: measured times, grey for float32. Right: an estimate in two parts, made from float32's times. *Moving bytes*
+# is its time for one token, times this form's share of its bytes. *Computing* is its time for 64 tokens, times
+# M / 64. The black bar is what was measured.
 #
 # **Predict first**, then drag:
 #
 # 1. M = 1 and K = N = 1024: which form is the fastest? And with 64 tokens?
-# 2. M from 1 to 64: whose line comes nearer to float32's from above, whose leaves it?
+# 2. M from 1 to 64: which line comes down to float32's, and which loses its lead?
 # 3. K = N = 256: what is left of the gain?
 # %% tags=["nbval-ignore-output"]
 from functools import partial
@@ -656,26 +651,25 @@ for M, size in ((1, 1024), (64, 1024), (1, 256)):
     if runs and size == 1024:
         found(speeds["int8, float bias"] < 1, "a float bias: slower than float32", of="machine")
 # %% [markdown]
-# **What you saw**, if your CPU is like ours: "float bias" and level 1 make floats of their weights in each call, so
-# they are far behind with one token and nearer with 64. Int32 bias and level 4 lead with one token; with 64 their
-# lead is gone. Few bytes alone are no gain: level 1 has as few as level 4. And with one token the bars lie beyond
-# both marks: the estimate is too simple. Ask of each star: on which processor, how many tokens at a time, beside
-# what, with whose codes?
+# **What you saw** on a CPU like ours. "Float bias" and level 1 make floats of their weights in each call: far behind
+# with one token, nearer with 64. Int32 bias and level 4 lead with one token, in the large layer. With 64, level 4's
+# lead is gone; int32 bias's came and went between runs. Few bytes alone are no gain: level 1 has as few as level 4.
+# With one token all four bars lie beyond both marks: the estimate is too simple. Ask of each star: on which
+# processor, how many tokens, beside what, with whose codes?
 #
 # ### Myth: "exported is deployed"
-# A file that loads and runs was called the end of the work. In this notebook one such file was slower than
-# float, one was fast and wrong, one rounded what it was not asked to round, and one would be refused. Three
-# questions tell: *what did the engine make of it* (`fused`), *how far is the answer, and why*, *how fast, beside
-# floats in the same engine*.
-#
+# Of our files that load and run, one was slower than float, one fast and wrong, one rounded what it was not asked to
+# round, one would be refused. Ask: *what did the engine make of it* (`fused`), *how far off is the answer, and why*,
+# *how fast is it, beside the same engine's floats*.
+# %% [markdown]
 # **Open** (45 minutes, no check): take a layer of your own model through all forms, in a table of your own.
 # Which is the best file for *your* processor?
 #
 # ### Recap
 # - A Q/DQ graph is a request; `fused` shows what the engine made of it.
 # - ONNX Runtime fuses into integers with int32 bias codes, or no bias; with a float bias it computes in floats.
-# - Without VNNI two products are added in 16 bits and saturate; weights of 7 bits never do.
-# - MatMulNBits level 1 is exact, level 4 rounds activations, and so does the standard form, unasked.
+# - Without VNNI two products are added in 16 bits, and may saturate; with weights of 7 bits they cannot.
+# - MatMulNBits level 1 leaves activations float, level 4 rounds them, and so does the standard form, unasked.
 # - TensorRT is symmetric; what passes there need not be fast elsewhere. Export *for* an engine.
 #
 # Next: [21 Bug hunt](21_bug_hunt.ipynb): programs that look right.

@@ -1,10 +1,11 @@
 # %% [markdown]
 # # 21 Bug hunt
 # *60 minutes for twelve programs; thirty more are there for further evenings, about four minutes each. The
-# computer needs seconds. You need any of the notebooks before; a program names its own only afterwards.*
+# computer needs seconds. You need what you have read of the notebooks before; a program says only afterwards which
+# chapter it came from.*
 #
 # Forty-three programs run, look right and print something convincing. Thirty-three of them are wrong: each
-# makes one of the errors about quantization that stand in print. Ten are right, though they look odd. At the
+# makes one of the errors about quantization that can be found in print. Ten are right, though they look odd. At the
 # end of this notebook you can
 #
 # - distrust a print-out, and say what it does *not* show;
@@ -23,9 +24,9 @@
 #    compare its numbers with those of exact integers.</details>
 #
 # ## 1. What broke
-# In every chapter a claim fell that can be read in many places. Whoever wrote it had run it, and it printed
-# something that looked right. What was missing each time was not knowledge but a *test*. So here is the
-# last skill of the workbook: to hold a program to its promise.
+# The chapters before refuted claims that can be read in many places. Whoever wrote such a claim may well have run a
+# program, and it printed something that looked right. What was missing was a *test*. So here is the last skill of
+# the workbook: to hold a program to its promise.
 # %%
 import torch
 
@@ -35,8 +36,8 @@ hunt.show("ranges.1")
 # %% [markdown]
 # ## 2. By hand: one program, three tests
 # That is all you get: a promise, a source, a print-out. Is the program right? The print-out says so: every
-# weight came back. **Predict:** for which arguments would it not? (Try: `program = hunt.program("ranges.1")`
-# is the program itself.)
+# weight came back. **Predict:** for which arguments would it not? (To try some, take the program itself:
+# `program = hunt.program("ranges.1")`.)
 #
 # A verdict is `"fine"` or `"bug"`, and a bug must be **proved**: by a function that calls the program and
 # asserts something that the promise says. The first idea is to assert what was printed:
@@ -47,8 +48,8 @@ def as_printed(program):
 
 hunt.verdict("ranges.1", "bug", test=as_printed)
 # %% [markdown]
-# It holds, and so accuses nobody: the print-out was chosen by whoever believed the program. What does it
-# hide? The zero point is 0. The next test has another one, and is too greedy:
+# The assertion holds, and so it accuses nobody: the print-out was chosen by somebody who believed the program. What
+# does it hide? The zero point is 0. The next test has another zero point, but asks for too much:
 # %%
 def to_the_last_bit(program):
     back = program(torch.tensor([11.0, 33.0]), 0.1, 10)
@@ -66,16 +67,16 @@ def a_zero_point_that_is_not_zero(program):
 
 hunt.verdict("ranges.1", "bug", test=a_zero_point_that_is_not_zero)
 # %% [markdown]
-# That is how a find looks. Three more rules:
+# This is what a find looks like. Three more rules:
 #
-# - `hunt.hint(name)` asks a question that helps; `hunt.reveal(name)` tells everything, and then the program is
-#   not your find any more.
-# - Calling a bug fine, or accusing what is fine, is remembered: `hunt.score()`. Your first word counts.
+# - `hunt.hint(name)` asks a question that helps; `hunt.reveal(name)` tells everything, and then the program no
+#   longer counts as your find.
+# - Calling a bug fine, or accusing what is fine, is remembered: `hunt.score()`. Your first verdict counts.
 # - `hunt.save()` writes a file, from which `hunt.resume()` goes on another day.
 #
 # ### The control that must fail
-# Could a test pass that knows nothing of quantization? One that looks at the source; and one that says
-# "wrong" every other time:
+# Could a test win that knows nothing of quantization? Here is one that looks at the source, and one that fails every
+# other time:
 # %%
 import inspect
 
@@ -92,8 +93,9 @@ def every_other_time(program):
 hunt.verdict("ranges.3", "bug", test=reads_the_source)
 hunt.verdict("ranges.3", "bug", test=every_other_time)
 # %% [markdown]
-# A test must call what it judges, must say the same each time, and the second version that keeps the promise
-# has another text. (An endless loop of Python is stopped.) With this we enter the first room.
+# A test must call what it judges, and must say the same each time. (Nor would it help to call the program and then
+# read it: the second version that keeps the promise is written in other words. A test that loops for ever is
+# stopped.) With this we enter the first room.
 #
 # ## 3. Room 1: ranges
 # Eight programs about steps, zero points and clamps; the first you have seen. Read each promise twice: a
@@ -114,8 +116,8 @@ def test_ranges_4(program):
 hunt.verdict("ranges.3", ..., test=test_ranges_3)
 hunt.verdict("ranges.4", ..., test=test_ranges_4)
 # %% [markdown]
-# Now see the second. The grey line is what is promised: reals of a range of width 10 come back as
-# themselves. **Predict:** from which `low` on does the program leave it? Drag.
+# Now look at the second, ranges.4. The grey line is what is promised: reals of a range of width 10, which begins at
+# `low`, come back as themselves. **Predict:** from which `low` on does the program leave the line? Drag.
 # %%
 from quantlab.explorers import explore_hunt
 
@@ -144,14 +146,14 @@ def test_codebooks_6(program):
 hunt.verdict("codebooks.2", ..., test=test_codebooks_2)
 hunt.verdict("codebooks.6", ..., test=test_codebooks_6)
 # %% [markdown]
-# The picture shows the first: the weights of one block, rounded, while one weight of *another* block grows.
-# **Predict** what the blue line should do as you drag, and what it will.
+# The picture shows the first, codebooks.2: the weights of one block, rounded, while one weight of *another* block
+# grows. **Predict** what the blue line should do as you drag, and what it will do.
 # %%
 explore_hunt("codebooks")
 # %% [markdown]
-# Nothing should happen: blocks are there to keep an outlier to itself. Instead the steps grow with it, until
-# hardly a weight of the block is told from 0. A good test therefore changes *one* thing and asks what must
-# **not** change.
+# Nothing should happen: blocks are there so that an outlier spoils its own block alone. Instead the steps grow with
+# it, and more and more weights of this block come back as 0. A good test therefore changes *one* thing and asks what
+# must **not** change.
 #
 # ## 5. Room 3: integers
 # Products of codes are exact, so a test may ask for equality. What hides here is the shape (square), the size
@@ -172,25 +174,26 @@ def test_integers_3(program):
 hunt.verdict("integers.2", ..., test=test_integers_2)
 hunt.verdict("integers.3", ..., test=test_integers_3)
 # %% [markdown]
-# Two equal products, added, for every weight code. The slider is the activation's code. Say first what you
-# expect, then drag.
+# The picture shows the second, integers.3, on two equal products: their sum, for every weight code. The slider is the
+# activation's code. Say first what you expect, then drag.
 # %%
 from quantlab.predictions import predict
 
 guess = predict("From which activation code on does the line bend?", ["33", "65", "129", "193"])
 explore_hunt("integers")
 # %% [markdown]
-# It bends on the left first, since −128 is farther from 0 than 127. The exact code we can ask the program:
+# It bends on the left first, since −128 is farther from 0 than 127. For the exact code we ask the program:
 # %%
 program, edge = hunt.program("integers.3"), torch.tensor([-128, -128])
 bent = next(code for code in range(256) if program(torch.tensor([code, code]), edge) != -256 * code)
 guess.reveal(str(bent))
 # %% [markdown]
-# The print-out had weights of ±30, for which it never happens. *Take values from the edge of the promise.*
+# The print-out had weights of ±30, for which it cannot happen: 2 · 255 · 30 is 15,300, and 16 bits reach to 32,767.
+# *Take values from the edge of the promise.*
 #
 # ## 6. Room 4: measuring
 # These programs do not quantize; they count, time and compare. A wrong number here makes every other program
-# look good. **Predict** which arguments of a function it does not use.
+# look good. **Predict** while you read: what should each of them have used, and did not?
 # %%
 hunt.show("measuring")
 # %% [markdown]
@@ -207,13 +210,13 @@ def test_measuring_8(program):
 hunt.verdict("measuring.6", ..., test=test_measuring_6)
 hunt.verdict("measuring.8", ..., test=test_measuring_8)
 # %% [markdown]
-# The gain of 4-bit weights over the number of tokens, on a machine of 1,000 billion operations a second.
-# **Predict:** with faster memory, does the promised line fall earlier or later?
+# The picture shows measuring.8: the speed-up by 4-bit weights, over the number of tokens, on a machine of 1,000
+# billion operations a second. **Predict:** with faster memory, does the promised line fall earlier or later?
 # %%
 explore_hunt("measuring")
 # %% [markdown]
-# Earlier: the sooner the weights are there, the sooner arithmetic is what the layer waits for. The program
-# knows only bytes. It is right for one token, which is what it printed.
+# Earlier: the faster the weights arrive, the fewer tokens it takes until the layer waits for its arithmetic instead.
+# The program knows only bytes. It is right for one token, which is what it printed.
 #
 # ## 7. Room 5: GPTQ and training
 # All of these make something better, and print it. Ask what they were *allowed* to change.
@@ -233,13 +236,13 @@ def test_training_5(program):
 hunt.verdict("training.2", ..., test=test_training_2)
 hunt.verdict("training.5", ..., test=test_training_5)
 # %% [markdown]
-# The gradient of each value; the slider is the scale of the grid. **Predict** at which scale you could not
-# see anything wrong in this picture.
+# The picture shows training.2: the gradient of each value; the slider is the scale of the grid. **Predict** at which
+# scale you could not see anything wrong.
 # %%
 explore_hunt("training")
 # %% [markdown]
-# Once the grid reaches beyond all values, nothing is clamped and the two agree: the values in the print-out
-# were that small.
+# Once the grid reaches beyond all values, nothing is clamped, and program and promise agree: the values in the
+# print-out were that small.
 #
 # ## 8. Room 6: tools
 # What files hold and what engines take. Some knowledge cannot be derived; ask a package that reads the
@@ -259,16 +262,17 @@ def test_tools_4(program):
 hunt.verdict("tools.1", ..., test=test_tools_1)
 hunt.verdict("tools.4", ..., test=test_tools_4)
 # %% [markdown]
-# Images whose values go up to the slider's, to their codes and back. **Predict** what comes back of 200.
+# The picture shows tools.1: images whose values reach up to the slider's, taken to their codes and back. **Predict**
+# what 200 comes back as.
 # %%
 explore_hunt("tools")
 # %% [markdown]
-# At most 1, whatever the images are: the program never looked at them. Pixels of 0 to 1 would hide it, and
-# did.
+# As 1, like everything above 1: the program did not look at the images. Pixels of 0 to 1 hide that, and the print-out
+# had such pixels.
 #
 # ## 9. Two errors that no earlier cell takes apart
-# Every error of the hunt falls in a cell of some chapter. For two of them it is here. **E2**, a real number
-# as zero point: the grid starts at the minimum. **Predict** what 0.0, the padding, comes back as.
+# Every error of the hunt is taken apart in a cell of some chapter; for two of them that cell is here. **E2**, a real
+# number as zero point: the grid starts at the minimum. **Predict** what 0.0, the padding, comes back as.
 # %%
 from quantlab import choose_qparams, fake_quantize
 
@@ -280,10 +284,11 @@ assert seed_zero.abs() > 0.1 * step
 assert whole[1] == 0
 f"0.0 comes back as {seed_zero:.4f}; with an integer zero point as {whole[1]:.4f}"
 # %% [markdown]
-# A quarter of a step is little, but padding is everywhere, and it is no padding any more.
+# It is off by 0.0031, a quarter of a step. That is little, but padding is everywhere, and padding that is not 0 is no
+# padding.
 #
-# **E31**, tools as they were. TensorRT's explicit quantization is symmetric: zero point 0. **Predict** what
-# that costs activations after a SiLU, which reach far up and hardly below 0.
+# **E31**, tools as they were. TensorRT's explicit quantization is symmetric: zero point 0. **Predict** what that
+# costs activations after a SiLU, which reach far above 0 and little below it.
 # %%
 silu = torch.nn.functional.silu(torch.randn(100_000, generator=torch.Generator().manual_seed(0)))
 error = {}
@@ -294,8 +299,8 @@ more = error[True] / error[False]
 assert 3 < more < 4
 f"{silu.min():.2f} to {silu.max():.1f}; zero point 0 has {more:.1f} times the squared error"
 # %% [markdown]
-# Nearly a bit. And names age; sometimes the old tool itself says so. **Predict:** to what does torch send those
-# who call `torch.ao.quantization`?
+# Nearly a bit: one bit less would have four times the squared error. And names age; sometimes the old tool itself
+# says so. **Predict:** where does torch send those who call `torch.ao.quantization`?
 # %% tags=["nbval-ignore-output"]
 import textwrap
 import warnings
@@ -308,7 +313,7 @@ said = [str(w.message) for w in raised if "torch.ao" in str(w.message)] or ["tor
 assert "torchao" in said[0]
 print(textwrap.shorten(said[0], 240, placeholder=" …"))
 # %% [markdown]
-# Others just stop. By their makers' own pages:
+# Others say nothing when they run. By their makers' own pages:
 #
 # | then | now |
 # |---|---|
@@ -336,7 +341,7 @@ f"{alike} of {len(bugs)}"
 # %%
 hunt.score()
 # %% [markdown]
-# One find is ours (section 2). Run the cell again when you have said more. The map of
+# One find is ours (section 2). Run the cell again when you have given more verdicts. The map of
 # [notebook 00](00_start_here.ipynb) marks exercises 21.1 to 21.6, each when both of its verdicts are
 # right. If a program was too much for you: `hunt.hint`, then `hunt.reveal`, then the chapter.
 #

@@ -2,9 +2,9 @@
 # # 22 Capstone: fit the budget
 # *60 minutes, of which the computer needs one or two. You need notebooks 03, 06, 10 and 12.*
 #
-# All you have learned, for one task: the best model in so many bytes. You get a **budget** (预算), a float
-# model and some text. You give back a file. It is weighed, all of it, and the model in it is measured on
-# text that you have not read. At the end you can
+# One task for all that you have learned: the best model within so many bytes. You get a **budget** (预算), a float
+# model and some text, and write a recipe that makes a file of them. The file is weighed, all of it, and the model in
+# it is measured on text that you have not read. At the end you can
 #
 # - say where every byte of a quantized model's file goes, and which bytes are worth their place;
 # - plan bits for each part of a model, and test the plan's prediction;
@@ -13,7 +13,7 @@
 # %% [markdown]
 # ### Recall
 # 1. A 4-bit weight in groups of 128 takes more than 4 bits in the file. What else is stored?
-# 2. Down to which number of bits was the KL of the model the sum of what its layers cost alone?
+# 2. Down to how many bits was the KL of a model the sum of what its layers cost when each was quantized alone?
 # 3. Why must bits not be chosen on the text that the result is measured on?
 #
 # <details><summary>Answers</summary>
@@ -21,8 +21,8 @@
 #    would be fitted to that text, and the result flattered: leakage (notebook 06).</details>
 # %% [markdown]
 # ## 1. What broke
-# The budget is 2.2 MB. "Four bits are a quarter of sixteen", says the myth: the bundled model has 7.3 MB in
-# 16 bits, so at 4 bits it should fit easily.
+# The budget is 2.2 MB. "Four bits are a quarter of sixteen", says the myth: the bundled model has 7,344,640 bytes in
+# 16 bits, so at 4 bits it should fit easily. **Predict** whether it does.
 # %%
 from quantlab.predictions import predict
 
@@ -53,11 +53,12 @@ print(*embedding, f"{of_weights:.1%} of the weights, {of_file:.1%} of the file")
 # %% [markdown]
 # The **embedding** (词嵌入), a row for each token. In the bundled model it holds a seventh of the weights and,
 # left in 16 bits, more than a third of the file. It is also the **head** (输出层): the same matrix turns the
-# last hidden state into a score for each token. Papers that speak of "4-bit models" leave it alone, and for
-# a model of 70 billion weights that is fair. For a small one it is where the bytes are.
+# last hidden state into a score for each token. "4-bit models" often leave it alone, and in a model of 70 billion
+# weights it is too small a part to matter. In a small one it is where the bytes are.
 #
-# The library quantizes it like any other matrix, and `by_part` does all three parts at once. A recipe takes the
-# model and calibration tokens, and returns a new model and its codes:
+# The library quantizes it like any other matrix. `by_part` gives each of the three parts its bits: the embedding, the
+# attention and the MLPs. A *recipe* is a function that takes the model and calibration tokens, and returns a new
+# model and its codes:
 # %%
 from quantlab.capstone import by_part
 
@@ -98,22 +99,23 @@ found(header > 10_000, f"the table of contents takes {header:,} bytes")
 print(f"matrices {counted:,}, norms {everything - counted:,}")
 print(f"table of contents {header:,}, {header / size:.1%} of the file")
 # %% [markdown]
-# Nearly a hundredth of the file, and it counts. The score weighs what lies on the disk, since that is what
-# somebody has to download.
+# It is 0.9% of the file, and it counts. What is weighed is what lies on the disk, since that is what somebody has to
+# download.
 #
 # ## 3. Text that you have not read
-# The score is the KL from the float model to yours, on stories written for this and nothing else. They lie in
-# the project, sealed:
+# The score is the KL from the float model to yours, on stories that were written for this and nothing else. They
+# lie in the project, sealed:
 # %%
 from quantlab.capstone.hidden import path_of
 
 print(path_of("stories").read_text()[:303])
 # %% [markdown]
 # This is **a fence and no wall**. The text is compressed and mixed with a key that stands in the code beside it;
-# who wants to read it needs two lines. The fence keeps out glances and accidents. What a score is worth depends
-# on you, as it does with any test set whose answers are on the internet.
+# whoever wants to read it needs two lines of code. The fence keeps out glances and accidents. What a score is worth
+# depends on you, as it does with any test set whose answers are on the internet.
 #
-# Some things are refused, though, by name. A recipe reads the text, and catches the error that it gets.
+# Some things are refused, though, and each has a name. The recipe below reads the hidden text and catches the error
+# that it gets for it. **Predict:** does it come through?
 # %%
 guess = predict("Does it come through?", ["yes, with a score", "no, it is refused"])
 # %%
@@ -131,23 +133,23 @@ try:
 except Refused as cheat:
     print(cheat, guess.reveal("no, it is refused"), sep="\n")
 # %% [markdown]
-# Python tells a program which asks for it of files that Python code opens, before it does (a C library or another
-# program can pass by); and we ask only while the recipe runs. Whoever is caught is refused, with or without the
-# error. The other names:
+# How was it noticed? Python can report each file that Python code opens, and we ask for these reports while the
+# recipe runs. (A C library or another program could open it unseen.) Whoever is caught is refused, even where the
+# recipe swallows the error. The names of all refusals:
 # %%
 from quantlab.capstone import CHEATS
 
 for name, reason in CHEATS.items():
     print(f"{name}: {reason}")
 # %% [markdown]
-# Most of these do not even need detecting, they cannot help: the recipe is given a *copy* of the model, what it
-# returns is written to a file, and the model that is measured is read back from there by our code. What is not in
-# the file does not count. So the refusals are rather for the one who is honest and wonders why nothing improved.
+# Floats in a buffer or a changed configuration could not help anyway: the recipe is given a *copy* of the model, what
+# it returns is written to a file, and the model that is measured is read back from there by our code. What is not in
+# the file does not count. Refusals like these are for the honest, who would wonder why nothing improved.
 #
 # To choose settings you may look as often as you like, but not at the exam: `practice` measures on the end of the
 # calibration text, which no recipe is given. `score` is for the end.
 #
-# **Predict:** do the two texts agree on 4 bits everywhere? Both are stories of the same kind.
+# **Predict:** how far apart are the KLs of 4 bits everywhere on the two texts? Both are stories of the same kind.
 # %% tags=["nbval-ignore-output"]
 from quantlab.capstone import practice
 
@@ -171,8 +173,8 @@ Board([row for row in read() if row.model == "bundled"])
 # %% [markdown]
 # *nearest* and *gptq* have 4 bits and a 6-bit embedding under 2.2 MB, and 3 bits everywhere, in groups of 256,
 # under 1.5 MB. *mixed gptq* deals out bits layer by layer (notebook 12). *qat* takes the weights that notebook 13
-# trained, at 4 or at 2 bits; its 0 seconds leave out the minutes of that training. *nf4* has one size only, and
-# 1.5 MB are less than that.
+# trained, at 4 or at 2 bits; its 0 seconds leave out the minutes of that training. *nf4* has one size only, which is
+# above 1.5 MB.
 #
 # **Predict:** which of these would you throw away, because another one is smaller *and* better?
 #
@@ -209,8 +211,8 @@ draw(first)
 # 0.2 MB more.
 #
 # ## 5. Plan, then drag
-# Where should they go? The three parts were tried alone, each at 2 to 6 bits, in groups of 128 and 256, rounded to
-# nearest and by GPTQ; the KL is that of practice text. Before you drag, **predict:**
+# Where should these bytes go? The next cell tries the three parts alone, each at 2 to 6 bits, in groups of 128 and
+# 256, rounded to nearest and by GPTQ; the KL is on practice text. Before you drag, **predict:**
 # 1. One bit more for the embedding, the attention or the MLPs: which lowers the KL most for each byte?
 # 2. What do groups of 256 instead of 128 save, in bytes, and what do they cost?
 # 3. GPTQ at 3 bits or nearest at 4: which has the lower KL?
@@ -251,7 +253,8 @@ if "GPTQ" in methods:
 # %% [markdown]
 # **What you saw** on the bundled model. A byte does the most in attention, whose matrices are small. The embedding
 # comes next, since every token passes it twice. The MLPs hold most of the weights, so a bit more is dear there. Wider
-# groups save little and cost much. GPTQ nearly halves the KL; a bit more divides it by four or five.
+# groups save 62,720 bytes at 3 bits, and raise the KL to 1.19 times. GPTQ nearly halves the KL; a bit more divides it
+# by nearly five.
 #
 # The explorer *adds up* what the parts cost alone. **Predict:** is the sum right at 4 bits everywhere? At 2?
 # %% tags=["nbval-ignore-output"]
@@ -264,13 +267,13 @@ for bits, kl in measured.items():
     found(abs(sums[bits] / kl - 1) < 0.2, f"at {bits} bits the sum is right within a fifth")
     print(f"{bits} bits everywhere: predicted {sums[bits]:.4f}, measured {kl:.4f}")
 # %% [markdown]
-# Right at 4 bits, and even at 2 bits, where notebook 12 saw its sum fail. That one added up 28 single layers; here
-# the layers of a part were tried together, so what they do to each other is in the cost already.
+# It is right at 4 bits, and even at 2 bits, where notebook 12 saw its sum fail. That one added up 28 single layers;
+# here the layers of a part were tried together, so what they do to each other is in the cost already.
 #
 # ## 6. Your entry
 # ### Exercise 22.3: fit 2.2 MB (about 20 minutes; open)
 # Write a recipe whose file fits, and whose KL is below that of 4 bits everywhere. Plan with the explorer, try with
-# `practice(my_recipe)`, and let the check score it. It says how far the reference best is. Anything that you can
+# `practice(my_recipe)`, and let the check score it. It says how far away the best of ours is. Anything that you can
 # save is allowed: the methods of this workbook, layer by layer, a training of your own.
 # %% tags=["exercise"]
 def my_recipe(model, tokens):
@@ -287,8 +290,8 @@ except NotImplementedError:
 else:
     print(Board(append(own) + ranked), draw(own), sep="\n\n")
 # %% [markdown]
-# To see how an entry is made from end to end, here is one that takes the first hint: GPTQ, and the rest of the budget
-# for the embedding. **Predict** its place among ours. (The solution looks like it, so this is a small giveaway.)
+# To see how an entry is made from end to end, here is one that takes the first hint: GPTQ, and one bit more for the
+# embedding. **Predict** its place among ours. (The solution looks much like it: try the exercise first.)
 # %% tags=["nbval-ignore-output"]
 def by_gptq(model, tokens):
     return by_part(model, tokens, method="gptq", embedding=5, attention=4, mlp=4)
@@ -318,7 +321,7 @@ assert abs(useless.nbytes - first.nbytes) < 500  # but for the table of contents
 found(useless.kl > 3, f"shuffled codes have a KL of {useless.kl:.1f}")
 print(useless, guess.reveal("above 3") if useless.kl > 3 else "", sep="\n")
 # %% [markdown]
-# It has every byte, and nothing in them.
+# As many bytes, the same codes, and no model left. What counts is which code stands where.
 #
 # ## 7. Bytes that nobody looks at
 # Now 1.5 MB. Three bits everywhere, in groups of 128: does it fit?
@@ -329,7 +332,7 @@ found(three_bits > tight, f"it does not: {three_bits:,} bytes, {three_bits - tig
 scales = sum(table.sides[128, part, 3] for part in same[3])
 f"{three_bits:,} bytes of {tight:,}, {scales:,} of them scales and zero points"
 # %% [markdown]
-# Not many bytes are missing. Our *gptq* row escapes into groups of 256 and pays for it. But look at what the
+# It is 24,928 bytes too large. Our *gptq* row escapes into groups of 256 and pays for it in KL. But look at what the
 # scales are: float32, 24 bits of precision, to say how wide a step of a *3-bit* grid is.
 #
 # ### Exercise 22.4: scales in 16 bits (about 8 minutes)
@@ -341,10 +344,10 @@ def my_half_scales(q):
 # %%
 check("22.4", my_half_scales)
 # %% [markdown]
-# **Predict:** what does it save here, and what does it cost in KL? A scale that is rounded to 11 bits is off by at
-# most 0.05%, and so is each weight.
+# Our *qat* row had to take notebook 13's 2-bit weights, since the 3-bit ones did not fit. With scales in 16 bits they
+# might. A scale that is rounded to 11 bits of precision is off by at most 0.05%, and so is each weight.
 #
-# Our *qat* row had to take notebook 13's 2-bit weights, since the 3-bit ones did not fit. Now they do:
+# **Predict:** how many bytes does it save, and which place on the board of 1.5 MB does that make?
 # %% tags=["nbval-ignore-output"]
 from quantlab.capstone import best, qat
 from quantlab.capstone.controls import with_half_scales
@@ -363,9 +366,9 @@ leader = best(read(), "1.5 MB", chosen_model()) or third
 found(third.fits and third.kl < leader.kl, f"{leader.recipe} is beaten")
 f"{third.recipe} {third.kl:.4f}, {leader.recipe} {leader.kl:.4f}"
 # %% [markdown]
-# The best of ours under 1.5 MB is beaten, by a smaller float. No new method was needed, only the question what each
-# byte is for. There is room for more: `tests/test_capstone.py` has an entry for each of the two budgets that goes
-# further, and nobody has said that 16 bits are the least for a scale.
+# The best of ours under 1.5 MB is beaten: smaller scales made room for the trained 3-bit weights. No new method was
+# needed, only the question what each byte is for. There is room for more: `tests/test_capstone.py` has an entry for
+# each of the two budgets that goes further, and nobody has said that 16 bits are the least for a scale.
 #
 # ## 8. A real model, and a class
 # SmolLM2 (notebook 16) has a budget of 70 MB. **Predict:** do 4 bits everywhere fit, in groups of 128? Each group has
@@ -376,10 +379,10 @@ size = weights * (4 + 36 / 128) / 8
 assert size > BUDGETS["70 MB"].nbytes
 f"{size / 1e6:.1f} MB, {rows_of_embedding / weights:.0%} of it for the embedding"
 # %% [markdown]
-# Not quite. So our *nearest* and *gptq* have groups of 576, a row of most of its matrices; *nf4* has its scales in 8
-# bits. (*mixed gptq* would try each matrix at each number of bits, which takes too long on a laptop, and nobody has
-# trained a *qat*: three rows stand here.) The hidden text is general English. An entry takes minutes rather than
-# seconds: `score(my_recipe, "70 MB")`.
+# Not quite. So our *nearest* and *gptq* have groups of 576, the length of a row (the down projections have longer
+# ones); *nf4* has its scales in 8 bits. (*mixed gptq* would try each matrix at each number of bits, which takes
+# too long on a laptop, and nobody has trained a *qat*: three rows stand here.) The hidden text is general English. An
+# entry takes minutes rather than seconds: `score(my_recipe, "70 MB")`.
 # %%
 kl = {(row.model, row.recipe): row.kl for row in read() if row.budget != "1.5 MB"}
 assert kl["bundled", "nearest"] < kl["bundled", "nf4"]
@@ -388,9 +391,9 @@ assert kl["smollm2", "gptq"] < 0.9 * kl["smollm2", "nearest"]
 assert kl["smollm2", "nf4"] < 0.6 * kl["smollm2", "gptq"]
 Board([row for row in read() if row.model == "smollm2"])
 # %% [markdown]
-# **Myth:** "what is best on one model is best on all." On the bundled model *nearest* was a little ahead of *nf4*, with
-# more bytes, and *gptq* far ahead of both. Here *nf4* wins by far, also over *gptq*. It has blocks of 64 where the
-# others have groups of 576, and other levels; which of the two it is, you can find out with two entries.
+# **Myth:** "what is best on one model is best on all." On the bundled model *nearest* was a little ahead of *nf4*,
+# with more bytes, and *gptq* far ahead of both. Here *nf4* wins by far, also over *gptq*. It has blocks of 64 where
+# the others have groups of 576, and other levels; which of the two it is, you can find out with two entries.
 #
 # A class merges its boards, and everybody keeps their best:
 #
@@ -415,7 +418,7 @@ Board(merge([board, board]))  # twice the same file: every score once
 # - "A 4-bit model" is what its linear layers are. Count the file: embedding, scales, zero points, table of contents.
 # - Choose on practice text, score once. A hidden text is a fence; honesty is the wall.
 # - What a recipe returns is saved, weighed and read back. What is not in the file does not count.
-# - Parts differ in what a byte does for them, and adding up what they cost alone predicts the whole.
-# - The last bytes are found by asking what each is for, not by a new method.
+# - Parts differ in what a byte does for them; the sum of what they cost alone predicted what the whole costs.
+# - Room in a full file is found by asking what each byte is for.
 #
 # This was the last notebook. Go back to the [map](00_start_here.ipynb), and see what is still open.
