@@ -25,27 +25,26 @@
 # %% [markdown]
 # ## 1. What broke
 # A clipping point is a compromise *for all weights that share it*. Here is the layer with which notebook 02
-# ended. (A row holds the weights of one output.) One grid for the whole layer gets the best clip, from the
-# MSE observer; against it, each row gets a grid of its own, not clipped at all.
+# ended. (A row holds the weights of one output.) First, one grid for the whole layer gets the best clip, from
+# the MSE observer. Then each row gets a grid of its own, not clipped at all.
 #
 # **Predict:** by what factor does the error of the quietest row fall? And that of a typical row?
 # %%
 import torch
 
+from quantlab import PerAxis, PerGroup, PerTensor, quantize_tensor
 from quantlab.checks import check, found, hint, solution
 from quantlab.lm import budget, layers_of_role, linear_layers, load_lm, weight_of
-
-model, tokenizer = load_lm()
-layers = linear_layers(model)
-weight = weight_of(list(layers_of_role(model, "gate").values())[-1])
-f"{weight.shape[0]} rows (outputs) of {weight.shape[1]} columns (inputs)"
-# %%
-from quantlab import PerAxis, PerGroup, PerTensor, quantize_tensor
 from quantlab.observers import MSE
 
 def clipped(w):
     ends = MSE(bits=4, symmetric=False).update(w).min_max()
     return quantize_tensor(w.clamp(*ends), bits=4, granularity=PerTensor(), symmetric=False)
+
+model, tokenizer = load_lm()
+layers = linear_layers(model)
+weight = weight_of(list(layers_of_role(model, "gate").values())[-1])
+f"{weight.shape[0]} rows (outputs) of {weight.shape[1]} columns (inputs)"
 # %% tags=["nbval-ignore-output"]
 import matplotlib.pyplot as plt
 
@@ -65,16 +64,15 @@ found(quietest > 4,
       f"the quietest row's error falls by a factor of {quietest:.1f} (the bundled model: 13.8)")
 found(0.8 < typical < 1.25,
       f"a typical row's error falls by a factor of {typical:.2f} (the bundled model: 0.99)")
-(f"error divided by {factor[size.argmin()]:.1f} in the quietest row, by {factor.median():.2f} in "
- "the median one")
+f"error divided by {quietest:.1f} in the quietest row, by {typical:.2f} in the median one"
 # %% [markdown]
-# The common grid suits the typical row here, and no row that is much quieter: it gets a step made for others.
-# Which weights share a scale is called **granularity** (粒度).
+# Here the common grid suits the typical row. A row that is much quieter gets a step made for others. Which
+# weights share a scale is called **granularity** (粒度).
 #
 # ## 2. By hand: eight weights
 # Two rows: 0, 0.1, 0.2, 0.3 and 0, 0.1, 2, 3. Two bits, so codes 0 to 3, and no weight is negative, so the
 # zero point is 0. One scale for all must reach 3.0 in three steps: it is 1.0. We also try a scale for each
-# row, and one for each *two neighbours* in a row. Which weights become 0 that were not?
+# row, and one for each *two neighbours* in a row. Which weights become 0 that were not 0 before?
 # %%
 from quantlab import predictions
 from quantlab.predictions import predict
@@ -96,10 +94,10 @@ for granularity, scale in ((PerTensor(), 1.0), (PerAxis(0), per_row), (PerGroup(
 lost = int(((w / 1.0).round() == 0).sum() - (w == 0).sum())
 guess.reveal(["none", "one", "two", "three", "four"][lost])
 # %% [markdown]
-# Per tensor, the first row is gone, and 0.1 of the second. Per row, that 0.1 is still lost to its
-# neighbours 2 and 3. Per group of two, nothing is lost. (0.2, 0.3 has the scale 0.1: its range is widened
-# to hold 0.) And the price: a scale is a float32, 32 bits, with a zero point of 2 bits. (Bytes come whole;
-# the last may hold filling.)
+# Per tensor, the first row is gone, and the 0.1 of the second. Per row, that 0.1 is still lost to its
+# neighbours 2 and 3. Per group of two, nothing is lost. (The group 0.2, 0.3 has the scale 0.1: its range is
+# widened to hold 0.) And the price: a scale is a float32, 32 bits, and a zero point takes 2 bits more. (Bytes
+# come whole; the last may hold filling.)
 #
 # ### Exercise 3.1: groups (about 10 minutes)
 # Round a matrix `weight` with a grid for each run of `group_size` neighbours in each row: asymmetric, codes 0
@@ -113,10 +111,11 @@ def my_groups(weight, bits, group_size):
 check("3.1", my_groups)
 # %% [markdown]
 # ## 3. What more scales buy
-# Another layer, the last of the first MLP, with longer rows; one of ours is very loud. Two errors: of the
-# **weights**, ‖W − Ŵ‖²/‖W‖², and of the layer's **output**, ‖X(W − Ŵ)ᵀ‖²/‖XWᵀ‖², where X is what the layer
-# reads when the model reads stories. We use 4 bits. A scale is shared by the whole tensor (once with the
-# grid out to the extremes, once clipped), by a row, or by 128, 32 or 8 neighbours in a row.
+# Another layer, the last of the first MLP, has longer rows; in the bundled model one row holds a weight 10
+# standard deviations out. We measure two errors: of the **weights**, ‖W − Ŵ‖²/‖W‖², and of the layer's
+# **output**, ‖X(W − Ŵ)ᵀ‖²/‖XWᵀ‖², where X is what the layer reads when the model reads stories. We use 4 bits. A
+# scale is shared by the whole tensor (once with the grid out to the extremes, once clipped), by a row, or by
+# 128, 32 or 8 neighbours in a row.
 #
 # **Predict:** which step lowers the error most? From where on does it cost more than a bit per weight?
 # %% tags=["nbval-ignore-output"]
@@ -127,26 +126,19 @@ weight = weight_of(layers[name])
 stories = token_stream(tokenizer, load_text("calibration"))
 stories = stories[: budget(model, 2048)]  # fewer on a larger model
 x = capture_inputs(model, stories, [name])[name]
-(f"{name} {tuple(weight.shape)}: largest weight {weight.abs().max() / weight.std():.0f} standard "
- "deviations")
-# %% tags=["nbval-ignore-output"]
+
 def relative(a, exact):
     return ((a - exact).square().sum() / exact.square().sum()).item()
 
 def errors(q):
     return relative(q.dequantize(), weight), relative(x @ q.dequantize().T, x @ weight.T)
 
-kinds = {
-    "tensor": PerTensor(),
-    "row": PerAxis(0),
-    "128": PerGroup(128),
-    "32": PerGroup(32),
-    "8": PerGroup(8),
-}
-four = {
-    kind: quantize_tensor(weight, bits=4, granularity=g, symmetric=False)
-    for kind, g in kinds.items()
-}
+kinds = {"tensor": PerTensor(), "row": PerAxis(0), "128": PerGroup(128), "32": PerGroup(32),
+         "8": PerGroup(8)}
+four = {kind: quantize_tensor(weight, bits=4, granularity=g, symmetric=False)
+        for kind, g in kinds.items()}
+far = weight.abs().max() / weight.std()
+f"{name} {tuple(weight.shape)}: largest weight {far:.0f} standard deviations"
 # %% tags=["nbval-ignore-output"]
 both = {kind: errors(q) for kind, q in {"clipped": clipped(weight), **four}.items()}
 for kind, (of_weight, of_output) in both.items():
@@ -165,14 +157,15 @@ assert all(
     if kind.isdigit()
 )
 # %% [markdown]
-# Here a scale a row is nearly free, and frees the others from the loud row's step. *So does a good clip*,
-# about as well. From here on no grid is clipped. Groups of 32 cost a bit and more, groups of 8 more than the
-# codes (and a last group that is shorter costs as much as any).
+# Here a scale a row is nearly free (4.047 bits), and frees the other rows from the step of the one with the far
+# weight. *A good clip* does so about as well. From here on grids are not clipped, unless we say so. Groups of 32
+# take 5.125 bits, more than one bit for scales and zero points; in groups of 8 these cost more than the codes, 8.5
+# bits in all (and a last group that is shorter costs as much as any).
 #
-# Is a finer grain better than a *fifth bit*? Compare error at equal **true** bits. A point is on the
-# **Pareto front** (帕累托前沿) if no other has less error at no more bits. **Predict:** are groups of 32 on it
+# Is a finer grain better than *one more bit* for each code? Compare error at equal **true** bits. A point is on
+# the **Pareto front** (帕累托前沿) if no other has less error at no more bits. **Predict:** are groups of 32 on it
 # when scales are float32? Float16? And groups of 8?
-# %%
+# %% tags=["nbval-ignore-output"]
 from dataclasses import replace
 from itertools import product
 
@@ -187,13 +180,11 @@ def measure(scale_type):
     return points
 
 points = {"float32": measure(torch.float32), "float16": measure(torch.float16)}
-# %% tags=["nbval-ignore-output"]
 fig, axes = plt.subplots(1, 2, figsize=(7.5, 3.4), sharex=True, sharey=True, layout="constrained")
 for ax, (word, its) in zip(axes, points.items(), strict=True):
     curves = {kind: zip(*(its[bits, kind] for bits in range(2, 7)), strict=True) for kind in kinds}
-    plot_curves(
-        curves, xlabel=f"true bits per weight, {word} scales", ylabel="output error", log="y", ax=ax
-    )
+    label = f"true bits per weight, {word} scales"
+    plot_curves(curves, xlabel=label, ylabel="output error", log="y", ax=ax)
 plt.show()
 # %% tags=["nbval-ignore-output"]
 def front(its):
@@ -211,18 +202,19 @@ found(error5 < 0.8 * error4,
 same = points["float16"][4, "32"][1] / error4
 found(same < 1.05,
       f"float16 scales have {same:.3f} times the error of float32 ones (the bundled model: 1.000)")
+print(f"4 bits, groups of 32: {same:.3f} times the error with float16 scales")
 {word: sorted(front(its)) for word, its in points.items()}
 # %% [markdown]
 # One scale a tensor is on the front because nothing is cheaper. In this layer, **with float32 scales**,
 # groups of 32 are a bad buy: 5 bits a row take fewer bits, and have less error, than 4 bits in groups of 32.
-# **With float16 scales** groups of 32 are on the front: their error is hardly larger, and their scales cost
-# half as much. So formats with small groups store *small scales*, and a claim about groups must name the
-# scale's width.
+# **With float16 scales** groups of 32 are on the front: their error is 1.000 times that with float32 scales, and
+# a scale costs 16 bits instead of 32. So formats with small groups store *small scales*, and a claim about groups
+# must name the scale's width.
 #
 # ## 4. Which way do the groups lie?
 # `nn.Linear` stores [out, in], **GPT-2's `Conv1D`** [in, out]. There, code that says "per output channel,
-# axis 0" quantizes per *input*. We do so to a square layer (or the square part of one that is not): axis 1
-# instead of 0. **Predict:** will the error of the weights give it away? Of the output?
+# axis 0" quantizes per *input*. We make the same mistake in a square layer (or the square part of one that is
+# not): axis 1 instead of 0. **Predict:** will the error of the weights give it away? That of the output?
 # %% tags=["nbval-ignore-output"]
 square = next(iter(layers_of_role(model, "attention output")))
 side = min(weight_of(layers[square]).shape)
@@ -240,15 +232,15 @@ more = [off[1][i] / off[0][i] for i in range(2)]
 found(more[0] < 1.5, f"the error of the weights grows {more[0]:.1f} times (the bundled model: 1.0)")
 found(more[1] > 3, f"the error of the output grows {more[1]:.1f} times (the bundled model: 9)")
 # %% [markdown]
-# The error of the weights does not give it away here: a scale for each input is a fine grid too. What breaks
-# is the *arithmetic*. A scale for each output can wait until the sum is done, as in the formula below. A
-# scale for each input would have to stand inside the sum, and the integer product cannot do that:
+# The error of the weights does not give it away here, 0.015 both times: a scale for each input is a fine grid too.
+# What breaks is the *arithmetic*. A scale for each output can wait until the sum is done, as in the formula below.
+# A scale for each input would have to stand inside the sum, and the integer product cannot do that:
 #
 # $$y_j = \sum_i x_i\, s_j\, q_{ji} = s_j \sum_i x_i\, q_{ji}$$
 #
-# No message came, and the number could pass for the noise of 4 bits. So **check the axis with a layer that
-# is not square**: there the number of scales does not fit. (`quantlab.lm.weight_of(layer)` always gives
-# [out, in].)
+# No message came, and an output error of 0.036 could pass for the noise of 4 bits. So **check the axis with a
+# layer that is not square**: there the number of scales does not fit. (`quantlab.lm.weight_of(layer)` gives
+# [out, in] for either kind.)
 #
 # ### Exercise 3.2: the right axis (about 3 minutes)
 # `weight` is a Conv1D's, [in, out]. Round it with one asymmetric grid for each **output**
@@ -274,9 +266,9 @@ print(
 )
 f"2 is {2:04b}, 7 is {7:04b}; together {byte:08b} = {byte}"
 # %% [markdown]
-# One byte: torch calculates with nothing narrower, so half of each byte is air. Packed, **two codes lie in
+# One byte: torch calculates with nothing narrower, so four bits of each byte are air. Packed, **two codes lie in
 # one byte**, the first in the low four bits: 2 and 7 become 2 + 16·7. That is why "4-bit" tensors in a
-# debugger say uint8, with half as many elements.
+# debugger say uint8, with one element for two weights.
 #
 # ### Exercise 3.3: two codes in a byte (about 5 minutes)
 # `codes` is a row of uint8, values 0 to 15, one or more. Two neighbours share a byte, the first in its low
@@ -343,10 +335,10 @@ assert 3.9 < 32 / eight < 4
 assert ours <= four["128"].bits_per_element  # equal, if 128 divides the row
 assert all(4.1 < bits <= 4.5 for bits in others)
 # %% [markdown]
-# 32/8 is 4, and a little less with the scales. None of these "4-bit" formats takes 4 bits. (One scale for a
-# whole tensor comes close: section 3 printed 4.000. Its price is the error.) So compare at equal **true**
-# bits, or the smallest groups win by paying more. (NVFP4 has one float32 more for each tensor. Notebooks 04
-# and 05 explain NF4 and FP4.)
+# The first factor is 32/8 = 4, a little less with the scales (3.97); from float16 it is 1.99. The third is 7.47.
+# None of these "4-bit" formats takes 4 bits. (One scale for a whole tensor comes close: section 3 printed 4.000.
+# Its price is the error.) So compare at equal **true** bits, or the smallest groups win by paying more. (NVFP4 has
+# one float32 more for each tensor. Notebooks 04 and 05 explain NF4 and FP4.)
 #
 # ## 7. Drag it
 # Left: the squared error of each block of weights, 0 dB being the weights themselves. Right: output error
@@ -361,10 +353,11 @@ from quantlab.explorers import explore_groups
 explorer = explore_groups(weight, x, bits=4, group=128)
 explorer
 # %% [markdown]
-# **What you saw.** One scale: the same step, so the same error, everywhere. A scale a row: stripes; less
-# error in the quiet rows, what is left sits in the loud ones. Groups cut the stripes into dashes: a large
-# weight now spoils its own group only. On the right the lines run side by side, about 6 dB (a factor of 4)
-# from bit to bit, and small groups lie to the right of the others: the price of their float32 scales.
+# **What you saw.** One scale: the same step, so about the same error, everywhere. A scale a row: stripes. There is
+# less error in rows of small weights; what is left sits in rows with a large one. Groups cut the stripes into
+# dashes: a large weight now spoils its own group only. On the right the lines run side by side, about 6 dB (a
+# factor of 4) down from bit to bit. And small groups lie to the right of the others: the price of their float32
+# scales.
 # %% tags=["nbval-ignore-output"]
 of_row = {kind: (weight - four[kind].dequantize()).square().mean(1) for kind in ("tensor", "row")}
 uneven = {kind: round((e.max() / e.min()).item(), 1) for kind, e in of_row.items()}
@@ -376,14 +369,14 @@ for kind, fits, bundled in claims:
 less = points["float32"][4, "128"][1] / points["float32"][5, "128"][1]
 found(3.5 < less < 5,
       f"one more bit divides the error of the output by {less:.1f} (the bundled model: 4.2)")
-f"error of the worst row over the best: {uneven}"
+f"error of the worst row over the best: {uneven}; one more bit divides it by {less:.1f}"
 # %% [markdown]
 # ## 8. The whole model, weighed
 # Linear layers get 4 bits in groups of 128. Everything else (embedding (嵌入), norms) stays in 16 bits. We
 # count the bytes by part, then round the model, save it, and weigh the file. It begins with a header of
 # plain text: names, shapes, settings. The rest should be what we counted.
 #
-# **Predict:** how many times smaller than the 16-bit model will it be? Four?
+# **Predict:** by what factor will it be smaller than the 16-bit model? Four? And where do its bytes sit?
 # %%
 import math
 from collections import Counter
@@ -434,9 +427,6 @@ loaded, _ = load_quantized(folder / "four")
 assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), new.parameters(), strict=True))
 (f"{len(on_disk):,} bytes, {header:,} of them header: {2 * weights / len(on_disk):.2f} times "
  "smaller than in 16 bits")
-# %% [markdown]
-# As counted, to the byte (unless 16 bits cannot hold what is not quantized: then it is saved in 32); and
-# loaded from these bytes alone, every weight is equal. Where do they sit?
 # %%
 linear = sum(weight_of(layer).numel() for layer in layers.values())
 models = {
@@ -454,12 +444,13 @@ shares = [parts["embedding"] / size for size in (2 * weights, predicted)]
 assert shares[0] < shares[1]
 f"the embedding is {shares[0]:.0%} of the 16-bit model and {shares[1]:.0%} of the 4-bit one"
 # %% [markdown]
-# The embedding does not shrink, so its share grows. (In a large model it is small from the start: see
-# "Open" in section 10.)
+# The file is as counted, to the byte (unless 16 bits cannot hold what is not quantized: then it is saved in 32
+# bits); and loaded from these bytes alone, every weight is equal. But the factor is 2.67, not 4: the embedding
+# does not shrink, so its share grows. (In a large model it is small from the start: see "Open" in section 10.)
 #
 # ### Myth: "I rounded the weights, so the model is smaller"
-# `new` holds rounded weights, as floats: it is *fake-quantized* (伪量化). How large is it, saved without its
-# codes?
+# `new` holds rounded weights, as floats: it is *fake-quantized* (伪量化). How large is its file, saved without
+# the codes?
 # %%
 guess = predict(
     "The fake-quantized model's file, beside that in 16 bits, is ...",
@@ -484,7 +475,7 @@ guess.reveal("larger" if larger > 1.05 else "as large")
 # ## 9. The ledger
 # KL says how far the model's answers are from the float model's (0: not at all; notebook 06). **Predict**
 # its order: 4 bits in groups of 32, of 128, per row, per tensor, per tensor and clipped; 3 bits in groups
-# of 128; and 5 bits a row, which takes nearly as many *true* bits as 4 bits in groups of 32.
+# of 128; and 5 bits a row, which takes about as many *true* bits as 4 bits in groups of 32.
 # %% tags=["nbval-ignore-output"]
 from tqdm.auto import tqdm
 
@@ -523,13 +514,14 @@ found(five.bytes < small.bytes,
 halved = small.bytes - 2 * linear // 32  # two bytes less for each scale
 found(halved < 0.97 * five.bytes,
       "with 16-bit scales groups of 32 would take fewer bytes than 5 bits a row")
+print(f"5 bits a row: {fifth:.2f} of the KL of 4 bits in groups of 32")
 (f"with 16-bit scales, 4 bits in groups of 32 would be {1 - halved / five.bytes:.0%} smaller than "
  "5 bits a row")
 # %% [markdown]
 # The picture of section 3 for the whole model. **With float32 scales**, 5 bits a row take no more bytes
-# than 4 bits in groups of 32, and leave about half of the KL here; with 16-bit scales the small groups
-# would be cheaper, and you choose between bytes and KL. One scale a tensor is worst of all the 4-bit rows by
-# far, unless it is clipped. (Perplexity blurs some of this: look at its error bars.)
+# than 4 bits in groups of 32, and leave 0.44 of the KL here; with 16-bit scales the small groups would be
+# cheaper, and you choose between bytes and KL. One scale a tensor is worst of all the 4-bit rows by far, unless
+# it is clipped. (Perplexity blurs some of this: look at its error bars.)
 #
 # **The control that must fail.** Somebody writes the scales of each layer row by row and reads them group by
 # group: the same codes, the same scales, *the same bytes*. **Predict:** where in the table does it land?
@@ -548,8 +540,8 @@ found(bad.kl > 5 * row["rtn", 4, "tensor"].kl,
       f"KL ({bad.kl:.2f}) is more than 5 times that of a scale a tensor")
 f"KL {bad.kl:.2f} instead of {row['rtn', 4, '128'].kl:.3f}"
 # %% [markdown]
-# It is far worse than the worst of them. So size and bits per weight are not enough: load what you saved, and
-# measure.
+# It is far worse than the worst of them, with the same bytes. So size and bits per weight are not enough: load
+# what you saved, and measure.
 #
 # ## 10. Exercises
 # ### Exercise 3.5: three bits (about 15 minutes)
@@ -578,16 +570,16 @@ check("3.6", my_settings)
 # %% [markdown]
 # ### Gain (about 30 minutes, no check)
 # The **gain** of a layer, ‖XWᵀ‖² / (‖X‖²‖W‖² / inputs), says how strongly it answers what it reads. At 4
-# bits, groups of 128, plot for all layers the error of the output against error of the weights / gain. What
-# does that say about rounding errors?
+# bits, in groups of 128, plot for all layers the error of the output against (error of the weights / gain).
+# What does that say about rounding errors?
 #
 # ### Open
 # Quantize the embedding too, per row. What happens to KL? And count a Llama of 32 blocks, width 4096, MLP
 # 11008, 32,000 tokens: why is its "4 bits" nearer to 4?
 #
 # ## 11. What breaks next
-# Within a group, codes are spread evenly from the least weight to the largest. **Predict:** are the
-# weights?
+# Within a group, the grid points are spread evenly from the least weight to the largest. **Predict:** are the
+# weights spread evenly, too?
 # %% tags=["nbval-ignore-output"]
 codes = four["128"].codes.int() - four["128"].qparams.qmin
 used = torch.bincount(codes.flatten(), minlength=16) / codes.numel()
@@ -601,16 +593,16 @@ found(2 * outer < inner,
       f"the outer codes ({outer:.0%}) have less than half of those in the middle ({inner:.0%})")
 f"the six outer codes: {outer:.0%} of the weights; the six in the middle: {inner:.0%}"
 # %% [markdown]
-# Most weights crowd into the middle, where they share few grid points. Why should the steps be equal?
+# The six codes in the middle hold 68 % of the weights, the six outer ones 10 %. Why should the steps be equal?
 #
 # ### Recap
 # - Granularity says which weights share a scale. A scale a row is nearly free; groups lower the error further
 #   and cost (scale + zero point) / group size.
-# - Groups of 32 or a fifth bit? With float32 scales the bit; with 16-bit scales both are on the front.
+# - Groups of 32, or one more bit? With float32 scales the bit; with 16-bit scales both are on the front.
 # - Codes are packed as one stream of bits. Rounded floats are no smaller.
-# - The "4-bit" formats in use take 4.1 to 4.5 bits per weight; a model takes more, since embeddings stay. Count,
+# - The "4-bit" formats in use take up to 4½ bits per weight; a model takes more, since embeddings stay. Count,
 #   then weigh.
-# - Errors of weights cannot show a wrong axis: try a layer that is not square.
+# - Errors of weights need not show a wrong axis: try a layer that is not square.
 #
 # The last cell says how often you were right.
 #
