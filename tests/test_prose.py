@@ -6,8 +6,10 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
 
+from quantlab import checks
 from recipes import notebooks as build
 
+EXERCISES = build.NOTEBOOKS.parent / "quantlab/exercises"
 BEFORE, AFTER = 6, 3  # code cells that a paragraph may speak of
 # A number that looks measured: with decimals, in percent, or a number of times. Whole numbers are settings, mostly.
 MEASURED = re.compile(r"(?<![\w.,/×^·-])[−-]?(\d+(?:[.,]\d+)*|\.\d+)(?:\s(times)|\s?(%))?(?![\w/])")
@@ -49,6 +51,13 @@ def computed(cell) -> set[float]:
     return set().union(*map(numbers, (cell.source, *shown)))
 
 
+def targets(text: str) -> set[float]:
+    """The numbers in the file that judges the exercise which a cell sets, such as a target."""
+    chapters = re.findall(r"^### Exercise (\d+)\.\d+", text, re.M)
+    files = (EXERCISES / f"{checks.CHAPTERS[chapter]}.py" for chapter in chapters if chapter in checks.CHAPTERS)
+    return set().union(*(numbers(path.read_text(encoding="utf-8")) for path in files))
+
+
 def unexplained(cells: list) -> list[tuple[str, str]]:
     """(number, the words around it) of each measured-looking number that no code cell nearby has."""
     code = {i: computed(cell) for i, cell in enumerate(cells) if cell.cell_type == "code"}
@@ -56,7 +65,8 @@ def unexplained(cells: list) -> list[tuple[str, str]]:
     for i, cell in enumerate(cells):
         if cell.cell_type == "markdown":
             near = [k for k in code if k < i][-BEFORE:] + [k for k in code if k > i][:AFTER]
-            found += _missing(NO_CLAIM.sub(" ", cell.source), set().union(*(code[k] for k in near)))
+            known = set().union(targets(cell.source), *(code[k] for k in near))
+            found += _missing(NO_CLAIM.sub(" ", cell.source), known)
     return found
 
 
@@ -83,5 +93,10 @@ def test_a_number_that_nothing_computes_is_found():
     cell = new_code_cell("1 / 3", outputs=[new_output("execute_result", {"text/plain": "0.3333"})])
     for text in ("It is 0.33, or 33 %.", "`0.7` is code, [0.7](x) a link, $0.7$ a formula; 7 is whole; see section 7."):
         assert unexplained([cell, new_markdown_cell(text)]) == []
-    for text, number in (("It is 0.34.", "0.34"), ("By 12 % less", "12 %"), ("about 7 times", "7 times")):
+    for text, number in (
+        ("It is 0.34.", "0.34"),
+        ("By 12 % less", "12 %"),
+        ("about 7 times", "7 times"),
+        ("# A 5.5\n0.35", "0.35"),
+    ):
         assert [n for n, _ in unexplained([cell, new_markdown_cell(text)])] == [number]
