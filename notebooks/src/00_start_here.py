@@ -64,8 +64,9 @@ from quantlab.lm import generate, load_lm
 model, tokenizer = load_lm()
 print(generate(model, tokenizer, "Once upon a time", tokens=80))
 # %% [markdown]
-# Which model is it? The workbook also runs on others (section 11). Where the text says that 4,096 tokens
-# are read, a larger model reads fewer of them, `budget(model, 4096)`, and still takes longer:
+# Which model is it? The workbook also runs on others ("Another model", near the end). Where the text says
+# that 4,096 tokens are read, a larger model reads fewer of them, `budget(model, 4096)`, and still takes
+# longer:
 # %%
 from quantlab.lm import budget, chosen_model, longest_context
 
@@ -78,9 +79,10 @@ print(f"{config.vocab_size:,} tokens in the vocabulary, {longest_context(model):
 print(f"The computer's part of a notebook takes {longer} its first line says.")
 # %% [markdown]
 # The model gives every possible next piece of text a probability. `generate` took the likeliest, again and
-# again: that is *temperature 0*, and there is no chance in it. Above 0 it throws dice, and the **seed**
-# decides how they fall. The same seed tells the same story: that is so on any model, and asserted. What was
-# *found* on the bundled one goes through `found`, and on another you are told where it is not so.
+# again: that is *temperature 0*, and there is no chance in it. Above 0 it rolls dice, and the **seed**
+# decides how they fall. The same seed tells the same story. That holds on any model, and the cell asserts
+# it. What was only *found* on the bundled model goes through `found`: on another model you are told where
+# it is not so, and the notebook runs on.
 # %% tags=["nbval-ignore-output"]
 from quantlab.checks import found
 
@@ -102,8 +104,8 @@ found("".join(tokenizer.decode([i]) for i in ids) == sentence,
       "the pieces, put together, are the sentence")
 print(*[f"{i:5} {tokenizer.decode([i])!r}" for i in ids], sep="\n")
 # %% [markdown]
-# A word that is common in the texts that the tokenizer was made from is one token, here with the space
-# before it; a rare word is made of several.
+# A word that is common in the texts from which the tokenizer was made is one token (here the space before
+# it belongs to it); a rare word is made of several.
 #
 # ## 3. Count its bytes
 # The parts, in the order in which a token meets them:
@@ -111,8 +113,8 @@ print(*[f"{i:5} {tokenizer.decode([i])!r}" for i in ids], sep="\n")
 # - the **embedding**, a table with a row of numbers for each token;
 # - **blocks**, each with **attention**, which looks at the earlier tokens, and an **MLP**, which works on
 #   one token alone; between them **norms** keep the numbers at one size;
-# - the head, which turns the last numbers into probabilities. In the bundled model and many others it is
-#   the embedding once more, stored once.
+# - the head, which turns the last numbers into a score for each possible next token. In the bundled model
+#   and many others it is the embedding once more, stored once.
 #
 # **Predict** with a click. Your guess stays in this notebook's memory; a cell below sets it beside what
 # comes out, and at the end you hear how often you were right.
@@ -146,14 +148,12 @@ total = parts.total()
 for part, count in [*parts.most_common(), ("together", total)]:
     print(f"{part:10}{count:>11,} numbers{4 * count:>12,} bytes {count / total:6.1%}")
 guess.reveal(parts.most_common(1)[0][0])
-# %% [markdown]
-# The same, layer by layer:
 # %%
 import matplotlib.pyplot as plt
 
 from quantlab.lm import blocks_of
 
-_, blocks = blocks_of(model)
+_, blocks = blocks_of(model)  # the same numbers, block by block
 rows = [(part, {part: parts[part]}) for part in ("embedding", "head") if parts[part]]
 for number, block in enumerate(blocks):
     rows.append((f"block {number}", Counter()))
@@ -170,11 +170,12 @@ ax.set(xlabel="megabytes in float32", ylim=(len(rows) - 0.4, -0.6))
 ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
 plt.show()
 # %% [markdown]
-# Nearly all numbers of attention and MLP stand in **linear layers**, matrices that a vector is multiplied
-# with. (Attention also compares tokens with each other, which takes no numbers of its own.) A block of this
+# Attention and MLP keep their numbers in **linear layers**, matrices that a vector is multiplied with.
+# (Attention also compares tokens with each other, which takes no numbers of its own.) A block of this
 # model has seven: `q_proj`, `k_proj`, `v_proj` and `o_proj` in the attention, `gate_proj`, `up_proj` and
 # `down_proj` in the MLP. Together they hold most of the numbers; the embedding comes next; the norms are a
-# hairline. So quantizers go for the linear layers and leave the rest in 16 bits, and so shall we.
+# hairline at the right end of the bars. So quantizers go for the linear layers and leave the rest in 16
+# bits, and so shall we.
 #
 # **Predict.** How large is the whole model in 32, 16, 8 and 4 bits, and which of them is the file on the
 # disk? Such a file (`.safetensors`) begins with 8 bytes that say how long its table of contents is. Then
@@ -192,8 +193,12 @@ each, linear = (size - contents) / total, parts["attention"] + parts["MLP"]
 print(*[f"{bits:2} bits: {total * bits // 8:>10,} bytes" for bits in (32, 16, 8, 4)], sep="\n")
 print(f"the file: {size:>9,} bytes = {contents:,} + {each:g} × {total:,}")
 found(each == 2, f"the file has {each:g} bytes for each number (the bundled model: 2)")
-found(linear > parts["embedding"], f"attention and MLP hold {linear / total:.0%} of all, the most")
+matrices = [p.numel() for name, p in model.named_parameters()
+            if p.ndim == 2 and part_of(name) in ("attention", "MLP")]
+found(sum(matrices) == linear, "attention and MLP hold nothing but matrices")
+found(linear > total / 2, f"they hold {linear / total:.0%} of all numbers, over a half")
 found(parts["embedding"] > parts["norms"], "the embedding holds more than the norms")
+print(f"{len(matrices)} matrices in attention and MLP: {sum(matrices) / total:.1%} of all numbers")
 # %% [markdown]
 # Beside its table, the bundled model's file has two bytes for each number, and not one more: it is stored
 # in 16 bits.
@@ -217,8 +222,8 @@ check("0.1", lambda parameters, bits: parameters * bits)
 #
 # ### Exercise 0.2: weights in the linear layers (about 5 minutes)
 # `linear_layers(model)` gives the linear layers inside the blocks, by name. How many weights do they hold
-# together, without biases? Target: the attention row plus the MLP row of the table, less the biases, if the
-# model has any. The check tries made-up models.
+# together, without biases? Target: the attention row plus the MLP row of the table, without the biases, if
+# the model has any. The check tries made-up models.
 # %% tags=["exercise"]
 from quantlab.lm import linear_layers
 
@@ -232,8 +237,8 @@ hint("0.2")
 # Which part of all parameters, between 0 and 1, is in the embedding? Target: the share in the table. Mind
 # the head: in some models it *is* the embedding, in others a matrix of its own.
 #
-# **solution** prints our answer; below it shows the one to 0.1. Look when you have yours. Yours may be as
-# good.
+# **solution** prints our answer; the cell below shows the one to 0.1. Look when you have your own, which may
+# be as good.
 # %% tags=["exercise"]
 def my_embedding_share(model):
     raise NotImplementedError
@@ -256,6 +261,7 @@ logits = torch.tensor([2.0, 1.0, 0.0])
 chances = {T: torch.softmax(logits / T, dim=0) for T in (0.5, 1.0, 2.0)}
 for T, chance in chances.items():
     assert torch.allclose(chance[0] / chance[1], torch.tensor(1 / T).exp())
+    assert chance[0] > chance[1] > chance[2]  # the order of the logits
 print(
     *(f"T = {T}: {[round(p, 2) for p in chance.tolist()]}" for T, chance in chances.items()),
     sep="\n",
@@ -275,7 +281,7 @@ explore_temperature(model, tokenizer, generate, prompt="Once upon a time, there 
 # %% [markdown]
 # **What you saw.** The order of the bars never changes; how far they are apart does. Two tokens whose
 # logits differ by d have the odds exp(d/T), as asserted above. At 0 the likeliest takes all. Far above 1
-# all become alike, and the story falls apart. We shall compare models at temperature 0: if a quantized one
+# the bars become alike, and the story falls apart. We shall compare models at temperature 0: if a quantized one
 # tells another story, it was the model and not the dice.
 #
 # ## 6. The ledger
@@ -297,11 +303,11 @@ ledger.Table([row])
 #   bar.
 # - **KL**: how far the predictions are from the float model's. **top-1**: how often both say the same
 #   token.
-# - **bits, group**: the settings of a quantizer; 32 and - for the float model as it computes.
-# - **bits/w, kB**: of the file, scales and all; 16 bits a weight here.
-# - **prefill, decode**: time to read and to write, over the float model's; ± the spread of some rounds. A dash:
-#   not measured, since a model that computes as the float model does takes as long.
-# - **s, tokens**: seconds to quantize (or train), and the tokens that this looked at.
+# - **bits, group**: the quantizer's settings. The float model has none, and computes in 32 bits.
+# - **bits/w, kB**: the size of the file, scales and all. This one stores 16 bits for each weight.
+# - **prefill, decode**: time to read and to write, over the float model's; ± its spread. A dash: not
+#   measured, since the model computes as the float model does.
+# - **s, tokens**: seconds to quantize (or train), and the tokens that this read.
 #
 # ## 7. Myth: "FP32 to INT8 is 8 times smaller"
 # **Predict** the factor, for one layer and for the whole model. A quantized layer also stores a scale
@@ -323,8 +329,8 @@ found(whole < 3.9, f"the model becomes {whole:.2f} times smaller (the bundled on
 print(f"one layer:   {gain:.2f} times smaller than float32")
 print(f"whole model: {whole:.2f} times smaller than float32, {whole / 2:.2f} times than in 16 bits")
 # %% [markdown]
-# 32/8 is 4, a little less with the scales, and less again when everything is counted. The 8 in INT8 is a
-# number of bits, not a gain. So always ask: smaller than *what*, and was *everything* counted?
+# 32/8 is 4. With the scales the factor is a little less, and less again when the whole model is counted. The
+# 8 in INT8 is a number of bits, not a gain. So always ask: smaller than *what*, and was *everything* counted?
 #
 # ## 8. What breaks next
 # Why scales at all? PyTorch turns floats into integers by itself. What becomes of 0.9, −0.4 and 1.7, and
@@ -340,8 +346,8 @@ found(zeros > 0.99, f"{zeros:.1%} of the weights become 0 (the bundled model: 10
 print(f"half of the weights lie within ±{weight.abs().median():.2f}; after the cast {zeros:.1%} "
       "are 0")
 # %% [markdown]
-# A cast cuts off what stands behind the point, and nearly all weights are smaller than 1. **Predict** the story
-# without this one layer, and then with all linear layers cast.
+# A cast drops what stands after the decimal point, and nearly all weights lie between −1 and 1. **Predict** the
+# story with this one layer cast, and then with all linear layers cast.
 # %% tags=["nbval-ignore-output"]
 import copy
 
@@ -353,13 +359,16 @@ def cast_to_int8(model, names):
     return new
 
 silent = cast_to_int8(model, layers)
+empty = min((layer.weight == 0).float().mean().item() for layer in linear_layers(silent).values())
+found(empty > 0.999, f"in each cast layer at least {empty:.3%} of the weights are 0")
 stories = [tell(m) for m in (model, cast_to_int8(model, [name]), silent)]
 found(len(set(stories)) == 3, "the three stories differ")  # set: without doubles
 print(*stories, sep="\n\n")
 # %% [markdown]
-# One layer alone is enough to break the bundled model. The last one is stuck: it says one thing over and
-# over. Its matrices hold nearly nothing but zeros, so the blocks add next to nothing. The token goes from the
-# embedding straight to the head, and where that is the embedding once more it finds itself there.
+# One layer alone is enough to break the bundled model. The model with all layers cast is stuck: it says one
+# word over and over. Its matrices hold nearly nothing but zeros, so the blocks add next to nothing. The token
+# goes from the embedding straight to the head; and where the head is the embedding once more, the token that
+# fits best is that very token.
 #
 # **The control that must fail.** If our measure is worth anything, it must see this. A model that knows
 # nothing, and takes all tokens for equally likely, has the size of the vocabulary as its perplexity.
@@ -378,8 +387,8 @@ print(f"perplexity: float {row.perplexity:.1f}, knowing nothing {config.vocab_si
       f"{bad:.1e}")
 print(f"the cast model says the token that it has just read: {repeats:.0%}")
 # %% [markdown]
-# Worse than knowing nothing, here: it is sure, and wrong. Eight bits are enough, as notebook 01 shows; what the
-# integers lack is a *unit*.
+# Here it is worse than knowing nothing: the cast model is sure, and wrong. Eight bits are enough, as notebook
+# 01 shows; what the integers lack is a *unit*.
 #
 # **Open question.** Multiply all weights by 100 before the cast and divide by 100 after it. Does the model
 # speak again? Which factor is best for a layer, and what limits it? Whoever can answer that has invented
@@ -437,37 +446,35 @@ from quantlab.progress import progress
 
 progress()
 # %% [markdown]
-# All notebooks are there (✓):
-#
 # | notebook | about |
 # |---|---|
-# | 00 Start here ✓ | this notebook |
-# | [01 Scale and zero point](01_scale_and_zero_point.ipynb) ✓ | codes and back; the size of the error |
-# | [02 Clamping and calibration](02_clamping_and_calibration.ipynb) ✓ | cut off outliers, or stretch for them |
-# | [03 Granularity, packing, honest bits](03_granularity_and_packing.ipynb) ✓ | who shares a scale; true bytes |
-# | [04 NF4 and other codebooks](04_nf4_and_codebooks.ipynb) ✓ | levels where the weights are |
-# | [05 Floating-point formats](05_floating_point_formats.ipynb) ✓ | FP16, BF16, FP8, FP4, bit by bit |
-# | [06 Measuring a language model](06_measuring_a_language_model.ipynb) ✓ | perplexity, KL, error bars |
-# | [07 Integer arithmetic for real](07_integer_arithmetic.ipynb) ✓ | when integers are faster, and when not |
-# | [08 Dynamic or static?](08_dynamic_or_static.ipynb) ✓ | activations: scales now or in advance |
+# | 00 Start here | this notebook |
+# | [01 Scale and zero point](01_scale_and_zero_point.ipynb) | codes and back; the size of the error |
+# | [02 Clamping and calibration](02_clamping_and_calibration.ipynb) | cut off outliers, or stretch for them |
+# | [03 Granularity, packing, honest bits](03_granularity_and_packing.ipynb) | who shares a scale; true bytes |
+# | [04 NF4 and other codebooks](04_nf4_and_codebooks.ipynb) | levels where the weights are |
+# | [05 Floating-point formats](05_floating_point_formats.ipynb) | FP16, BF16, FP8, FP4, bit by bit |
+# | [06 Measuring a language model](06_measuring_a_language_model.ipynb) | perplexity, KL, error bars |
+# | [07 Integer arithmetic for real](07_integer_arithmetic.ipynb) | when integers are faster |
+# | [08 Dynamic or static?](08_dynamic_or_static.ipynb) | activations: scales now or in advance |
+# | [09 Outliers](09_outliers.ipynb) | LLM.int8() and SmoothQuant |
+# | [10 GPTQ](10_gptq.ipynb) | other weights make up for an error |
+# | [10b GPTQ on a model](10b_gptq_on_a_model.ipynb) | what its knobs cost, what the model gets back |
 # %% [markdown]
 # | notebook | about |
 # |---|---|
-# | [09 Outliers](09_outliers.ipynb) ✓ | LLM.int8() and SmoothQuant |
-# | [10 GPTQ](10_gptq.ipynb) ✓ | other weights make up for an error |
-# | [10b GPTQ on a model](10b_gptq_on_a_model.ipynb) ✓ | what its knobs cost, what the model gets back |
-# | [11 AWQ](11_awq.ipynb) ✓ | protect the channels that matter |
-# | [12 Sensitivity and mixed precision](12_mixed_precision.ipynb) ✓ | which layer gets how many bits |
-# | [13 Quantization-aware training](13_quantization_aware_training.ipynb) ✓ | train through the rounding |
-# | [14 Learned steps, three values, two values](14_learned_steps.ipynb) ✓ | down to one bit |
-# | [15 QLoRA](15_qlora.ipynb) ✓ | fine-tune on frozen 4-bit weights |
-# | [16 A real language model](16_a_real_model.ipynb) ✓ | SmolLM2: what carries over, and what does not |
-# | [17 Rotations](17_rotations.ipynb) ✓ | turn the basis, and the outliers are gone |
-# | [18 The cache of keys and values](18_kv_cache.ipynb) ✓ | quantize the memory of the text |
-# | [19 llama.cpp's files](19_llama_cpp_files.ipynb) ✓ | what Q4_K_M means, and the file that runs |
-# | [20 From notebook to deployment](20_from_notebook_to_deployment.ipynb) ✓ | files and engines, compared |
-# | [21 Bug hunt](21_bug_hunt.ipynb) ✓ | programs that look right |
-# | [22 Capstone: fit the budget](22_capstone.ipynb) ✓ | the best model in so many bytes |
+# | [11 AWQ](11_awq.ipynb) | protect the channels that matter |
+# | [12 Sensitivity and mixed precision](12_mixed_precision.ipynb) | which layer gets how many bits |
+# | [13 Quantization-aware training](13_quantization_aware_training.ipynb) | train through the rounding |
+# | [14 Learned steps, three values, two values](14_learned_steps.ipynb) | down to one bit |
+# | [15 QLoRA](15_qlora.ipynb) | fine-tune on frozen 4-bit weights |
+# | [16 A real language model](16_a_real_model.ipynb) | SmolLM2: what carries over, and what does not |
+# | [17 Rotations](17_rotations.ipynb) | turn the basis, and the outliers are gone |
+# | [18 The cache of keys and values](18_kv_cache.ipynb) | quantize the memory of the text |
+# | [19 llama.cpp's files](19_llama_cpp_files.ipynb) | what Q4_K_M means, and the file that runs |
+# | [20 From notebook to deployment](20_from_notebook_to_deployment.ipynb) | files and engines, compared |
+# | [21 Bug hunt](21_bug_hunt.ipynb) | programs that look right |
+# | [22 Capstone: fit the budget](22_capstone.ipynb) | the best model in so many bytes |
 # %% [markdown]
 # ## 11. Glossary
 #
@@ -482,9 +489,9 @@ progress()
 # | zero point | 零点 | the code of real 0 |
 # | clamp | 截断 | cut to the smallest or largest code |
 # | granularity | 粒度 | how many numbers share a scale |
-# | outlier | 离群值 | a value far larger than the rest |
-# | BF16, FP16 | | floats of 16 bits; notebook 05 takes them apart |
-# | kernel | 内核 | the Python behind a notebook; or a routine that multiplies on a chip |
+# | outlier | 离群值 | a value far from the rest |
+# | BF16, FP16 | | floats of 16 bits (notebook 05) |
+# | kernel | 内核 | the Python behind a notebook; or a routine on a chip |
 # %% [markdown]
 # | English | 中文 | meaning |
 # |---|---|---|
@@ -498,7 +505,7 @@ progress()
 # | nat | 奈特 | a bit is log 2 = 0.69 of them; KL is counted in nats |
 # | rtn | | round to nearest, the plainest method |
 # | deployment | 部署 | to run a model where it is used |
-# | engine | 推理引擎 | a program that runs models, from files of its own |
+# | engine | 推理引擎 | a program that runs models from its own files |
 # %% [markdown]
 # ### Another model
 # `QUANTLAB_MODEL=... python run.py lab` runs all notebooks on another causal language model. It is
@@ -519,8 +526,8 @@ progress()
 # - The linear layers inside the blocks hold most of the weights; the embedding comes next.
 # - At temperature 0 the likeliest token is taken, and the same model tells the same story.
 # - The ledger says in numbers what stories only suggest, and a broken model must look broken in it.
-# - Weights are far smaller than 1: cast to int8 they become 0, and the model falls silent. Integers need a
-#   unit.
+# - Weights are far smaller than 1: cast to int8 they become 0, and the model only repeats itself. Integers
+#   need a unit.
 #
 # And your predictions? The last cell counts them.
 #

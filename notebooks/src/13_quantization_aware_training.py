@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 13 Quantization-aware training
-# *60 minutes with exercises 13.1 to 13.3, of which the computer needs about one; 13.4 and 13.5 take 45 more. You need
-# notebooks 06 and 10.*
+# *60 minutes with exercises 13.1 to 13.3, of which the computer needs about one; exercises 13.4 and 13.5 take
+# 45 more. You need notebooks 06 and 10.*
 #
 # At 2 bits rounding ruins the model, and GPTQ repairs only part of it: the weights were trained to be
 # floats.
@@ -46,8 +46,8 @@ print({method: round(value, 2) for method, value in kl.items()})
 left = kl["gptq"] / kl["rtn"]
 guess.reveal(answers[0 if left > 0.8 else 1 if left > 0.1 else 2])
 # %% [markdown]
-# Four grid points a group are too few for *these* weights, however cleverly one chooses among them. But
-# there may be other weights, for which four are enough. To look for them is to train, and training needs a
+# Four grid points a group are too few for *these* weights, even when GPTQ chooses among them. But there may
+# be other weights, for which four are enough. To look for them is to train, and training needs a
 # gradient.
 #
 # ## 2. By hand: one weight
@@ -59,8 +59,8 @@ loss = (torch.round(w) - 1) ** 2
 loss.backward()
 loss.item(), abs(w.grad.item())
 # %% [markdown]
-# The loss is 1, and its gradient is 0. Autograd is right: a staircase is flat almost everywhere, and no
-# small step changes anything. Trained like this, a quantized network stays as it is.
+# The loss is 1, and its gradient is 0. Autograd is right: a staircase is flat between its jumps, and a small
+# step changes nothing. Trained like this, a quantized network stays as it is.
 #
 # The way out is a lie. Forward, round. Backward, pretend that rounding was not there: hand the gradient by
 # round(w), which is 2 (round(w) − 1), to w itself. That is the **straight-through estimator** (STE, 直通估计器;
@@ -90,8 +90,8 @@ from quantlab.plots import ERROR, QUANTIZED
 draw_node(plt.subplots(figsize=(7, 2.4))[1])
 plt.show()
 # %% [markdown]
-# *Forward in blue: the layer sees grid points only. Backward in orange: the gradient passes both nodes. Below it
-# reaches the float weight, which the optimizer moves; above it goes on to the layers before this one.*
+# *Forward in blue: the layer sees grid points only. Backward in orange: the gradient passes both nodes. At the
+# bottom it reaches the float weight, which the optimizer moves; at the top it goes on to the layers before.*
 #
 # ## 4. The staircase and its gradient
 # What should the gradient be where a value is clamped? Far beyond the grid, x could move on for ever and nothing would
@@ -212,7 +212,7 @@ for title, (a, b) in {"rounding": rounded, "noise": noisy}.items():
 # another method. (Nor is the gradient "that of the original weights": it is taken at the rounded ones.)
 #
 # **"PTQ, step 3: fine-tune."** Calibration computes statistics, no gradient: GPTQ has read 16,384 tokens, and
-# no weight has got one (the next cell looks). The border is not sharp, though. AdaRound, BRECQ and AutoRound use
+# no weight has a gradient (the next cell looks). The border is not sharp, though. AdaRound, BRECQ and AutoRound use
 # gradients on calibration data to choose how each weight is rounded, and are called post-training too. What makes it
 # *training* here: all weights move, by the loss of the whole model.
 #
@@ -260,7 +260,8 @@ assert moving["true gradient"] == 0
 assert moving["straight through"] > 0
 moving
 # %% [markdown]
-# Straight through, all get one but the few that are clamped. Without the lie there is no training.
+# Straight through, 3,145,524 of the 3,145,728 weights get one; a clamped weight gets none. Without the lie
+# there is no training.
 #
 # ## 7. Learn what, from whom?
 # The usual loss asks for the next token of a text. But we want the *float model* back, and it is there to
@@ -289,9 +290,9 @@ with torch.no_grad():
 # With a teacher the text needs no labels, and not even an author: the float model can write it (LLM-QAT,
 # Liu et al. 2023). The next cell shows two beginnings, drawn token by token from its own distribution.
 #
-# Which text teaches better? `python -m recipes.minmax texts` trained the bundled model at 2 bits four times,
-# with the same number of steps, and measured the KL on *held-out* calibration stories: trained on the other
-# calibration stories, on the model's own, on both; and on the stories without a teacher, for the next token.
+# Which text teaches better? `python -m recipes.minmax texts` trained the bundled model at 2 bits in four ways,
+# with as many steps each: on calibration stories, on the model's own text, on both; and on the stories without
+# a teacher, for the next token. The KL was measured on calibration stories that had been *held out*.
 # %% tags=["nbval-ignore-output"]
 for row in sample_text_tokens(model, 2, 40, seed=1, progress=False):
     print(tokenizer.decode(row[1:]), "\n")
@@ -313,8 +314,8 @@ print(reached, runs["stories"]["steps"], "steps")
 guess.reveal("stories, teacher")
 # %% [markdown]
 # The teacher matters more than the text. (It is asked for what is measured, agreement with the float model;
-# the next token is another aim.) Stories like the held-out ones come before the model's own text, but that
-# never runs out: the long runs of section 10 read both.
+# the next token is another aim.) Stories of the held-out kind teach better than the model's own text. But of
+# its own text it can write as much as we like: the long runs of section 10 read both.
 #
 # ## 8. Train
 # The first of these runs, live: sixty steps of four windows of 128 tokens, about once through the stories (on a
@@ -362,7 +363,7 @@ found(plain > as_floats, f"trained as floats, then rounded: KL {as_floats}, roun
 found(as_floats > 1.2 * max(reached.values()), "trained while rounded, any of the four is better")
 control | {f"while rounded: {name}": reached[name] for name in ("stories", "stories, no teacher")}
 # %% [markdown]
-# The text alone does far less: a model that is trained as floats never learns what rounding does to it.
+# The text alone does far less: where no rounding is in the loss, the model cannot learn to live with it.
 #
 # ## 9. Drag it
 # The explorer shows 16 weights of a row on their grid, step by step: up to eight that end up rounded
@@ -379,8 +380,8 @@ from quantlab.explorers import explore_training
 explorer = explore_training(torch.stack(walk), history.losses, bits=2, step=30, row=3)
 explorer
 # %% [markdown]
-# **What you saw.** Even the restless ones go short ways. A few weights in a hundred cross a dotted threshold and
-# are rounded elsewhere; the loss falls with them, mostly early. And at the top right, the weights stay
+# **What you saw.** Even the weights that move most go short ways. A few in a hundred cross a dotted threshold
+# and are rounded elsewhere; meanwhile the loss falls, mostly early. And at the top right, the weights stay
 # spread evenly between their thresholds.
 #
 # ### Myth: "QAT pulls the weights onto the grid"
@@ -460,10 +461,10 @@ print("2 bits, QAT:", generate(qat_models[2], its_tokenizer, "Once upon a time",
 # than a fifth of round-to-nearest's. At 4 bits they are close, and a shorter first run stayed behind GPTQ
 # (`data/checkpoints/minmax/README.md`).
 #
-# Nor is the race even. QAT read over nine times GPTQ's 16,384 tokens, and was trained on the number in the
-# table. The last two columns are seconds and tokens. Each row's seconds come from the machine and the day on which it
-# was measured, so compare orders of magnitude only. In memory QAT holds at least the weight, its gradient and Adam's
-# two moments.
+# Nor is the race even. QAT read over nine times GPTQ's 16,384 tokens, and its loss is the very number that the
+# table compares. The last two columns are seconds and tokens. Each row's seconds come from the machine and the day
+# on which it was measured, so compare orders of magnitude only. In memory QAT holds at least the weight, its
+# gradient and Adam's two moments.
 #
 # ### Myth: "Its perplexity is lower, so the 2-bit model is better than the float one"
 # **Predict** the *float* model's perplexity if all its logits are divided by 1.2: less sure of everything.
@@ -489,7 +490,7 @@ dict(zip(("float", "2 bits, QAT", "float, logits / 1.2"), sure, strict=True))
 # ## 11. Exercises
 # ### Exercise 13.4: two bits, trained (about 15 minutes)
 # A small float network tells three spirals apart. Train one whose three linear layers (names "0", "2", "4")
-# have weights of 2 bits with one scale a row, and which still tells at least **95 %** of fresh points right. You get
+# have weights of 2 bits with one scale a row, and which still tells at least `95 %` of fresh points right. You get
 # the net, its points (512, 2) and their labels (512,). Return a trained model from `prepare_qat`, which takes
 # `layers=[...]`; `group_size=None` is one scale a row. The float net itself must not change.
 # %% tags=["exercise"]
@@ -507,7 +508,7 @@ check("13.4", my_training)
 # it end lower?
 #
 # ## 12. What breaks next
-# The grid itself was never trained: min-max lays it from the least and the largest weight of the group.
+# The grid itself was not trained: min-max lays it from the least and the largest weight of the group.
 # **Predict** which share of the trained weights each of the four codes has.
 # %% tags=["nbval-ignore-output"]
 codes = torch.cat([q.codes.flatten() for q in qtensors.values()])
@@ -518,8 +519,8 @@ found(ends < 0.3, f"the first and the last code serve {ends:.0%} of the weights"
 print(dict(zip(values.tolist(), [f"{share:.0%}" for share in shares.tolist()], strict=True)))
 score()
 # %% [markdown]
-# Half of the grid serves a fifth of the weights: a few far ones make it coarse for all. What if each
-# group's step were a parameter?
+# Two of the four codes, half of the grid, serve a fifth of the weights: a few far weights make it coarse for
+# all. What if each group's step were a parameter?
 #
 # ### Recap
 # - A fake-quant node rounds forward; backward it passes the gradient, and stops it where a value was clamped.
