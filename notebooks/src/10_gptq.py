@@ -17,13 +17,15 @@
 # 3. How would you notice that somebody calibrated on the test text?
 #
 # <details><summary>Answers</summary>
-# 1. It divides the channel and multiplies the weight's column: their product is the same. 2. Both models read
-#    the same text, and tokens' gains and losses cannot cancel. 3. On fresh text the gain shrinks.</details>
+# 1. It divides the channel and multiplies the weight's column: their product is the same. 2. In perplexity a gain
+#    at one token can hide a loss at another; KL counts both as damage. 3. On fresh text the gain
+#    shrinks.</details>
 #
 # ## 1. What broke
-# At 3 bits round-to-nearest hurt the model of notebook 06, although no weight could have gone nearer. But
-# what counts is the sum Σ wᵢxᵢ of a row. Are a language model's inputs xᵢ independent? We look. (A model larger
-# than the bundled one reads fewer tokens here than the text says: `budget`.)
+# At 3 bits round-to-nearest hurt the model of notebook 06, although no weight could have gone nearer. But what counts
+# is the output, the sum Σ wᵢxᵢ of a row. Could the errors of several weights cancel in it? If the inputs xᵢ were
+# independent and of mean 0, they could not. Are they independent, in a language model? (A model larger than the
+# bundled one reads fewer tokens here than the text says: `budget`.)
 # %%
 import torch
 
@@ -38,13 +40,14 @@ name = list(layers_of_role(model, "query"))[:2][-1]  # of the second block
 count = budget(model, 8192, least=4096)
 weight, x = layers[name], capture_inputs(model, calibration[:count], [name])[name]
 # %% [markdown]
-# How much of one input can be told from another one, and from all the others together? (The part of its variance that
-# they predict is 1 − 1/[C⁻¹]ᵢᵢ, with C the correlations. Section 4 shows on two numbers where that comes from.)
+# How much of one input can be predicted from another one, and from all the others together? (The part of its variance
+# that all the others predict is 1 − 1/[C⁻¹]ᵢᵢ, with C the correlations. Section 4 shows on two numbers where that
+# comes from.)
 # %% tags=["nbval-ignore-output"]
 from quantlab.predictions import predict, score
 
 parts = ["less than a tenth", "up to a half", "more than a half"]
-from_others = predict("How much of the median input's variance do all others tell?", parts)
+from_others = predict("How much of the median input's variance do all the others predict?", parts)
 # %% tags=["nbval-ignore-output"]
 import matplotlib.pyplot as plt
 
@@ -53,16 +56,17 @@ together = 1 - 1 / torch.linalg.inv(C + 1e-9 * torch.eye(len(C))).diagonal()
 from_one = C[0, 1:].square()  # the first input, from each other alone
 plt.rcParams["figure.figsize"] = 7, 2.6
 plt.hist(
-    [from_one, together], bins=40, label=["from one other input", "from all the others together"])
-plt.gca().set(xlabel="part of the variance that can be told", ylabel="inputs")
+    [from_one, together], bins=40,
+    label=["the first input, from one other", "each input, from all the others together"])
+plt.gca().set(xlabel="part of the variance that is predicted", ylabel="inputs")
 plt.legend()
 plt.show()
-found(together.median() > 0.5, f"all others tell {together.median():.0%} of the median input")
-found(from_one.median() < 0.1, f"one other tells {from_one.median():.1%}")
+found(together.median() > 0.5, f"all the others predict {together.median():.0%} of the median")
+found(from_one.median() < 0.1, f"one other predicts {from_one.median():.1%} of the first")
 from_others.reveal(parts[sum(together.median().item() > limit for limit in (0.1, 0.5))])
 # %% [markdown]
-# One other tells little; all together they tell most of it. That is the room GPTQ works in: what one weight
-# does wrong, the others can put right.
+# One other input predicts little of the first; all the others together predict most of each input. That is the room
+# GPTQ works in: what one weight does wrong, the others can put right.
 #
 # ## 2. By hand: four weights
 # Four weights, the whole numbers 0 to 3 as the grid, and a layer that has read four tokens (the rows of X).
@@ -75,7 +79,7 @@ X = torch.tensor([[2.0, 2, 2, 1], [1, 2, 0, 2], [2, 1, 1, 0], [0, 0, 2, 0]])
 [[round(v, 1) for v in y.tolist()] for y in (w.round(), X @ w, X @ w.round())]
 # %% [markdown]
 # All three errors point the same way, and so they add up in the output. **Predict:** is 1, 0, 0, 3 still
-# the row with the best *output*? If not, how many times less can the squared error be? Only 256 rows of
+# the row with the best *output*? If not, how many times smaller can the squared error be? Only 256 rows of
 # whole numbers exist; we try them all.
 # %%
 from itertools import product
@@ -86,8 +90,8 @@ def error(v):
 best = min(product(range(4), repeat=4), key=error)
 f"output error: rounded {error(w.round()):.2f}, best of 256 {error(best):.2f}, which is {best}"
 # %% [markdown]
-# The best row lies far from the weights; its output error is thirty times less. For 256 weights of 4 bits
-# there are 16²⁵⁶ rows: we need a way to a *good* one.
+# The best row lies far from the weights; its output error is thirty times smaller. But a row of 256 weights of 4 bits
+# can be rounded in 16²⁵⁶ ways: we need a way to a *good* one.
 #
 # ## 3. What exactly is minimised
 # For W (outputs × inputs) and X (tokens × inputs) we look for Q on the grid with the least
@@ -95,7 +99,7 @@ f"output error: rounded {error(w.round()):.2f}, best of 256 {error(best):.2f}, w
 # $$\lVert XW^\top - XQ^\top\rVert^2 = \sum_{rows} (w-q)\,H\,(w-q)^\top, \qquad H = X^\top X \qquad (1)$$
 #
 # since ‖Xvᵀ‖² = vXᵀXvᵀ. H is all we need of the data; scaling it changes nothing (the library has 2/tokens
-# · XᵀX). Rows are separate problems with one H.
+# · XᵀX). Each row is a problem of its own, and all rows share one H.
 #
 # ### Exercise 10.1: output error (about 3 minutes)
 # Write the relative output error ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖², one number; `weight` and `weight_hat` are (out, in), `x` is
@@ -127,13 +131,13 @@ assert min(by_second.values()) == by_second[-1.0]
 assert abs(by_second[-1.0] - 1 / inverse2[0, 0]) < 1e-5
 by_second
 # %% [markdown]
-# It costs 2, which is 1 over entry (1, 1) of the *inverse*. So H's diagonal tells what a move costs when nobody helps,
-# the inverse's what it costs when everybody does.
+# It costs 2, which is 1 over entry (1, 1) of the *inverse*. So H's diagonal tells what a move costs when nobody
+# helps; 1 over the inverse's diagonal tells what it costs when everybody does.
 #
-# **A Lagrange multiplier** finds such a least value under a condition. At the best place the slope of the cost can only
-# point along what the condition forbids: along any other direction one could still move, and would do better. The
-# multiplier is the size of that slope. The slope of v H vᵀ is 2Hv; at v = (1, −1) it must be 0 for the free second
-# weight:
+# **A Lagrange multiplier** finds such a least value under a condition. At the best place the slope of the cost can
+# only point along what the condition forbids: along any other direction one could still move, and would do better.
+# The multiplier is the size of that slope. The slope of v H vᵀ is 2Hv; at v = (1, −1) it must be 0 for the free
+# second weight:
 # %%
 v = torch.tensor([1.0, -1.0])
 slope = 2 * H2 @ v
@@ -161,15 +165,15 @@ assert torch.allclose(first + second, inverse2, atol=1e-6)
 # ## 5. Step one: move one weight, let the others help (OBS)
 # Force weight i of a row w onto the grid point q. How should the *other* weights move so that (1) grows least?
 #
-# The move δ has δᵢ = q − wᵢ, and no slope along any other weight. So Hδᵀ is 0 but at place i:
-# Hδᵀ = −λeᵢ, where eᵢ is 1 at place i and 0 elsewhere, and λ, the multiplier, is not known yet. Multiply by H⁻¹: δᵀ is
-# −λ times column i of H⁻¹. Its entry i must be q − wᵢ, hence λ = (wᵢ − q)/[H⁻¹]ᵢᵢ. The cost δHδᵀ is then λ²[H⁻¹]ᵢᵢ.
-# This is the Optimal Brain Surgeon (Hassibi & Stork 1993):
+# The move δ has δᵢ = q − wᵢ, and no slope along any other weight. So Hδᵀ is 0 but at place i: Hδᵀ = −λeᵢ, where eᵢ is
+# 1 at place i and 0 elsewhere, and λ, the multiplier, is not known yet. Multiply by H⁻¹: δᵀ is −λ times column i of
+# H⁻¹. Its entry i must be q − wᵢ, hence λ = (wᵢ − q)/[H⁻¹]ᵢᵢ. The cost δHδᵀ is then λ²[H⁻¹]ᵢᵢ. This is the Optimal
+# Brain Surgeon (Hassibi & Stork 1993):
 #
 # $$\delta^\top = -\,\frac{w_i - q}{[H^{-1}]_{ii}}\; (H^{-1})_{:,i} \qquad
 # \text{cost } \frac{(w_i-q)^2}{[H^{-1}]_{ii}} \qquad (2)$$
 # %% [markdown]
-# Look at the two ends: δᵢ is q − wᵢ, as it must be. And if H is diagonal (independent inputs), all other
+# Two checks of (2): δᵢ is q − wᵢ, as it must be. And if H is diagonal (independent inputs of mean 0), all other
 # entries of column i are 0: nobody can help.
 #
 # ### Exercise 10.2: compensate (about 5 minutes)
@@ -196,8 +200,9 @@ assert torch.allclose(solved.double(), (w + delta)[1:], atol=1e-4)
 assert torch.isclose(delta @ H @ delta, (w[0] - 1).double() ** 2 / inverse[0, 0])
 f"output error {error(w + delta):.3f}; the first weight alone: {error([1, 0.4, 0.1, 3]):.2f}"
 # %% [markdown]
-# The solver agrees. A hundredth of the error is left: the second weight takes over most of the loss. The third
-# hardly moves: it alone feeds the fourth output, which was right.
+# The solver agrees. A hundredth of the error is left. The second weight goes up and makes good the loss; it gives the
+# first two outputs too much, which the fourth weight takes back. The third goes down, from 0.1 to 0.08 only: it alone
+# feeds the fourth output, which was right.
 # %% [markdown]
 # ## 6. Step two: one after the other (OBQ)
 # Round all four, each time the cheapest by (2) (Optimal Brain Quantization, Frantar & Alistarh 2022). Why may (2) be
@@ -231,13 +236,13 @@ assert torch.allclose(states[-1], row, atol=1e-5)
 assert abs(paid - error(row)) < 1e-4
 f"order {order}, output error {error(row):.2f}"
 # %% [markdown]
-# The library takes the same steps, and the error is the sum of the costs. Ten times better than
-# round-to-nearest, but not the best of all 256: one weight at a time is greedy, and for the best no fast way is
-# known (it is a closest point in a lattice).
+# The library takes the same steps, and the error is the sum of the costs. It is ten times smaller than
+# round-to-nearest's, but not the least of all 256: to take one weight at a time is greedy. For the best row no fast
+# way is known (it is the closest point of a lattice, a hard problem: notebook 10b).
 #
-# But every row has an order of its own, hence an inverse of its own to shrink: for rows of 10,000 weights
-# that is a trillion operations, *each*. GPTQ's first insight: on large layers the order hardly matters.
-# Left to right, all rows at once, one inverse for all.
+# But every row has an order of its own, hence an inverse of its own to shrink: for rows of 10,000 weights that is a
+# trillion operations, *each*. Hence the first insight of the GPTQ paper: on large layers the order hardly matters. So
+# go left to right, all rows at once, with one inverse for all.
 # %% tags=["nbval-ignore-output"]
 growths = {"nothing": 1.0, "a tenth": 1.1, "a half": 1.5, "twice": 2.0}
 by_order = predict("16 real rows, left to right, not the cheapest first: the output error grows by",
@@ -268,8 +273,8 @@ found(act_order < in_order, f"act-order is better: {act_order / greedy:.2f} time
 print(f"times OBQ's error: left to right {grown:.2f}, act-order {act_order / greedy:.2f}")
 by_order.reveal(min(growths, key=lambda choice: abs(growths[choice] - grown)))
 # %% [markdown]
-# Here one order for all rows adds about a tenth; a wisely chosen one (*act-order*, notebook 10b) gives most of
-# it back.
+# On these 16 rows one order for all adds about a tenth to the error; a wisely chosen order (*act-order*, notebook
+# 10b) takes most of that off again.
 # %% [markdown]
 # ## 7. Step three: all rows at once (GPTQ)
 # Left to right, (2) needs the first row of what (3) has left of the inverse. GPTQ's second insight: one
@@ -277,12 +282,12 @@ by_order.reveal(min(growths, key=lambda choice: abs(growths[choice] - grown)))
 #
 # $$H^{-1} = U_0^\top U_0 + U_1^\top U_1 + U_2^\top U_2 + \dots$$
 #
-# where U₀ᵀU₀, a column times a row, is an outer product, as on the two numbers of section 4. Only U₀ has anything in
+# where U₀ᵀU₀, a column times a row, is an outer product, as on the two weights of section 4. Only U₀ has anything in
 # column 0, so the first row of H⁻¹ is U₀₀U₀, and what (3) takes away is U₀ᵀU₀. The rest begins with U₁₁U₁, and so on:
 # **the row that step i needs is UᵢᵢUᵢ.**
 #
-# Is it only a shorter way? No. In float numbers (3), thousands of times, subtracts nearly equal numbers until a
-# diagonal entry, of which (2) needs the size, falls to 0 or below. The factorization is done once, and is stable.
+# Is it only a shorter way? No. In floating point, (3) subtracts nearly equal numbers at each of thousands of steps,
+# until a diagonal entry, by which (2) divides, falls to 0 or below. The factorization is done once, and is stable.
 # %%
 U = torch.linalg.cholesky(inverse, upper=True)
 for i in range(4):
@@ -290,7 +295,7 @@ for i in range(4):
     assert torch.allclose(U[i, i] * U[i, i:], shrunk[0])
 [[round(v, 2) for v in line] for line in U.tolist()]
 # %% [markdown]
-# Its entry (i, i) is Uᵢᵢ², and (2) divides by that. So weight j moves by −(wᵢ − q) UᵢᵢUᵢⱼ/Uᵢᵢ², or, with
+# Entry i of that row is Uᵢᵢ², and (2) divides by it. So weight j moves by −(wᵢ − q) UᵢᵢUᵢⱼ/Uᵢᵢ², or, with
 # e = (wᵢ − q)/Uᵢᵢ:
 #
 # $$w_j \leftarrow w_j - e\,U_{ij} \quad\text{for } j > i \qquad (4)$$
@@ -298,8 +303,8 @@ for i in range(4):
 # One factorization, then n steps of two lines each, for all rows. That is GPTQ.
 #
 # ### Exercise 10.3: the loop (about 12 minutes)
-# `W` is (rows, n), `U` (n, n) upper triangular, `scale` a number. Round column after column to the nearest multiple of
-# `scale` (no ends: nothing is clamped) and pass the errors on by (4). Return Q, (rows, n), on the grid; leave W as
+# `W` is (rows, n), `U` (n, n) upper triangular, `scale` a number. Round column after column to the nearest multiple
+# of `scale` (no ends: nothing is clamped) and pass the errors on by (4). Return Q, (rows, n), on the grid; leave W as
 # it is.
 # %% tags=["exercise"]
 def my_gptq(W, U, scale):
@@ -326,8 +331,9 @@ f"rounding {error(w.round()):.2f}, left to right {error(row):.2f}, greedy {error
 #
 # Now a real layer: a scale and a zero point for each row. The library works in blocks of 128 columns: the columns
 # behind a block hear of its errors once, all together, as one product of matrices instead of 128 passes over memory
-# (the paper's *lazy* updates: the same sums in another order). It also needs one Cholesky of H instead of Cholesky,
-# inverse, Cholesky. It must find the same codes, but where the last digits of float64 decide a tie.
+# (the paper's *lazy* updates: the same sums in another order). It also needs one Cholesky factor where the cell below
+# needs an inverse and a Cholesky factor. It must find the same codes, except where the last digits of float64 decide
+# a tie.
 # %% tags=["nbval-ignore-output"]
 from quantlab import choose_qparams, dequantize, quantize
 
@@ -347,8 +353,8 @@ assert torch.equal(gptq.qparams.scale[:, 0], grid.scale)  # the grid is rounding
 f"the same codes: {same:.2%}"
 # %% [markdown]
 # ## 8. Drag it
-# The first 48 columns of a layer. Above, how far each weight has moved; in the middle, one row on
-# its grid.
+# The first 48 columns of our layer. Above, how far each weight has moved; in the middle, one row on its grid; below,
+# the output error.
 #
 # **Predict:** right of the black line, do the colours stay white? In the row, do all dots end on the line
 # nearest to their circle? Does GPTQ's output error grow evenly, or most at the end?
@@ -410,17 +416,19 @@ middle = torch.tensor(list(paradox.values())).median(0).values
 "medians: weight error {:.2f} times, output error {:.2f} times".format(*middle)
 # %% [markdown]
 # Every layer is further from W, and nearer to what W *does*. Round-to-nearest is the nearest point of the grid;
-# GPTQ leaves it on purpose. Judging it by the weights' error is measuring the wrong thing. (In the bundled model
-# a `down_proj` gains least: its inputs can least be told from each other.)
+# GPTQ leaves it on purpose. Judging it by the weights' error is measuring the wrong thing. (In the bundled model a
+# `down_proj` gains least. Why? The second open question is about that.)
 # %% tags=["nbval-ignore-output"]
 score()
 # %% [markdown]
 # ### Open
-# Whose order? Permute the columns of `weight` and of `x`, quantize, and compare output errors: ten random orders,
-# rising diag H, the norm of the columns of W. How much does the order matter at 4 bits, and at 2?
+# 1. Whose order? Permute the columns of `weight` and of `x`, quantize, and compare output errors: ten random orders,
+#    rising diag H, the norm of the columns of W. How much does the order matter at 4 bits, and at 2?
+# 2. Compute `together` of section 1 for what each layer reads, and plot it against the layer's gain in section 9.
+#    Does GPTQ gain most where inputs predict each other best?
 #
 # ### Recap
-# - What counts is the output: ‖X(W − Q)ᵀ‖², and all it needs of the data is H = XᵀX.
+# - What counts is the output, ‖X(W − Q)ᵀ‖²; of the data it needs H = XᵀX only.
 # - OBS: the best help the others can give is a multiple of a column of H⁻¹. OBQ: the cheapest weight first.
 # - GPTQ: one order for all rows and one Cholesky factor turn that into a loop of two lines.
 # - The weight error rises, the output error falls.
