@@ -6,7 +6,7 @@
 # nothing more often. At the end you can
 #
 # - write a product of integer codes, with its four terms, and say what each costs;
-# - say which scales factor out of a product, and which never do;
+# - say which scales factor out of a product, and which do not;
 # - count how many terms an **accumulator** (累加器) holds, and show on two numbers why int8 differs between CPUs;
 # - run one layer in three ways that give the same numbers, time them, and find where int8 pays on *your* CPU.
 # %% [markdown]
@@ -54,24 +54,22 @@ f"time to decode {took.decode:.2f} × the float's"
 #
 # ## 2. By hand: two tokens, two rows of weights
 # The first matrix holds codes of two tokens with two features, the second those of two rows of weights.
-# **Predict** the real numbers that they stand for, s·(q − z).
+# **Predict** the real numbers that they stand for, s·(q − z), and the sums of products of the q − z alone.
 # %%
 qx, zx, sx = torch.tensor([[3, 1], [0, 2]]), 1, 0.5
 qw, zw, sw = torch.tensor([[2, -4], [1, 3]]), 1, 0.25
 x, w = sx * (qx - zx), sw * (qw - zw)
-y = x @ w.T
-x.tolist(), w.tolist(), y.tolist()
+sums = (qx - zx) @ (qw - zw).T
+assert torch.equal(sx * sw * sums, x @ w.T)
+print(f"x {x.tolist()}, w {w.tolist()}, x @ w.T {(x @ w.T).tolist()}")
+f"sums without scales {sums.tolist()}, times {sx * sw}: the same"
 # %% [markdown]
 # The scales are the same for all numbers of a matrix, so they can wait until the sums are done:
 #
 # $$\sum_k s_x (q_x - z_x)\; s_w (q_w - z_w) \;=\; s_x s_w \sum_k (q_x - z_x)(q_w - z_w)$$
-# %%
-sums = (qx - zx) @ (qw - zw).T
-assert torch.equal(sx * sw * sums, y)
-sums.tolist(), sx * sw
-# %% [markdown]
-# One float multiplication for a whole sum. But look inside: q − z of an 8-bit code lies between −255 and
-# 255. That is no 8-bit number, and the fast instructions of a CPU want 8-bit numbers. So multiply out:
+#
+# One float multiplication for a whole sum. But q − z of an 8-bit code lies between −255 and 255, and the fast
+# instructions of a CPU want 8-bit numbers. So multiply out:
 #
 # $$\sum_k (q_x - z_x)(q_w - z_w) = \underbrace{\sum q_x q_w}_{1} - \underbrace{z_x \sum q_w}_{2} -
 # \underbrace{z_w \sum q_x}_{3} + \underbrace{K z_x z_w}_{4}$$
@@ -88,9 +86,9 @@ def my_int_product(x_codes, x_zero, w_codes, w_zero):
 # %%
 check("7.1", my_int_product)
 # %% [markdown]
-# The library's is `int_linear` (`quantlab/linear/int8.py`); it is the *definition* that everything faster is
-# compared with. The four terms of the example, the first one for each token and row, the second for each row, the third
-# for each token (`[:, None]` makes a column of it), the last for all:
+# The library's is `int_linear` (`quantlab/linear/int8.py`); it is the *definition* that everything faster is compared
+# with. Here are the four terms of the example, the first one for each token and row, the second for each row, the
+# third for each token (`[:, None]` makes a column of it), the last for all:
 # %%
 from quantlab.linear import int_linear
 
@@ -100,31 +98,19 @@ assert torch.equal(one - two - three[:, None] + four, sums)
 assert int_linear(qx, zx, qw, zw).tolist() == sums.tolist()
 one.tolist(), two.tolist(), three.tolist(), four
 # %% [markdown]
-# **Predict.** The weights never change; the input is new in each call. Which terms are known before it
-# comes? Which vanish if the weights are symmetric, zw = 0?
+# **Predict.** The weights stay; the input is new in each call. Which terms are known before it comes? Which vanish
+# with symmetric weights, zw = 0?
 #
 # <details><summary>Answer</summary>
-# Σ qw is known, so term 2 waits for zx alone, and for nothing if zx was fixed beforehand (<i>static</i>,
-# notebook 08). So does term 4. Term 3 sums each token's codes, in every call. With zw = 0 terms 3 and 4 vanish,
-# the one that had to wait above all. So weights are symmetric; activations need not be.</details>
+# Σ qw is known, so terms 2 and 4 wait for zx alone, and for nothing if zx was fixed beforehand
+# (<i>static</i>, notebook 08). Term 3 sums each token's codes, in every call. With zw = 0 terms 3 and 4 vanish, and
+# term 3 was the one that had to wait. So weights are symmetric; activations need not be.</details>
 #
-# And a **bias** (偏置)? The sums count in units of sx·sw. In that unit the bias is nearly a whole number, so it can be
-# added to what is known beforehand: the accumulator starts with it instead of with 0.
-# %%
-bias = torch.tensor([0.3, -0.2])
-unit = sx * sw
-start = torch.round(bias / unit).int() - two + four  # known before any token comes
-with_bias = unit * (start + one - three[:, None])
-moved = (with_bias - (y + bias)).abs().max().item()
-assert moved <= unit / 2  # the bias was rounded to whole units
-start.tolist(), round(moved, 3), unit
-# %% [markdown]
-# The bias moved by at most half a unit. Here a unit is large; section 3 prints it for a real layer. So zero point
-# and bias together cost nothing in the loop. (Our library adds the float bias after scaling, which works for dynamic
-# scales too. The layers of the bundled model have no bias; another model's is left out here.)
+# And a **bias** (偏置)? Rounded to whole units of sx·sw, in which the sums count, it is what the accumulator starts
+# with instead of 0. (Our layers add the float bias after scaling, which suits dynamic scales too.)
 #
 # ## 3. What is equal, and what is not
-# Some texts write W·X **=** s·s·(Wq·Xq). Of three products two are equal, up to float rounding.
+# Some texts write W·X **=** s·s·(Wq·Xq). Of the three products below two are equal, up to float rounding.
 # %% tags=["nbval-ignore-output"]
 from quantlab import fake_quantize, quantize
 from quantlab.linear import DynamicInt8Linear
@@ -137,7 +123,7 @@ odd_guess = predict("Which one is the odd one out?", three_products)
 def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
-x = capture_inputs(model, tokens[:256], [name])[name]  # what the layer reads, (tokens, K)
+x = capture_inputs(model, tokens[:256], [name])[name]  # what it reads, (tokens, K)
 layer = torch.nn.Linear(x.shape[1], len(weight_of(original)), bias=False).requires_grad_(False)
 layer.weight.copy_(weight_of(original))
 int8 = DynamicInt8Linear.from_linear(layer)
@@ -154,8 +140,8 @@ print(f"integers and rounded floats: {relative(integers, rounded):.0e}, and floa
 print(f"the unit of the sums is at most {of_outputs:.0e} of the largest output")
 odd_guess.reveal("the float product")
 # %% [markdown]
-# Rounding makes the error; the integers add nothing to it. So W·X ≈, and only the *dequantized*
-# product = .
+# Rounding makes the error; the integers add nothing to it. So W·X **≈** s·s·(Wq·Xq), and only the product of the
+# *dequantized* numbers is equal to it.
 #
 # That layer has one scale for the input and **one for each row** of the weight, and both factored out.
 # Do all scales? Try one for each *input channel*, s₁ = 1 and s₂ = 10, that is, one inside the sum:
@@ -166,41 +152,31 @@ same, real = inputs @ weights, (inputs * s) @ weights
 assert len(same.unique()) < len(real.unique())
 same.tolist(), real.tolist()
 # %% [markdown]
-# One integer sum, 2, and two right answers, 2 and 20. No factor can be found afterwards, because the sum has
-# forgotten which channel it came from. Scales that are the same *along the sum* factor out, others do not:
+# One integer sum, and two right answers, 2 and 20: it has forgotten which channel it came from. Scales that are the
+# same *along the sum* factor out, others do not:
 #
-# | one scale for each | factors out? |
-# |---|---|
-# | tensor | yes |
-# | token (row of X) or output row of W | yes, onto its rows or columns of the result |
-# | group of g inputs | only by g: K/g short sums, each scaled and added in float |
-# | input channel | no |
-# %% [markdown]
+# - one for each tensor, token (row of X) or output row of W: yes;
+# - one for each group of g inputs: only by g, as K/g short sums, each scaled and added in float;
+# - one for each input channel: no.
+#
 # ## 4. How wide must a sum be?
-# A product of two 8-bit codes fits in 16 bits. K of them do not.
+# A product of two 8-bit codes fits in 16 bits. A sum of K of them may not.
 #
 # ### Exercise 7.2: how many terms fit (about 5 minutes)
 # Unsigned codes of `x_bits`, signed ones of `w_bits` (2 bits or more each, all codes in use, the most negative one
 # too), an accumulator with a sign of `accumulator_bits`. Return the largest K for which no sum of K products can
-# overflow, a whole number; 0 if not even one product fits.
+# overflow; 0 if not even one product fits.
 # %% tags=["exercise"]
 def my_largest_k(x_bits, w_bits, accumulator_bits):
     raise NotImplementedError
 # %%
 check("7.2", my_largest_k)
 # %% [markdown]
-# And a float32 accumulator? It goes to 10³⁸. **Predict**: what is 2²⁴ + 1 in float32, and after how many
-# terms may it go wrong?
-# %%
-largest = 255 * 128  # of a product u8 · s8, in size
-terms = {f"int{bits}": (2 ** (bits - 1) - 1) // largest for bits in (8, 16, 32)} | {
-    "float32": 2**24 // largest}
-assert torch.tensor(2.0**24) + 1 == 2**24
-terms
-# %% [markdown]
-# int32 holds 65,793 terms of any size; int16 holds one, int8 none. float32 has no odd numbers beyond 2²⁴: from
-# 515 terms on a sum *may* lose its last digits. Sums of real data rarely grow that far. Here are those of our
-# layer, each of K terms (256 in the bundled model).
+# And a float32 accumulator? It goes to 10³⁸; but what is 2²⁴ + 1 in float32? So after how many terms *may* a sum of
+# codes go wrong there? (The cell after the picture tells.)
+#
+# Sums of real data may be much smaller than the largest ones. Here are those of our layer, each of K terms (256 in
+# the bundled model).
 #
 # **Predict first**, then drag:
 #
@@ -213,6 +189,11 @@ from quantlab.explorers import explore_accumulator
 explorer = explore_accumulator(int8, x, bits=17)
 explorer
 # %% tags=["nbval-ignore-output"]
+largest = 255 * 128  # of a product u8 · s8, in size
+terms = {f"int{bits}": (2 ** (bits - 1) - 1) // largest for bits in (8, 16, 32)} | {
+    "float32": 2**24 // largest}
+assert torch.tensor(2.0**24) + 1 == 2**24
+
 def with_accumulator(bits, wrap):
     half = 2 ** (bits - 1)
     kept = (sums + half) % (2 * half) - half if wrap else sums.clamp(-half, half - 1)
@@ -223,11 +204,13 @@ wrapped, saturated = (with_accumulator(16, wrap) for wrap in (True, False))
 assert with_accumulator(needed, True) == 0
 found(saturated > 0, f"16 bits are too few here: saturating costs {saturated:.0%}")
 found(saturated < wrapped, "and wrapping more")
-f"needed {needed} bits; error with 16 bits: wrapped {wrapped:.0%}, saturated {saturated:.0%}"
+print(f"terms of any size that fit: {terms}; 256 need {(256 * largest).bit_length() + 1} bits")
+f"needed here {needed} bits; error with 16 bits: wrapped {wrapped:.0%}, saturated {saturated:.0%}"
 # %% [markdown]
-# **What you saw.** 256 products of any size would need 24 bits (more products, more bits); the real sums need
-# fewer, since products of both signs cancel. A sum that wraps lands on the *other side*: few wrapped sums ruin a
-# layer. Saturation is milder, and both are wrong. 32 bits are not a luxury.
+# **What you saw.** int32 holds 65,793 terms of any size, int16 one, int8 none. float32 has no odd numbers beyond 2²⁴:
+# from 515 terms on a sum *may* lose its last digits. 256 products of any size need 24 bits (more products, more
+# bits); the real sums need fewer, since products of both signs cancel. A sum that wraps lands on the *other side*:
+# few wrapped sums ruin a layer. Saturation is milder, and both are wrong. 32 bits are not a luxury.
 #
 # ## 5. Two numbers on which CPUs disagree
 # x86 CPUs before **VNNI** (a set of instructions) multiply u8 by s8 and add each two *neighbours* in 16 bits,
@@ -268,12 +251,15 @@ found(damage > 0.01, f"and cost more than 1 %: {damage:.1%}")
 f"error from that {damage:.1%}, from quantizing {relative(integers, exact):.1%}"
 # %% [markdown]
 # Believe no emulation that was not held against the real thing. torch ships several int8 kernels; our layers call
-# oneDNN's. On a CPU with VNNI it is exact; told to do without (by an environment variable, in a process of its own), it
-# takes the old instructions. `kernel_sums` hands it our codes in such a process.
+# oneDNN's. On a CPU with VNNI it is exact; told to do without (by an environment variable, in a process of its own),
+# it takes the old instructions. `kernel_sums` hands it our codes in such a process.
 #
-# **Predict**: how many of the layer's sums are those of our emulation?
+# There is a remedy: inputs of **7 bits**, codes 0 … 127. A pair is then at most 2·127·128 = 32,512, which fits.
+#
+# **Predict**: how many of the layer's sums are those of our emulation? And by which factor does the lost bit raise
+# the error of quantizing?
 # %% tags=["nbval-ignore-output"]
-from quantlab.exercises.material import kernel_sums, onnx_sums
+from quantlab.exercises.material import kernel_sums
 from quantlab.linear import kernel_status
 
 if kernel_status() == "missing":
@@ -285,43 +271,24 @@ else:
     print(f"kernel_status(): {status}; sums that are as expected of that: {equal:.0%}")
     if status == "exact":
         print("(The setting means nothing to this CPU: it is no x86.)")
-# %% [markdown]
-# **Myth: "int8 gives the same result on any CPU."** Integers are exact, so it seems safe to say. One
-# model, one input, two CPUs, and the outputs can differ by more than quantization costs. Remedies, all in use:
-#
-# - **7 bits** for one side: 2·127·128 = 32,512 fits. `reduce_range` in PyTorch and ONNX Runtime does that;
-# - other instructions that widen to 16 bits first: slower, exact;
-# - VNNI, AMX, ARM's dot products: they add in 32 bits.
-#
-# What does the seventh bit cost? **Predict**: how much larger is the error?
-# %% tags=["nbval-ignore-output"]
 seven = DynamicInt8Linear.from_linear(layer, activation_bits=7)
-few = quantize(x, seven.input_qparams(x))
-# None saturates.
+few = quantize(x, seven.input_qparams(x))  # of these codes no pair saturates:
 assert torch.equal(saturating_linear(few, int8.codes)[0], int_linear(few, 0, int8.codes))
 errors = [relative(made(x), exact) for made in (int8, seven)]
 times = errors[1] / errors[0]
 found(1.2 < times < 2.5, f"7 bits make {times:.1f} times the error, 1.2 to 2.5 times")
-f"error with 8 bits {errors[0]:.1%}, with 7 bits {errors[1]:.1%}; no pair saturates"
+f"error with 8 bits {errors[0]:.1%}, with 7 bits {errors[1]:.1%}: {times:.1f} times; none saturates"
 # %% [markdown]
-# Our layers ask the kernel first (`kernel_status()` multiplies 255 by 127), and use it only where it is
-# exact: `int8.kernel` says which way they go here. ONNX Runtime does not ask. It has a second kernel, though,
-# for u8 times **u8**; weights of code + 128 with zero point 128 are the same weights. Is it exact?
-# %% tags=["nbval-ignore-output"]
-from importlib.util import find_spec
-
-if find_spec("onnxruntime") and find_spec("onnx"):
-    unsigned = onnx_sums(codes, (int8.codes.int() + 128).to(torch.uint8), 128)
-    signed = onnx_sums(codes, int8.codes, 0)
-    like = {"is exact": correct, "saturates": saturated}
-    kinds = [kind for kind, sums_of in like.items() if torch.equal(signed, sums_of)]
-    found(torch.equal(unsigned, correct), "u8 × u8: every sum equals int_linear's", of="machine")
-    found(len(kinds) > 0, "u8 × s8 is exact or saturates as emulated", of="machine")
-    right = (unsigned == correct).float().mean()
-    print(f"u8 × u8: {right:.0%} of the sums equal int_linear's; u8 × s8: {' and '.join(kinds)}")
-else:
-    print("ONNX Runtime is not installed (pip install onnxruntime onnx): nothing was compared")
-# %% [markdown]
+# **Myth: "int8 gives the same result on any CPU."** Integers are exact, so it seems safe to say. One
+# model, one input, two CPUs, and the outputs can differ by more than quantization costs. Remedies, all in use:
+#
+# - 7 bits for one side: `reduce_range` in PyTorch and ONNX Runtime does that;
+# - other instructions that widen to 16 bits first: slower, exact;
+# - VNNI, AMX, ARM's dot products: they add in 32 bits.
+#
+# Our layers ask the kernel first (`kernel_status()` multiplies 255 by 127) and use it only where it is exact;
+# `int8.kernel` says which way they go here.
+#
 # ## 6. Three ways, the same numbers
 # Now the three ways of section 1, on the real layer with one set of codes. **Predict** for each pair: equal
 # to the last bit, or up to float rounding?
@@ -334,10 +301,10 @@ from quantlab.linear import WeightOnlyLinear
 packed = WeightOnlyLinear.from_linear(layer, bits=8, granularity=PerAxis(0), symmetric=True)
 x_hat = fake_quantize(x, qp)
 fake = F.linear(x_hat, w_hat)
-assert torch.equal(packed.weight, w_hat)  # packed bytes: the last bit
+assert torch.equal(packed.weight, w_hat)  # packed bytes: to the last bit
 assert relative(packed(x_hat), fake) < 1e-6
 from_kernel = torch.round(int8(x) / (qp.scale * int8.weight_scale)).int()
-# Integers: every sum, up to 2²¹.
+# The kernel's sums, read back from its float outputs, which have 21 safe bits.
 assert (from_kernel - sums).abs().max() <= sums.abs().max() / 2**21
 assert relative(int8(x), int8.exact(x)) < 1e-6  # floats: rounding
 assert relative(fake, int8(x)) < 1e-5
@@ -407,12 +374,13 @@ slower = taken[1]["weight-only"] > taken[1]["float32"]
 found(slower, "unpacking in every call is slower than float32", of="machine")
 unpack_guess.reveal(speeds[slower])
 # %% [markdown]
-# Fake quantization is never faster: it is the float product and more. Weight-only is as small as int8 and, done
+# Fake quantization cannot be faster: it is the float product and more. Weight-only is as small as int8 and, done
 # like this, *far slower* than float32: each call unpacks, shifts and scales the whole weight, in several passes
 # over memory, to use it once.
 #
 # Is dequantizing the trouble, or where it is done? torch has a **fused** (融合) kernel that makes floats *on the
-# way*, a few weights at a time, never in memory (it takes float32 as well, but is made for bfloat16, hence coarser):
+# way*, a few weights at a time, and does not write them to memory (it takes float32 as well, but is made for
+# bfloat16, hence coarser):
 # %% tags=["nbval-ignore-output"]
 scale = int8_large.weight_scale.bfloat16()
 fused = partial(torch._weight_int8pack_mm, x_many[:1].bfloat16(), int8_large.codes, scale)
@@ -420,9 +388,9 @@ assert relative(fused().float(), x_many[:1] @ rounded.T) < 0.02
 times = best({"float32": partial(ways["float32"], x_many[:1]), "fused weight-only": fused})
 {way: f"{1e6 * t:,.0f} µs" for way, t in times.items()}
 # %% [markdown]
-# *Does it dequantize first?* Weight-only as we have it does; what matters is whether the floats go through memory. With
-# one token and a fused kernel made for your CPU it can win. (There are other ways: llama.cpp's kernels round the input
-# as well and multiply integers, and some look products up in tables.)
+# *Does it dequantize first?* Weight-only as we have it does; what matters is whether the floats go through memory.
+# With one token and a fused kernel made for your CPU it can win. (There are other ways: llama.cpp's kernels round the
+# input as well and multiply integers, and some look products up in tables.)
 #
 # ## 8. Find the crossover on your CPU
 # Four ways, five numbers of tokens M, five sizes of K and of N: all measured now, on one core. It takes a
@@ -472,8 +440,8 @@ for way in ("int8 dynamic", "int8 static", "weight-only"):
     print(f"On this CPU {way} beats float32 from, by K = N:  {told}")
 # %% [markdown]
 # **Myth: "INT8 is faster."** Numbers above 1 (bold) are gains; a CPU without VNNI or the like may show none for int8.
-# It depends on the kernel *and* on the shape: in small layers the fixed cost of each call eats the gain, and
-# dequantizing first loses most with few tokens. Why do gains and losses lie where they lie?
+# Whether int8 gains depends on the kernel *and* on the shape: in small layers the fixed cost of each call eats the
+# gain, and dequantizing first loses most with few tokens. Why do gains and losses lie where they lie?
 #
 # ## 9. Bytes and operations
 # Each call has to *move* bytes and to *compute*. The slower of the two sets the time: the **roofline** (屋顶线)
@@ -531,10 +499,10 @@ for way, M in [(way, M) for way in ("float32", "int8 dynamic") for M in (1, 256)
     print(f"{way:13} M = {M:3}: {told}, measured {1e6 * seconds[way, M, 2048, 2048]:,.0f} µs")
 # %% [markdown]
 # With one token a weight is read for a single multiplication and addition: half an operation a byte. The CPU
-# waits for memory: **memory-bound** (访存受限). A quarter of the bytes can win about four times there, more if
-# only the small weight fits into the cache. With 256 tokens it is **compute-bound** (计算受限): int8 wins by how
-# many more products its instructions make, with VNNI; without it they may make fewer, and then int8 loses. And in front
-# of all stands the fixed cost.
+# waits for memory: **memory-bound** (访存受限). int8 moves a quarter of the bytes, and can win up to four times
+# there; more if only the small weight fits into the cache. With 256 tokens it is **compute-bound** (计算受限):
+# int8 wins by how many more products its instructions make, with VNNI; without it they may make fewer, and
+# then int8 loses. And in front of all stands the fixed cost.
 #
 # How good is such a model? **Predict** within which factor the largest of the three parts meets the measured time.
 # %% tags=["nbval-ignore-output"]
@@ -545,8 +513,8 @@ print(f"measured over largest part: {least:.1f} to {most:.0f}, median {middle:.1
     f"below 1 in {(beyond < 1).float().mean():.0%} of the calls, below 0.8 in "
     f"{(beyond < 0.8).float().mean():.0%}")
 # %% [markdown]
-# So the roofline is a floor, not a forecast, and a floor as sharp as our three rates, which were measured once: a few
-# calls come out a little below it. It says which part bounds a call, and how much room there is at most.
+# So the roofline is a floor, not a forecast, and only as sharp as our three rates, which were measured once: a few
+# calls may come out a little below it. It says which part bounds a call, and how much room there is at most.
 #
 # ## 10. Drag it
 # Left: measured times; dotted, the largest part of the chosen way. Right: the parts. The time should lie at the
@@ -563,11 +531,11 @@ from quantlab.explorers import explore_speed
 explorer = explore_speed(seconds, nbytes, parts, shape=(1, 2048, 2048), way="int8 dynamic")
 explorer
 # %% [markdown]
-# **What you saw.** Small layers cost what a call costs, whatever they compute. Larger ones cost their bytes,
-# then, with more tokens, their operations. int8 moves less, and that mark lies further left. So does computing with
-# VNNI; without it, it may lie further right. Its fixed cost lies further right, and that decides in layers as small
-# as the bundled model's when it writes. Where the measured bar lies far beyond all marks, the model is too simple:
-# passes over the input, page faults, caches.
+# **What you saw.** Small layers cost what a call costs, whatever they compute. Larger ones cost their bytes, then,
+# with more tokens, their operations. For int8 the mark of the bytes lies further left, and with VNNI that of
+# computing too (without it perhaps further right). But its fixed cost lies further right, and that decides in layers
+# as small as the bundled model's when it writes. Where the measured bar lies far beyond all marks, the model is too
+# simple: passes over the input, page faults, caches.
 #
 # ## 11. The whole model
 # The first rows that really compute in integers: every linear layer a `DynamicInt8Linear`, with one scale for
@@ -586,12 +554,12 @@ for row in rows:
 kl = [row.kl for row in rows]
 assert abs(kl[0]) < 1e-6
 found(kl[1] < kl[3], f"weights alone cost least, {kl[1]:.4f}; a scale a token more, {kl[3]:.4f}")
-found(kl[3] < kl[2] < 0.1, f"one scale most, {kl[2]:.4f}, below 0.1")
+found(2 * kl[3] < kl[2] < 0.1, f"one scale costs {kl[2] / kl[3]:.1f} times that, above 2")
 ledger.Table(rows)
 # %% [markdown]
 # Here the activations cost more than the weights: with one scale for all, the largest token sets the step for
 # everyone. A scale for each token mends most of it, and asks nothing of the kernel (exercise 7.5). The bundled model
-# is stored in little more than half of the bytes. *Prefill* and *decode* are times over the float model's, so more
+# is stored in 4,240 kB instead of 7,345. *Prefill* and *decode* are times over the float model's, so more
 # than 1 is slower: compare them with the rows M = 256 and M = 1 of the picture in section 8, at K = 256
 # (or your model's width).
 #
@@ -626,15 +594,15 @@ def my_per_token(x, w_codes, w_scale, kernel):
 # %%
 check("7.5", my_per_token)
 # %% [markdown]
-# **30 minutes.** Weight-only need not be that slow. Its row scales factor out, so the codes need not be
-# multiplied before the product: write `x @ int8.codes.float().T * int8.weight_scale`, assert
-# that it equals `packed(x)` to 10⁻⁵,
-# and time both with `best`. Which passes over memory have you saved?
+# **30 minutes.** Weight-only need not be that slow. Its row scales factor out, so the codes need not be multiplied
+# before the product: write `x @ int8.codes.float().T * int8.weight_scale`, assert that it equals `packed(x)` to 10⁻⁵,
+# and time both with `best`. Which passes over memory are saved?
 #
-# **Open.** Use all your cores (in section 7 `torch.set_num_threads`, and `time.perf_counter` as the clock: the
-# other sees one thread alone): which way gains most, and what does the
-# roofline say? Or set `ONEDNN_MAX_CPU_ISA=AVX2` before you start JupyterLab: which way do the layers go then,
-# and where does the crossover move?
+# **Open.** (a) Use all your cores (in section 7 `torch.set_num_threads`, and `time.perf_counter`: the other
+# clock sees one thread): which way gains most, and what does the roofline say? (b) Set
+# `ONEDNN_MAX_CPU_ISA=AVX2` before you start JupyterLab: which way do the layers go then, and where does the crossover
+# move? (c) ONNX Runtime does not ask its kernels. Import `onnx_sums` from `quantlab.exercises.material`: are
+# `onnx_sums(codes, int8.codes, 0)` the exact sums, and those of u8 weights, codes + 128 with zero point 128?
 #
 # ## 14. What breaks next
 # "Dynamic" int8 passes over its input in every call, for the smallest and the largest value. Why every time? Fix
@@ -653,7 +621,7 @@ score()
 # - Fake quantization measures damage, weight-only saves bytes, integers save time: same numbers, three prices.
 # - Scales that are constant along the sum factor out (tensor, token, row). Of the zero points' three cross terms,
 #   symmetric weights leave one, its sum known beforehand.
-# - K products of u8 and s8 need 32 bits; float32 is exact to 2²⁴; without VNNI pairs saturate in 16 bits.
+# - Sums of u8 · s8 need 32 bits; float32 is exact to 2²⁴; without VNNI pairs saturate in 16 bits.
 # - One token: memory-bound, bytes count. Many: compute-bound, instructions count. Small layers: the call counts.
 # - "INT8 is faster", "the same on any CPU": questions to a kernel, not facts. Measure.
 #
