@@ -1,6 +1,7 @@
 """Run notebooks/src/*.py and store them with their outputs as notebooks/*.ipynb:  python run.py notebooks --help"""
 
 import argparse
+import ast
 import base64
 import copy
 import io
@@ -32,6 +33,7 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 PICTURES = ("image/png", "image/jpeg")
 VOLATILE = "nbval-ignore-output"  # tag of a cell whose outputs differ from run to run
 RAISES = "raises-exception"  # tag of a cell that must end in an error
+SAID = {"print": "stream", "plt.show": "display_data"}  # what a call leaves in the outputs
 PROGRESS_BAR = re.compile(r"^.*(\d+%\||\d+it \[).*\n?", re.MULTILINE)
 MACHINE_PATH = re.compile(r"/(home|root|tmp|work|Users)/|\\Users\\")
 MAX_BYTES = 1_000_000
@@ -119,8 +121,9 @@ def run(notebook: NotebookNode, *, folder: Path, **environment: str) -> None:
     """Execute the cells in place; an error in a cell that is not tagged for it ends the run."""
     resources = {"metadata": {"path": str(folder)}}
     nobody = os.environ | {"QUANTLAB_PROGRESS": "off"}  # whoever builds a notebook has passed nothing in it
+    waiting = {"timeout": 600, "iopub_timeout": 120, "raise_on_iopub_timeout": True}  # else late outputs are dropped
     NotebookClient(
-        notebook, kernel_manager_class=ThisPython, timeout=600, record_timing=False, resources=resources
+        notebook, kernel_manager_class=ThisPython, record_timing=False, resources=resources, **waiting
     ).execute(env=nobody | environment)
 
 
@@ -245,7 +248,19 @@ def cell_problems(cell: NotebookNode) -> list[str]:
         found.append(f"a path of this machine ({path[0]}...)")
     if has_tag(cell, RAISES) != any(output.output_type == "error" for output in cell.outputs):
         found.append(f"no error in spite of the tag {RAISES}" if has_tag(cell, RAISES) else "an error")
+    kinds = {output.output_type for output in cell.outputs}
+    found += [f"no output of its {call}()" for call, kind in SAID.items() if call in called(cell) and kind not in kinds]
     return found
+
+
+def called(cell: NotebookNode) -> set[str]:
+    """The functions that a cell calls in whatever case: statements of their own, under no condition."""
+    try:
+        lines = ast.parse(cell.source).body
+    except SyntaxError:  # a magic command
+        return set()
+    calls = (line.value for line in lines if isinstance(line, ast.Expr) and isinstance(line.value, ast.Call))
+    return {ast.unparse(call.func) for call in calls}
 
 
 def essence(cell: NotebookNode) -> tuple:

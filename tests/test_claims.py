@@ -27,7 +27,7 @@ SAID = re.compile(
     r"|(?:nearly|almost) (?:all|every\w*|always|never|none|nothing|no)|most of|hardly|always|never)\b",
     re.I,
 )
-NO_CLAIM = re.compile(r"```.*?```|`[^`]*`|\$[^$]*\$|\]\([^)]*\)|^#+ [^\n]*$|<[^>]*>", re.M | re.S)
+NO_CLAIM = re.compile(r"```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|\]\([^)]*\)|^#+ [^\n]*$|<[^>]*>", re.M | re.S)
 
 
 def plain(text: str) -> str:

@@ -239,6 +239,8 @@ def test_a_good_notebook_has_no_problem(tmp_path):
         (cell("1", new_output("display_data", {"text/html": r"C:\Users\me"})), "a path of this machine"),
         (cell("1", new_output("error", ename="KeyError", evalue="'x'")), "an error"),
         (cell("1", stream("1"), tags=[build.RAISES]), "no error in spite of the tag"),
+        (cell("print(1)\nplt.show()", picture(1)), "no output of its print()"),
+        (cell("print(1)\nplt.show()", stream("1")), "no output of its plt.show()"),
     ],
 )
 def test_problems_are_reported(bad, word, tmp_path):

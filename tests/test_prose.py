@@ -15,7 +15,7 @@ BEFORE, AFTER = 6, 3  # code cells that a paragraph may speak of
 MEASURED = re.compile(r"(?<![\w.,/×^·-])[−-]?(\d+(?:[.,]\d+)*|\.\d+)(?:\s(times)|\s?(%))?(?![\w/])")
 NUMBER = re.compile(r"\d[\d,]*\.?\d*(?:e-?\d+)?|\.\d+")
 NO_CLAIM = re.compile(
-    r"```.*?```|`[^`]*`|\$[^$]*\$|\[[^\]]*\]\([^)]*\)|^#+ [^\n]*$|<[^>]*>|§\d+(\.\d+)*"
+    r"```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|\[[^\]]*\]\([^)]*\)|^#+ [^\n]*$|<[^>]*>|§\d+(\.\d+)*"
     r"|[Nn]otebooks? \d\d|[Ss]ections? \d+|[Ee]xercises? \d+\.\d+(?:(?:,|,? and| to) \d+\.\d+)*|\b(?:19|20)\d\d\b",
     flags=re.M | re.S,
 )
