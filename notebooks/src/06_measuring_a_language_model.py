@@ -1,6 +1,6 @@
 # %% [markdown]
 # # 06 Measuring a language model
-# *60 minutes, and 25 more for exercises 6.4 and 6.5; the computer needs about one. You need notebooks 01 and 03.*
+# *60 minutes, and 25 more for the last two exercises; the computer needs about one. You need notebooks 01 and 03.*
 #
 # 语言模型的度量. A quantized model is a damaged model. This notebook is about saying *how* damaged. At the end of
 # it you can
@@ -17,18 +17,22 @@
 # 3. Why do FP16 gradients need a loss scale, and BF16 ones not?
 #
 # <details><summary>Answers</summary>
-# 1. Twice as many octaves; a mantissa bit, so a coarser step. 2. 4.25: a scale of 8 bits for
-#    every 32. 3. Small gradients underflow in FP16; BF16 has the exponents of FP32.</details>
+# 1. Range: more octaves. It costs a mantissa bit, so the steps are coarser. 2. No: 8 bits of scale for every 32
+#    weights come on top. 3. Small gradients underflow in FP16; BF16 has the exponents of float32.</details>
 #
 # ## 1. What broke
-# Notebook 05 ended with models whose KL differed by thousandths. Is that damage, or luck? We round all
-# linear layers of the model to nearest, in groups of 128 weights, with 8 bits down to 2.
-# %%
+# Notebook 05 ended with models whose KL differed by thousandths. Is that damage, or luck? We round all linear layers
+# of the model to nearest, in groups of 128 weights, with 8 bits down to 2. Then three of the models tell a story: the
+# float model, the one with 4 bits and the one with 3, in an order that we keep to ourselves. **Predict**: which is
+# which? (Section 6 tells.)
+# %% tags=["nbval-ignore-output"]
+import textwrap
+
 import torch
 
 from quantlab.checks import check, found, hint, solution
-from quantlab.lm import (begin_token, budget, load_lm, load_text, longest_context, quantize_lm,
-    token_stream)
+from quantlab.lm import (begin_token, budget, generate, load_lm, load_text, longest_context,
+    quantize_lm, token_stream)
 
 model, tokenizer = load_lm()
 calibration = token_stream(tokenizer, load_text("calibration"))
@@ -36,14 +40,6 @@ quantized, reports = {}, {}
 for bits in (8, 6, 5, 4, 3, 2):
     quantized[bits], reports[bits] = quantize_lm(
         model, method="rtn", bits=bits, group_size=128, progress=False)
-# %% [markdown]
-# Three of the models tell a story: the float model, the one with 4 bits, and the one with 3 bits, in an
-# order that we keep to ourselves. **Predict**: which is which?
-# %% tags=["nbval-ignore-output"]
-import textwrap
-
-from quantlab.lm import generate
-
 start, tellers = ("One day, a small dog",
     {"float": model, "4 bits": quantized[4], "3 bits": quantized[3]})
 order = torch.randperm(3, generator=torch.Generator().manual_seed(len(start))).tolist()
@@ -57,7 +53,7 @@ for letter, teller in storytellers.items():
 # we need to know how far to trust it.
 #
 # ## 2. By hand: three tokens
-# A model gives a probability to each token that could come next. Here is a whole one. Its vocabulary is a,
+# A model gives a probability to each token that could come next. Here is a whole model. Its vocabulary is a,
 # b, c; each row is the token before, each column the token to come.
 # %%
 table = torch.tensor([[1/4, 1/2, 1/4],   # after a
@@ -84,18 +80,16 @@ assert torch.isclose(value, p.prod() ** (-1 / 3))
 # V: every nll is log V, so is their mean. 1 is certainty; sure and wrong can lie above V.</details>
 #
 # ### Exercise 6.1: perplexity (about 5 minutes)
-# `logits` (n, V) has a row for each of n tokens, computed from that token and those before it; `tokens` (n,) are their
-# ids. `torch.log_softmax` makes log-probabilities of a row, and stays finite where a softmax becomes 0. Mind which
-# token row i predicts. Return one number.
+# `logits` (n, V) has a row for each of n tokens, computed from that token and those before it; `tokens` (n,) are
+# their ids. `torch.log_softmax` makes log-probabilities of a row, and stays finite where a softmax becomes 0. Mind
+# which token row i predicts. Return one number. (Below the check, the same cell measures the real model, on 512
+# tokens of stories that it was not trained on; formula and library must agree.)
 # %% tags=["exercise"]
 def my_perplexity(logits, tokens):
     raise NotImplementedError  # logits (n, V), tokens (n,)
-# %%
-check("6.1", my_perplexity)
-# %% [markdown]
-# On the real model: 512 tokens of stories that it has never seen. The library must say the same as the
-# formula.
 # %% tags=["nbval-ignore-output"]
+check("6.1", my_perplexity)
+
 from quantlab.lm import perplexity
 
 stream = token_stream(tokenizer, load_text("eval"))
@@ -108,7 +102,8 @@ if bos not in (None, tokenizer.eos_token_id):  # a begin token that ends no text
     by_hand = by_hand[tokens[1:window] != bos]
 measured = perplexity(model, tokens[:window])
 assert abs(by_hand.mean().exp() / measured.value - 1) < 1e-4
-f"perplexity {measured.value:.2f} over {measured.tokens} predictions; blind: {len(tokenizer)}"
+print(f"perplexity {measured.value:.2f} over {measured.tokens} predictions;",
+    f"a blind guess among all tokens would have {len(tokenizer)}")
 # %% [markdown]
 # ## 3. One model, one text, many perplexities
 # The text is longer than the model can read at once, so it is cut into **windows** (窗口). A new window
@@ -118,12 +113,9 @@ f"perplexity {measured.value:.2f} over {measured.tokens} predictions; blind: {le
 # What do shorter windows do to the number? A smaller stride? Leaving out the begin tokens? Putting one in front of
 # *every* window, as some tools do?
 # %% tags=["nbval-ignore-output"]
-from quantlab.predictions import predict, score
-
-directions = ["falls", "stays", "rises"]
-forced_guess = predict("A begin token in front of every window: the perplexity", directions)
-# %%
 import torch.nn.functional as F
+
+from quantlab.predictions import predict, score
 
 def nll_of(model, tokens, window=128, first=()):
     """The nll of each prediction, (windows, predictions); `first` stands before every window."""
@@ -135,11 +127,13 @@ def nll_of(model, tokens, window=128, first=()):
     return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(
         len(ids), -1)
 
-nll = nll_of(model, tokens)  # (windows, predictions)
+nll = nll_of(model, tokens)
+directions = ["falls", "stays", "rises"]
+forced_guess = predict("A begin token in front of every window: the perplexity", directions)
 # %%
+begin = tokenizer.eos_token_id if bos is None else bos  # what ends a text stands before the next
 plain = tokens if bos is None else tokens[tokens != bos]
-first = [tokenizer.eos_token_id if bos is None else bos]  # what ends a text stands before the next
-forced = nll_of(model, tokens, first=first)
+forced = nll_of(model, tokens, first=[begin])
 perplexity_forced = forced.mean().exp()
 bar_forced = perplexity_forced * forced.mean(1).std() / len(forced) ** 0.5
 settings = {"window 32": perplexity(model, tokens, window=32)[:2],
@@ -148,7 +142,6 @@ settings = {"window 32": perplexity(model, tokens, window=32)[:2],
     f"window {window}": perplexity(model, tokens, window=window)[:2],
     f"window {window}, BOS removed": perplexity(model, plain, window=window)[:2],
     "window 128, BOS before each": (perplexity_forced, bar_forced)}
-# %%
 short, middle, overlapping, long, without, first = (value for value, _ in settings.values())
 found(short > middle > long, "longer windows lower the perplexity")
 found(middle > overlapping, "windows that overlap lower it as well")
@@ -174,10 +167,10 @@ found(seen[0] > seen[-1], "the more it has seen, the better it guesses")
 found(forced[:, 0].mean() > 2 * forced[:, 1:].mean(),
     "after a forced begin token it expects the start of a story")
 # %% [markdown]
-# The model has not changed by a single bit. Left: a token early in a window is hard to guess, because
-# little stands before it. Short windows have many; overlap spares them and reads the text twice. Without
-# begin tokens the model cannot see where a story starts; with one before every window it believes that one
-# starts where none does, and is worst at the window's first token.
+# The model has not changed by a single bit. Left: a token early in a window is hard to guess, because little stands
+# before it. Short windows have many such tokens. Windows that overlap count few of them, but read the text twice.
+# Without begin tokens the model cannot see where a story starts; with one before every window it believes that one
+# starts where none does, and is badly wrong at the window's first token.
 #
 # *Why do my perplexities disagree?* Window, stride, begin token, text or tokenizer: **compare only what was
 # measured with all five alike.**
@@ -196,7 +189,7 @@ whole, letters = (perplexity(model, tokens),
 per_character = whole.nll * whole.tokens / math.log(2) / letters
 print(f"our model: perplexity {whole.value:.1f}, bits per character {per_character:.2f}")
 # %% [markdown]
-# 16 and 4, for two models that know exactly as much: perplexity is *per token*. **Bits per character**
+# 16 and 4, for two models that know exactly as much: perplexity is *per token*. Their **bits per character**
 # (每字符比特数) are alike.
 #
 # ## 4. The error bar
@@ -214,25 +207,24 @@ assert abs(pulls.sum()) < 1e-5  # some pull up, some down
 error_of_m = pulls.std() / 3**0.5
 [round(value, 3) for value in (m.item(), *pulls.tolist(), error_of_m.item())]
 # %% [markdown]
-# The mean is 2.48 nats. The second window, with 3.3 nats a token, pulls it up; the third has only 1.8, but half as many
-# tokens, and pulls less than its own mean suggests. And the perplexity exp(m)? If m moves by a small d, exp(m) moves by
-# about exp(m)·d, its slope times d. (This is the *delta method*.)
+# The mean is 2.48 nats. The second window, with 3.3 nats a token, pulls it up; the third has only 1.8, but half as
+# many tokens, and pulls less than its own mean suggests. And the perplexity exp(m)? If m moves by a small d, exp(m)
+# moves by about exp(m)·d, its slope times d. (This is the *delta method*.)
 #
 # ### Exercise 6.2: the error bar (about 10 minutes)
 # `sums` and `counts` are (windows,): nll sums and numbers of tokens. Return the standard error of the perplexity
 # exp(m), one number. The standard deviation is that of a sample, dividing by k − 1, as torch's `std` does.
+#
+# **Predict before you run the check**: its cell also keeps one window in two. How much longer is the error bar then:
+# as long as before, √2 times or 2 times?
 # %% tags=["exercise"]
 def my_stderr(sums, counts):
     raise NotImplementedError  # both (windows,)
-# %%
-check("6.2", my_stderr)
-# %% [markdown]
-# The library does the same; we write it once more for windows of one length, since the next cells need it.
-#
-# **Predict.** With half of the text, how much longer is the error bar? Twice, √2 times, the same?
 # %% tags=["nbval-ignore-output"]
+check("6.2", my_stderr)
+
 def standard_error(rows):
-    """Of the mean of rows (windows, predictions)."""
+    """Of the mean of rows (windows, predictions), all windows being of one length."""
     return (rows.mean(1).std() / len(rows) ** 0.5).item()
 
 measured = perplexity(model, tokens, window=128)
@@ -250,8 +242,8 @@ f"{measured.value:.2f} ± {measured.stderr:.2f}; with half of the windows {ratio
 # √2 times, as for every mean: a bar half as long takes four times the text.
 #
 # But is the bar *right*? Two checks. The **bootstrap** (自助法): draw as many windows as we have, with repetition,
-# 2000 times. How far do the perplexities scatter? And the hard one: read the next three stretches of the
-# text, as long as ours. **Predict**: do the four values lie within about a bar of each other?
+# 2000 times. How far do the perplexities of these draws scatter? And the hard one: read the next three stretches of
+# the text, each as long as ours. **Predict**: do the four values lie within about a bar of each other?
 # %% tags=["nbval-ignore-output"]
 parts = stream[: 4 * len(tokens)].split(len(tokens))
 stretches = [nll_of(model, part) for part in parts]
@@ -271,12 +263,12 @@ for i, (value, error) in enumerate(four, 1):
 plt.gca().set(xlabel="perplexity", yticks=[])
 plt.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
+f"a story fills {count / (tokens == begin).sum():.1f} windows"
 # %% [markdown]
-# The bootstrap agrees with the formula. But both know only the windows of stretch 1, and
-# treat them as independent. They are not: a story fills about two windows. And with the bundled model stretch
-# 2 lies more than two standard errors of the difference from stretch 3. Four stretches cannot tell bad luck
-# from bars that are too short (Open 2 goes on from here). Until you know, take the bar of one short text for
-# a *lower* bound.
+# The bootstrap agrees with the formula. But both know only the windows of stretch 1, and treat them as independent.
+# They are not: a story fills about two windows. And with the bundled model stretch 2 lies more than two standard
+# errors of the difference from stretch 3. From four stretches we cannot tell bad luck from bars that are too short
+# (question 2 at the end goes on from here). Until you know, take the bar of one short text for a *lower* bound.
 #
 # ## 5. Read the same text
 # **Predict.** The model with 8 bits: is its perplexity above the float model's by more than the error bar?
@@ -288,7 +280,7 @@ f"float {measured.value:.3f} ± {measured.stderr:.3f}, 8 bits {eight.value:.3f} 
 # %% [markdown]
 # The difference drowns in the error bar. The bar is long because *texts* differ; but both models read one
 # text. So why not compare them token by token, and not only at the token that came, but at all that could
-# have come? By hand: the float model says p, the quantized one q.
+# have come? By hand, with three possible tokens: the float model gives them the probabilities p, the quantized one q.
 # %%
 p = torch.tensor([1/2, 1/4, 1/4])
 q = torch.tensor([1/2, 3/8, 1/8])
@@ -300,8 +292,8 @@ round(forward.item(), 4), round(backward.item(), 4)
 # positive, and it has a direction: the float model stands in front, because its view of what is likely is
 # the one we trust.
 #
-# **Predict.** The next token turns out to be the first, second or third. Does the nll of q get worse, by
-# how much?
+# **Predict.** The next token turns out to be the first, the second or the third. By how much is q's nll worse than
+# p's, in each case?
 # %%
 worse = (-q.log()) - (-p.log())
 assert torch.isclose((p * worse).sum(), forward)
@@ -313,30 +305,30 @@ assert torch.isclose((p * worse).sum(), forward)
 # model is wrong there too.
 #
 # ### Exercise 6.3: KL (about 5 minutes)
-# From the logits of both models, each (positions, V), the mean over positions of KL(float ‖ quantized), in nats. Return
-# one number, which stays finite where a softmax becomes 0.
+# From the logits of both models, each (positions, V), the mean over positions of KL(float ‖ quantized), in nats.
+# Return one number, which stays finite where a softmax becomes 0. (Below the check, the same cell compares the
+# formula with the library: `kl_divergence` takes logits, `divergence` two models and a text.)
 # %% tags=["exercise"]
 def my_kl(p_logits, q_logits):
     raise NotImplementedError  # both (positions, V); p is the float model
-# %%
-check("6.3", my_kl)
-# %% [markdown]
-# The library has it as `kl_divergence`, and for two models and a text as `divergence`, with an error bar
-# and the **top-1 agreement**: how often both would say the same token. First the formula against the
-# library; then three ways to ask whether 8 bits have done harm, in nats per token, each with its error bar.
 # %% tags=["nbval-ignore-output"]
+check("6.3", my_kl)
+
 from quantlab import kl_divergence
 from quantlab.lm import divergence
 
 rest = tokens[1:window]
-# A begin token only in front.
-text = torch.cat([tokens[:1], rest if bos is None else rest[rest != bos]])
+text = torch.cat([tokens[:1], rest if bos is None else rest[rest != bos]])  # BOS only in front
 with torch.no_grad():
     p_logits, q_logits = (m(text[None]).logits[0, :-1] for m in (model, quantized[4]))
 log_p, log_q = (logits.double().log_softmax(-1) for logits in (p_logits, q_logits))
 by_hand = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
 assert abs(by_hand / kl_divergence(p_logits, q_logits) - 1) < 0.01
 assert abs(by_hand / divergence(model, quantized[4], text).kl - 1) < 0.01
+f"4 bits, {len(text) - 1} predictions: KL {by_hand:.4f} nats"
+# %% [markdown]
+# `divergence` also gives an error bar and the **top-1 agreement**: how often both models would say the same token.
+# Now three ways to ask whether 8 bits have done harm, in nats per token, each with its error bar.
 # %% tags=["nbval-ignore-output"]
 change = nll_of(quantized[8], tokens) - nll
 d = divergence(model, quantized[8], tokens, window=128)
@@ -350,9 +342,9 @@ found(standard_error(change) > 2 * d.stderr, "KL's bar is half of that or less")
 print("\n".join(f"{name:30} {value:9.6f} ± {error:.6f}" for name, (value, error) in ways.items()))
 print(f"same top token: {d.top1:.1%}")
 # %% [markdown]
-# Reading the same text shortens the bar, and asking for KL shortens it again: now the damage of 8 bits
-# stands clear of it. Is the short bar to be trusted? The four stretches again, with 4 bits. Their nll differed
-# from each other; does the damage?
+# Reading the same text shortens the bar, and asking for KL shortens it again: now the damage of 8 bits stands clear
+# of it. Is the short bar to be trusted? Take the four stretches again, now with 4 bits. The nll differed from stretch
+# to stretch; does the damage?
 # %% tags=["nbval-ignore-output"]
 sizes = ["about as much as the texts", "half as much", "less than a quarter as much"]
 damage_guess = predict(
@@ -365,13 +357,14 @@ for part, change in zip(stretches, changes, strict=True):
         f"  4 bits: {change.mean():+.3f} ± {standard_error(change):.3f}")
 apart, together = (
     torch.stack([x.mean() for x in each]).std().item() for each in (stretches, changes))
-found(together < apart / 4, f"the damage differs {apart / together:.0f} times less than the texts")
+found(together < apart / 4, "the damage differs far less than the texts")
+print(f"standard deviation of the texts {apart:.3f}, of the damage {together:.3f}")
 clear = [(change.mean() / standard_error(change)).item() for change in changes]
 found(min(clear) > 2, "4 bits do harm in each stretch, by more than two error bars")
 damage_guess.reveal(sizes[sum(together < apart / part for part in (1.5, 4))])
 # %% [markdown]
-# The texts differ, the *damage* hardly. Still, why is the change of nll so much blurrier than KL? Look at
-# single tokens:
+# From stretch to stretch the texts' nll has a standard deviation of 0.133 nats, the *damage* one of 0.005. Still, why
+# is the change of nll so much blurrier than KL? Look at single tokens:
 # %% tags=["nbval-ignore-output"]
 change = changes[0].flatten()
 _, ax = plt.subplots(figsize=(7, 2.4), layout="constrained")
@@ -385,16 +378,22 @@ better = (change < 0).float().mean().item()
 found(0.2 < better < 0.6, f"{better:.0%} of the tokens became likelier, a fifth to three fifths")
 found(change.abs().mean() > 3 * change.mean(),
     "single changes are over three times as large as their mean")
-f"{better:.0%} of the tokens became likelier; mean size of a change {change.abs().mean():.3f}"
+f"{better:.0%} became likelier; a change is {change.mean():.3f}, its size {change.abs().mean():.3f}"
 # %% [markdown]
-# A large part of the tokens got *likelier* in the damaged model. Perplexity adds the gains and the losses,
-# and most of it cancels. KL cannot cancel. So a perplexity that did not rise, or even fell, is no proof
-# that nothing happened.
+# In the damaged model 44 % of the tokens became *likelier*. Perplexity adds the gains and the losses: a change has a
+# size of 0.350 nats in the mean, and 0.049 are left. In KL nothing cancels: it is below 0 at no token. So a
+# perplexity that did not rise, or even fell, is no proof that nothing happened.
 #
 # ## 6. Drag it
-# We measure all seven models once, in windows of 512, and drag afterwards.
-# %%
+# The cell measures all seven models once, in windows of 512. **Predict first**, then drag from float to 2 bits:
+#
+# 1. At how many bits does the story first differ from the float model's? First sound damaged?
+# 2. At how many does perplexity leave the float model's error bar? When does KL begin to grow?
+# 3. By what factor does KL grow from 5 bits to 4? (A bit is worth 6 dB. Does KL go with the error, or with
+#    its square?)
+# %% tags=["nbval-ignore-output"]
 from quantlab import ledger
+from quantlab.explorers import explore_bits
 
 rows = {32: ledger.measure(model, model, tokens, method="float")}
 for bits, new in quantized.items():
@@ -404,27 +403,16 @@ results = []
 for bits, row in rows.items():
     label = "float" if bits == 32 else f"{bits} bits"
     story = generate(quantized.get(bits, model), tokenizer, start, tokens=60)
-    results.append(
-        {"label": label, "bits": bits, "perplexity": row.perplexity, "stderr": row.perplexity_error,
-            "kl": row.kl, "top1": row.top1, "text": " ".join(story.split())}
-    )
-# %% [markdown]
-# **Predict first**, then drag from float to 2 bits:
-#
-# 1. At how many bits does the story first differ from the float model's? First sound damaged?
-# 2. At how many does perplexity leave the float model's error bar? When does KL begin to grow?
-# 3. By what factor does KL grow from 5 bits to 4? (A bit is worth 6 dB. Does KL go with the error, or with
-#    its square?)
-# %% tags=["nbval-ignore-output"]
-from quantlab.explorers import explore_bits
-
+    results.append({"label": label, "bits": bits, "perplexity": row.perplexity,
+        "stderr": row.perplexity_error, "kl": row.kl, "top1": row.top1,
+        "text": " ".join(story.split())})
 explorer = explore_bits(results)
 explorer
 # %% [markdown]
-# **What you saw.** Left, perplexity lies in the grey band for several bits and then shoots up; inside the band
-# two separate perplexities cannot tell the models apart. Right, KL rises from the first bit on, nearly in a
-# straight line, a factor near 4 a bit: as long as it is small, it behaves like a *squared* error. The
-# stories leave the float model's somewhere on the way, and that alone says nothing: a story that *differs*
+# **What you saw.** Left, perplexity stays in the grey band for several bits and then shoots up; inside the band
+# two separate perplexities cannot tell the models apart. Right, KL rises with the first bit that is taken away, and
+# then nearly in a straight line, by a factor near 4 a bit: as long as it is small, it behaves like a *squared*
+# error. The stories leave the float model's somewhere on the way, and that alone says nothing: a story that *differs*
 # is not yet worse. They fall apart only at the end. And who told those of section 1?
 # %% tags=["nbval-ignore-output"]
 band = [rows[32].perplexity + sign * rows[32].perplexity_error for sign in (-1, 1)]
@@ -433,13 +421,13 @@ found(all(band[0] < rows[bits].perplexity < band[1] for bits in (8, 6, 5)),
 grows = [
     (rows[few].kl / rows[more].kl) ** (1 / (more - few)) for few, more in ((6, 8), (5, 6), (4, 5))]
 found(all(2.5 < factor < 7 for factor in grows), "KL grows about four times a bit")
-storytellers, f"from 5 bits to 4 KL grows {rows[4].kl / rows[5].kl:.1f} times"
+print(storytellers, "KL grows, a bit:", ", ".join(f"{factor:.1f} times" for factor in grows))
 # %% [markdown]
 # ## 7. The whole model
 # The first full rows of your ledger. `rtn` is round-to-nearest (就近舍入); every method of the later notebooks
 # is compared with these. **bits/w** counts everything that is stored: scales, zero points, and the parts
-# that stay in 16 bits. The table has no column for text and window, so we never change them: the first 4096
-# tokens of the test text, windows of 512, in *every* row of this workbook.
+# that stay in 16 bits. The table has no column for text and window, so we keep both: the first 4096 tokens of
+# the test text and windows of 512, in *every* row of this workbook.
 # %% tags=["nbval-ignore-output"]
 shown = [rows[bits] for bits in (32, 8, 4, 3, 2)]
 for row in shown:
@@ -476,11 +464,12 @@ found(lost["honest", "fresh"] < 0.7 * lost["rounded", "fresh"],
 {f"{name}, {kind} text": f"KL {d.kl:.3f} ± {d.stderr:.3f}" for (name, kind), d in apart.items()}
 # %% [markdown]
 # The leaked model shines on the text that it has read, and on fresh text it is no better than the honest
-# one. (GPTQ never saw an answer: it looks only at what flows into each layer. That is leak enough.)
+# one. (GPTQ sees no answers: it looks only at what flows into each layer. That is leak enough.)
 #
 # ### Catch it
-# You are handed models, and suspect that one was calibrated on your test text. **Predict**: what must you
-# compare? Is a KL that is lower on the test text than on fresh text proof? Would perplexity do?
+# You are handed four models, and suspect that one was calibrated on your test text: the leaked and the honest one,
+# another (`third`) that read later calibration text, and the rounded one, which read nothing. **Predict**: what must
+# you compare? Is a KL that is lower on the test text than on fresh text proof? Would perplexity do?
 # %% tags=["nbval-ignore-output"]
 texts = {"test, first 1024": read, "test, fresh": fresh[:1024],
     "calibration, first 1024": calibration[:1024], "calibration, later": calibration[8192:9216]}
@@ -549,7 +538,7 @@ for common, sampled, likeliest in table.values():
     found(max(sampled, likeliest) < common, "its own words surprise no model much")
 # %% [markdown]
 # All own-text numbers are far lower: what a model writes holds little that surprises it. They depend on the
-# temperature more than on the model: if the 3-bit model always takes the likeliest token and the float
+# temperature more than on the model: if the 3-bit model takes the likeliest token each time and the float
 # model samples, the damaged one wins. Only the first column compares: one fixed text that none of them
 # wrote.
 #
@@ -565,15 +554,15 @@ def my_bits(model, tokens, target):
 check("6.5", my_bits)
 # %% [markdown]
 # ### Open
-# 1. How many tokens of text would *perplexity* need to see the harm of 8 bits at twice the error bar? Compute it
-#    for two perplexities with a bar each, for the paired change, and for KL.
+# 1. How many tokens of text would *perplexity* need, for the harm of 8 bits to be as long as two error bars? Compute
+#    it for two perplexities with a bar each, for the paired change, and for KL.
 # 2. Take stories for samples, instead of windows: are the bars longer? Do the four stretches now agree?
 # 3. With 512 or 4096 tokens of calibration text, is the leak larger or smaller? Does the paired change of nll
 #    show it?
-# %% [markdown]
+#
 # ## 11. What breaks next
-# Down to 4 bits rounding looks cheap; at 3 and 2 it falls apart. Yet section 8's honest model, also of 3
-# bits, has less than 0.7 of rounding's KL on fresh text.
+# Down to 4 bits rounding looks cheap; at 3 and 2 it falls apart. Yet the honest model of section 8 has 3 bits too,
+# and clearly less KL on fresh text. Notebook 10 says how. (The next cell says how often you were right.)
 # %% tags=["nbval-ignore-output"]
 score()
 # %% [markdown]
