@@ -225,9 +225,9 @@ greedy(costs, sizes, 30)
 # %% [markdown]
 # ### Exact
 # To choose one option for each item within a total is a **knapsack problem** (背包问题). **Dynamic programming**
-# (动态规划) solves it. Go through the layers one by one. Of all ways to choose for the layers so far that have spent *the
-# same* bytes, only the one with the least KL can be the beginning of the best answer: what comes later costs the same
-# for each of them. So keep one way for each number of bytes.
+# (动态规划) solves it. Go through the layers one by one. Of all ways to choose for the layers so far that have spent
+# *the same* bytes, only the one with the least KL can be the beginning of the best answer: what comes later costs the
+# same for each of them. So keep one way for each number of bytes.
 #
 # ### Exercise 12.3: exact (about 25 minutes)
 # Arguments as in 12.2. Return the `{layer: bits}` with the least sum of costs within the budget; a choice that needs
