@@ -67,7 +67,7 @@ plt.show()
 # %%
 torch.round(torch.tensor(5.0) / scale) + zero_point
 # %% [markdown]
-# There is no code 6 in two bits. So a third step is needed: **clamp** to the codes that exist. Here is the
+# There is no code 6 in two bits. So one more step is needed: **clamp** to the codes that exist. Here is the
 # whole of it. x is the real number, s the scale and z the zero point; q is the code, which lies between the
 # smallest, `qmin`, and the largest, `qmax`; x̂ is what comes back.
 #
@@ -75,7 +75,7 @@ torch.round(torch.tensor(5.0) / scale) + zero_point
 #
 # ### Exercise 1.1: quantize (about 5 minutes)
 # Write it. `x` is a tensor, the others are numbers; return the codes in the shape of `x`, whole numbers of any
-# type. Leave ties such as 0.5 to `torch.round`, which sends them to the even number. `hint("1.1")` gives the
+# type. Leave ties such as `0.5` to `torch.round`, which sends them to the even number. `hint("1.1")` gives the
 # first of three hints; ask again for the next.
 # %% tags=["exercise"]
 def my_quantize(x, scale, zero_point, qmin, qmax):
@@ -117,16 +117,15 @@ low, high = 10.0, 11.0
 s = (high - low) / 255
 guess.reveal(str(0 - round(low / s)))
 # %% [markdown]
-# It is not. Some published code then does this: let z be clamped to a code, and say nothing. We try it on
-# 10 to 11:
+# −2550 is no code. Some published programs then clamp z to a code, and say nothing. We try that on 10 to 11:
 # %%
 x = torch.linspace(10, 11, 1001)
 clipped = QParams(torch.tensor(s), torch.tensor(0, dtype=torch.int32), 0, 255)
 back = dequantize(quantize(x, clipped), clipped)
 f"mean error {(back - x).abs().mean():.1f}, all values became {back.max():.1f} or less"
 # %% [markdown]
-# Everything was lost. Right: **widen the range to hold 0 first**, and only then compute scale and zero
-# point. The step grows, but every value has a code again.
+# Everything was lost. The right way: **widen the range to hold 0 first**, and only then compute scale and
+# zero point. The step grows, but every value has a code again.
 # %%
 from quantlab import choose_qparams, fake_quantize
 
@@ -150,10 +149,7 @@ check("1.2", my_parameters)
 # %% [markdown]
 # ## 4. How large is the error?
 # **Predict.** Inside the range, what is the largest possible error, in steps? And if x falls anywhere
-# within a step with equal chance, what is the mean of the *squared* error?
-#
-# A rounding error lies between −s/2 and s/2. Spread evenly, its variance is s²/12 (integrate e² over one
-# step).
+# within a step with equal chance, what is the mean of the *squared* error, in s²?
 # %%
 x = torch.rand(1_000_000, generator=torch.Generator().manual_seed(0)) * 2 - 1
 qp = choose_qparams(x.min(), x.max(), qmin=0, qmax=15)
@@ -166,9 +162,12 @@ assert largest < 0.501
 assert abs(variance - 1) < 0.02
 f"largest {largest:.3f} steps, variance {variance:.3f} × s²/12"
 # %% [markdown]
-# One more bit halves the step and so quarters the squared error. Engineers count such ratios in **decibels**:
-# 10·log₁₀ of the ratio, and 10·log₁₀ 4 = 6.02. The **signal-to-noise ratio**, the mean of x² over the mean
-# squared error, should therefore grow by 6.02 dB a bit. Does it?
+# A rounding error lies between −s/2 and s/2. Spread evenly, its variance is s²/12 (integrate e² over one
+# step).
+#
+# One more bit about halves the step, and so quarters the squared error. Engineers count such ratios in
+# **decibels**: 10·log₁₀ of the ratio, and 10·log₁₀ 4 = 6.02. The **signal-to-noise ratio**, the mean of x² over
+# the mean squared error, should therefore grow by 6.02 dB a bit. Does it?
 # %%
 from quantlab import sqnr_db
 
@@ -199,13 +198,13 @@ print(f"{worse:.2f} times the squared error; mean error {(floored - x).mean() / 
       "steps")
 guess.reveal("four times")
 # %% [markdown]
-# Four times, and every value is too small by half a step on average: a *bias*, which a matrix product adds
+# Four times, and the values are too small by half a step on average: a *bias*, which a matrix product adds
 # up.
 #
 # ## 5. Symmetric or asymmetric
 # If we force the range to be [−a, a], the zero point is the middle code, the same for every tensor, and
 # need not be stored. Integer matrix products also become simpler (notebook 07). The price is range that
-# nobody uses.
+# no value uses.
 #
 # **Predict.** For weights, which usually lie about evenly on both sides of 0, how much does it cost? And for
 # the output of a ReLU?
@@ -219,18 +218,21 @@ def cost(x):
 
 relu = torch.randn(100_000, generator=torch.Generator().manual_seed(0)).relu()
 of_layers = sorted(cost(weight_of(layer)) for layer in linear_layers(model).values())
+worst = max(map(weight_of, linear_layers(model).values()), key=cost)
+low, high = sorted((-worst.min().item(), worst.max().item()))
 assert cost(relu) > 3
 found(of_layers[-1] < 2.5,
       f"symmetry costs no layer more than {of_layers[-1]:.2f} times (bundled: 1.94)")
 print(f"this layer: {cost(weight):.2f} times the squared error; after a ReLU {cost(relu):.2f}")
-(f"all layers: from {of_layers[0]:.2f} to {of_layers[-1]:.2f}, half of them below "
- f"{of_layers[len(of_layers) // 2]:.2f}")
+print(f"all layers: from {of_layers[0]:.2f} to {of_layers[-1]:.2f}, half of them below "
+      f"{of_layers[len(of_layers) // 2]:.2f}")
+f"the worst of them: one end lies {high / low:.1f} times as far out as the other"
 # %% [markdown]
-# Little for most layers, up to twice the squared error where one end of a layer lies much further out than
-# the other; about four times for ReLU outputs, where half of the codes wait for negative values that never
-# come. Hence the usual rule: weights symmetric, activations asymmetric. (It is a rule for the many, not for
-# the worst layer. And "asymmetric means z ≠ 0" is no definition: unsigned codes on ReLU data have z = 0,
-# symmetric unsigned ones z = 8 here.)
+# Little for most layers; nearly twice the squared error for the worst, one end of which lies 2.4 times as far out
+# as the other; about four times for ReLU outputs, where half of the codes wait for negative values that never
+# come. Hence the usual rule: weights symmetric, activations asymmetric. (It is a rule for the many, not for the
+# worst layer. And "asymmetric means z ≠ 0" is no definition: unsigned codes on ReLU data have z = 0, symmetric
+# unsigned ones z = 8 here.)
 # %% [markdown]
 # ## 6. Drag it
 # Grey: the weights of the layer (at most 20,000 of them, its extremes among them). Blue: the grid points;
@@ -372,8 +374,8 @@ check("1.4", my_bits)
 # ### Exercise 1.5: a better range (about 30 minutes)
 # `x` has heavy tails: many values near 0, some far out. The error is that of `choose_qparams(low, high,
 # qmin=0, qmax=2**bits - 1)`. Shrink the range from `x.min()` to `x.max()` by one factor for both ends: some
-# factor gives the least mean squared error. Return two numbers, `(low, high)`, with at most **1.1 times**
-# that error. The check tries several tensors, at 2 and 3 bits.
+# factor gives the least mean squared error. Return two numbers, `(low, high)`, whose error is at most `1.1`
+# times the least. The check tries several tensors, at 2 and 3 bits.
 # %% tags=["exercise"]
 def my_range(x, bits):
     raise NotImplementedError
@@ -381,7 +383,7 @@ def my_range(x, bits):
 check("1.5", my_range)
 # %% [markdown]
 # ### Open
-# The formula rounds ties to even (0.5 → 0, 1.5 → 2, as IEEE 754 does). Schools teach "half away from zero".
+# The formula rounds ties to even (`0.5` to `0`, `1.5` to `2`, as IEEE 754 does). Schools teach "half away from zero".
 # For which data could the difference be seen? Find a tensor on which it changes the mean of the result.
 #
 # ## 10. What breaks next
@@ -401,8 +403,8 @@ x[0] = 20.0
 # - A code is `clamp(round(x/s) + z, qmin, qmax)`; a real number is `s·(q − z)`. Never mix two spellings.
 # - The zero point is a code. Widen the range to hold 0 first, then it always is one.
 # - Inside the range the error is at most s/2, its variance s²/12, and each bit is worth 6 dB.
-# - Symmetric grids cost little on most weights, up to twice the error on some, and much on one-sided
-#   activations.
+# - Symmetric grids cost little on most weights, up to nearly twice the squared error on some, and much on
+#   one-sided activations.
 # - Outside the range there is clipping, and one outlier can ruin the step for all.
 #
 # Next: [02 Clamping and calibration](02_clamping_and_calibration.ipynb) makes peace between rounding and

@@ -50,7 +50,8 @@ answer(model, tokenizer, "What is the capital of France?", tokens=12)
 # A model of the "Instruct" kind expects its **chat template** (对话模板): marks around your words that say who is
 # speaking. `answer` puts them there.
 #
-# Where are its parameters? **Predict** which part is larger than in the small model: the embedding, or the blocks?
+# Where are its parameters? **Predict** which has the larger share than in the small model: the embedding, or the
+# linear layers of the blocks?
 # %% tags=["nbval-ignore-output"]
 def parts_of(model):
     total = sum(p.numel() for p in model.parameters())
@@ -63,8 +64,8 @@ for name, part in parts.items():
     print(f"{name}: {part['parameters']:,} parameters,",
           f"{part['linear layers']:.0%} in linear layers, {part['embedding']:.0%} in the embedding")
 # %% [markdown]
-# A vocabulary of 49,152 words needs a large table, and the methods of this workbook do not touch it. So "4 bits" of
-# this model is more than 4 bits a parameter on disk. True bits are counted in the ledger.
+# A vocabulary of 49,152 tokens needs a large table, and the methods of this workbook do not touch it. So this
+# model "in 4 bits" takes more than 4 bits a parameter on disk. True bits are counted in the ledger.
 # %% [markdown]
 # ## 3. These floats have been integers before
 # The file that this model came in holds 4-bit codes (format Q4_1 of llama.cpp, notebook 19), and `load_lm` turned
@@ -125,10 +126,10 @@ found(errors["integer zero point"] > 1e-3, "an integer zero point does not")
 # %% tags=["nbval-ignore-output"]
 grids.reveal("real offset" if errors["real offset"] < 1e-5 else "none of them")
 # %% [markdown]
-# Only the grid that was used before. Ours has an *integer* zero point (notebook 01), and that is enough to miss it.
-# So are our numbers on this model honest? A test: shake each weight evenly within its old cell, ± half a step, which
-# gives a weight that was never quantized but is just as large. If the old grid flattered ours, ours would now do
-# much worse.
+# Only the grid with a real offset, the one that was used before. Ours has an *integer* zero point (notebook 01),
+# and that is enough to miss it. So are our numbers on this model honest? A test: shake each weight evenly within
+# its old cell, ± half a step, which gives a weight that was never quantized but is just as large. If the old grid
+# flattered ours, ours would now do much worse.
 # %% tags=["nbval-ignore-output"]
 from quantlab import PerAxis, quantize_codebook, nf4_levels
 
@@ -180,7 +181,7 @@ loud.reveal("in single values" if max(few) < 10 else lines)
 # **Massive activations** (Sun et al. 2024): in the two loudest layers one or two values stand alone, far above all
 # others, and they belong to *one token*, the first. All six layers are `down_proj`.
 # Attention weights sum to 1, so a head that has nothing to say must look somewhere. It has learnt to look at the
-# first token, which carries nothing else: an **attention sink** (注意力汇聚点).
+# first token: an **attention sink** (注意力汇聚点).
 #
 # Is it the first *word*, or the first *place*? The control: let the text begin one word later.
 # %% tags=["nbval-ignore-output"]
@@ -190,7 +191,8 @@ words = [tokenizer.decode(text[i : i + 1]) for i in (0, 1)]
 found(moved.token == 0, f"the first place is loud, whatever word stands there ({moved})")
 {words[0]: f"{read[name].abs().max():.0f}", words[1]: f"{moved.largest:.0f} at token {moved.token}"}
 # %% [markdown]
-# The place. Beside it the planted model of notebook 09: six channels, made 100 times as loud, for every token.
+# It is the place. For comparison, the planted model of notebook 09: six channels, each made 100 times as loud, for
+# every token.
 # %% tags=["nbval-ignore-output"]
 from quantlab.outliers import norm_readers, plant_outliers
 
@@ -219,9 +221,10 @@ from quantlab.exercises.real_model import sharing_solution
 
 for title, x in (("planted", planted_x), (which, read[loudest[0]])):
     print(title, {key: f"{error:.1e}" for key, error in sharing_solution(x, 8).items()})
+    print(f"    the first token has {x[0].square().sum() / x.square().sum():.2%} of Σx²")
 # %% [markdown]
-# Such an error is measured against the size of x, and the first token *is* nearly all of that size. What happens to
-# everybody else? **Predict** how much of the other 255 tokens is lost when the first one sets the scale.
+# Such an error is measured against the size of x, and in SmolLM2 the first token *is* nearly all of it. What
+# happens to the others? **Predict** how much of the other 255 tokens is lost when the first one sets the scale.
 # %% tags=["nbval-ignore-output"]
 lost = {}
 for title, x in (("planted", planted_x), (which, read[loudest[0]])):
@@ -232,8 +235,9 @@ found(lost[which][0] > 0.9, "with the first token's scale nearly all of the othe
 found(lost["planted"][0] < 2 * lost["planted"][1], "planted: the first token is one of many")
 {title: "with its scale {:.1e}, without it {:.1e}".format(*both) for title, both in lost.items()}
 # %% [markdown]
-# One value of one token, and the other 255 tokens of this layer become zeros. Without it they keep most of what
-# they say. On the planted channels the first token makes no difference: every token has the loud channels.
+# One value of one token, and nothing is left of the other 255 tokens of this layer: the error is as large as they
+# are. With a scale from themselves alone it is 0.019. In the planted model the first token makes no difference:
+# every token has the loud channels.
 #
 # **Drag** through the layers. On the left the map, on the right how the largest magnitude falls from the loudest
 # token, and from the loudest channel, to the quietest.
@@ -265,19 +269,20 @@ reach = {name: int((x.abs().amax(1) > x.abs().max() / 10).sum()) for name, (_, x
  for name, gain in gains.items()}
 # %% [markdown]
 # **What you saw.** The planted layer has six bright columns from top to bottom, and only its channels fall off a
-# cliff: tokens are alike, and a scale for each of them divides the error by 9. SmolLM2's `down_proj` layers have a
-# bright dot in the first row, and the tokens' curve falls as well: there a scale for each token divides the error by
-# up to 110. In blocks 11 and 28 one token alone is loud; in block 2 eleven of the 256 reach a tenth of the maximum, in
-# block 29 eighty-one, and there it is divided by 29.
+# cliff: tokens are alike, and a scale for each of them divides the error by 9. SmolLM2's `down_proj` layers have
+# a bright dot in the first row, and the tokens' curve falls as well: there a scale for each token divides the
+# error by up to 110. In blocks 11 and 28 one token alone is loud; in block 2 eleven of the 256 reach a tenth of
+# the maximum, in block 29 eighty-one, and there the error is divided by 29.
 #
 # ## 5. Which remedy helps whom?
 # The whole models now, 8 bits for weights and activations, in five ways. KL to the float model, on 512 tokens of
-# general English and 512 of stories. A `Yardstick` reads the float model once, and then every quantized one.
+# general English or of stories; the ways that calibrate read 128 others. A `Yardstick` reads the float model
+# once, and then every quantized one.
 # %%
 from quantlab.exercises.material import Yardstick
 
-general = token_stream(tokenizer, load_text("general_calibration"))[:512]
-told = token_stream(small_tokenizer, load_text("calibration"))[:512]
+general = token_stream(tokenizer, load_text("general_calibration"))[:128]
+told = token_stream(small_tokenizer, load_text("calibration"))[:128]
 real = Yardstick(model, text[:512], general)
 tale, loud_tale = (Yardstick(m, stories[:512], told) for m in (small, planted))
 # %% tags=["nbval-ignore-output"]
@@ -295,16 +300,17 @@ found(tensor[2] > 5 * token[2], "on the real model a scale a token helps at leas
 found(smooth[1] < 0.1 * tensor[1], "on the planted model SmoothQuant takes away nine tenths")
 found(smooth[2] > 0.3 * tensor[2], "on the real model SmoothQuant leaves most of it")
 found(split[2] < 0.2 * tensor[2], "LLM.int8() helps the real model as well")
-[f"SmoothQuant leaves {smooth[i] / tensor[i]:.2f} of KL" for i in (1, 2)]
+{name: f"SmoothQuant leaves {smooth[i] / tensor[i]:.3f} of KL"
+ for i, name in ((1, "planted"), (2, which))}
 # %% [markdown]
-# Two models with outliers, and the remedy that heals the one hardly helps the other. SmoothQuant divides a *channel*
-# by a factor, and needs a norm before the layer to take it. Here the loud values belong to a token, and they are
-# read by `down_proj`, which no norm feeds. A scale for each token helps; so does LLM.int8(), which takes the loud
-# column out of the sum.
+# Two models with outliers, and the remedy that heals the one leaves 0.86 of the other's KL. SmoothQuant divides a
+# *channel* by a factor, and needs a norm before the layer to take it. Here the loud values belong to a token, and
+# they are read by `down_proj`, which no norm feeds. A scale for each token helps; so does LLM.int8(), which takes
+# the loud column out of the sum.
 #
 # If so few layers are guilty, leave *them* in float. **Predict** what three of 210 layers are worth.
 # %% tags=["nbval-ignore-output"]
-guilty = predict("KL per tensor falls, with the three loudest layers in float, to …",
+guilty = predict("With the three loudest layers in float, KL with one scale falls to …",
                  ["nearly as before", "about a half", "less than a quarter"])
 # %% tags=["nbval-ignore-output"]
 spared = real.kl(W8A8(), keep=loudest[:3])
@@ -315,8 +321,8 @@ much, little = share < 0.25, share < 0.75
 guilty.reveal("less than a quarter" if much else "about a half" if little else "nearly as before")
 # %% [markdown]
 # ## 6. Ask it at 16, 8, 4 and 3 bits
-# Weights only, nearest rounding in groups of 64. SmolLM2's file holds float16 numbers, so 16 bits lose nothing: the
-# cell looks whether that is so. **Drag**, and read the answers.
+# Weights only, nearest rounding in groups of 64. `load_lm` keeps SmolLM2's weights as float16 numbers, so 16 bits
+# lose nothing: the cell checks that. **Predict** at how many bits the answer goes wrong, then **drag**.
 # %% tags=["nbval-ignore-output"]
 from quantlab.lm import perplexity
 from quantlab.methods import NF4, RTN
@@ -338,9 +344,12 @@ for bits in (8, 4, 3):
 from quantlab.explorers import explore_bits
 
 explore_bits(results)
+# %% tags=["nbval-ignore-output"]
+for result in results:
+    print(f"{result['label']:>8}, KL {result['kl']:.4f}: {result['text'][:80]!r}")
 # %% [markdown]
-# An answer that still reads well is no proof: KL rises earlier. And one that breaks down at 3 bits says
-# something about *nearest rounding*, not about 3 bits.
+# At 4 bits the answer is still right, at a KL of 0.33: an answer that reads well is no proof. And one that goes
+# wrong at 3 bits says something about *nearest rounding*, not about 3 bits.
 #
 # ## 7. When GPTQ has read too little
 # How many tokens must GPTQ read? Take one layer, whose inputs are 1,536 wide, and let it read 256, 1,024 or 4,096
@@ -374,10 +383,11 @@ found(gaps[0] > 2 * gaps[-1], "with few tokens GPTQ learns them by heart")
 found(lost[1024][1] > plain, "with 1,024 tokens it is worse on other text than nearest rounding")
 found(lost[4096][1] < plain, "with 4,096 tokens it is better")
 # %% [markdown]
-# With fewer tokens than the layer is wide, XᵀX leaves directions in which nothing was read. GPTQ may put its errors
-# there for nothing, and other text does go there. With 256 and 1,024 tokens the layer is *worse* on other text than
-# nearest rounding, while its error on the tokens that were read looks splendid. With 4,096, more than twice as many
-# as the layer is wide, it is better. `quantize_lm` says so when it gets fewer than twice as many.
+# With fewer tokens than the layer is wide, XᵀX leaves directions in which nothing was read. GPTQ may put its
+# errors there at no cost, but other text does go there. With 256 and 1,024 tokens the layer is *worse* on other
+# text than nearest rounding, while its error on the tokens that were read looks splendid. With 4,096, more than
+# twice as many as the layer is wide, it is better. `quantize_lm` warns when it gets fewer than two tokens for
+# each input of the widest layer.
 #
 # ## 8. Ten sentences, two models
 # Each is true of the small model; the number says which notebook it is about. Each is measured on both.
@@ -431,28 +441,26 @@ for number, sentence, a, b, holds_a, holds_b in claims:
 hold = sum(holds_b for *_, holds_b in claims)
 found(all(holds_a for *_, holds_a, _ in claims), "all ten are true of the small model")
 found(3 <= hold <= 8, f"some hold for the real model as well, and some do not ({hold} of 10)")
-# %% tags=["nbval-ignore-output"]
 bet.reveal(hold)
 # %% [markdown]
 # What is about rounding *weights* holds: bits, groups, grids, codebooks. What is about the *size* of activations
-# does not, while a scale for each token is the better one in both. The share of linear layers hangs on the vocabulary.
+# does not, while a scale for each token is the better one in both. The share of linear layers depends on the
+# vocabulary.
 #
 # ### Myth: "a tiny model tells you nothing" and its twin, "what held for the tiny model holds for all"
 # The table takes both apart. A small model is a wind tunnel: it tells which *mechanisms* there are, and how to
 # measure them; which of them is at work in another model, only a measurement on that model tells.
 #
 # ## 9. From the worst to the best
-# Every KL to the real model that this notebook has measured. **Predict** what costs it more: 8 bits for weights and
+# Every KL to the real model that this notebook has measured. **Predict** which costs more: 8 bits for weights and
 # activations, with one scale for all tokens, or 4 bits for the weights alone, in groups of 64?
 # %% tags=["nbval-ignore-output"]
-for (method, *_), kl in sorted(real.known.items(), key=lambda item: -item[1]):
-    bits = getattr(method, "bits", 8)
-    print(f"{method.label:<16}{bits:>3} bits {method.ledger_group:>8}{kl:>10.4f}")
+for (method, *kept), kl in sorted(real.known.items(), key=lambda item: -item[1]):
+    bits, but = getattr(method, "bits", 8), f"  {len(kept)} layers in float" if kept else ""
+    print(f"{method.label:<16}{bits:>3} bits {method.ledger_group:>8}{kl:>10.4f}{but}")
 one_scale, four = real.kl(W8A8()), real.kl(RTN(bits=4, group_size=64))
 found(one_scale > four, "8 bits with one scale cost more than 4 bits for the weights alone")
 # %% [markdown]
-# (`w8a8_dynamic` per tensor stands there twice: once with the three loudest layers in float.)
-#
 # This is no ledger: bytes, times and error bars are missing, and so are AWQ, and GPTQ on the whole model. All that,
 # on 2,048 tokens of general English, is measured by
 # `python -m quantlab.sweep --model smollm2 --out ledger-smollm2.csv`, which shows how far it is and goes on where it
@@ -473,7 +481,7 @@ found(one_scale > four, "8 bits with one scale cost more than 4 bits for the wei
 # 4. GPTQ needs more tokens than its layer is wide, or its own error report flatters it.
 # 5. Lessons about rounding weights carried over; those about the size of activations did not. Measure on the model
 #    you ship.
+#
+# Next: if an outlier is a matter of basis, why not turn the basis? [17 Rotations](17_rotations.ipynb)
 # %%
 score()
-# %% [markdown]
-# **Next**: if an outlier is a matter of basis, why not turn the basis? [17 Rotations](17_rotations.ipynb)

@@ -84,11 +84,10 @@ shapes = {"bundled": (4, 4, 32, 3.7e6), "SmolLM2-135M": (30, 3, 64, 134.5e6),
 lengths = [2**k for k in range(7, 18)]
 curves = {name: (lengths, [cache_bytes(*shape, n) / (weights / 2) for n in lengths])
           for name, (*shape, weights) in shapes.items()}
-plot_curves(curves, xlabel="tokens in the cache", ylabel="cache in 16 bits,\ntimes the weights in 4",
-            log="xy")
+plot_curves(curves, xlabel="tokens in the cache", log="xy",
+            ylabel="cache in 16 bits,\ntimes the weights in 4")
 plt.axhline(1, color="black", linewidth=0.8)
 plt.show()
-# %%
 equal = {name: round(weights / 2 / cache_bytes(*shape, 1))
          for name, (*shape, weights) in shapes.items()}
 assert 100_000 < equal["70 billion"] < 110_000
@@ -96,9 +95,9 @@ assert equal["SmolLM2-135M"] == 2919
 equal | {"70 billion, each of 8 readers": equal["70 billion"] // 8}
 # %% [markdown]
 # About a hundred thousand tokens weigh as much as the 70 billion weights: one long document, or eight readers with
-# 13,000 each. SmolLM2 is there at 2,919 tokens, well within the 8,192 that it reads. And a token that is written
-# reads *all* of it again, so it costs time as well. The cache is small for one reader of a short text, and
-# only then.
+# 13,000 each. SmolLM2 is there at 2,919 tokens, well within the 8,192 that it can read. And for each token that is
+# written *all* of the cache is read again, so it costs time as well. It is small only while texts are short and
+# readers few.
 #
 # ## 2. By hand: four tokens, three channels
 # Keys of four tokens. The first channel lies far from 0, the others near it. Two bits: four codes, laid
@@ -121,7 +120,7 @@ assert errors[1] < errors[0] / 4
 f"squared error: per token {errors[0]:.3f}, per channel {errors[1]:.3f}"
 # %% [markdown]
 # The loud channel is in every row, sets every row's step, and the quiet channels fall on one code. By columns
-# it has a range of its own. Where loud *tokens* were the trouble, rows would be right.
+# it has a range of its own. If loud *tokens* were the trouble, rows would be right.
 #
 # ### Exercise 18.2: a range for each channel (about 8 minutes)
 # `keys` is (tokens, channels). Round each channel to 2ᵇ levels, from its minimum to its maximum, and return the
@@ -132,7 +131,7 @@ def my_round_channels(keys, bits):
 # %%
 check("18.2", my_round_channels)
 # %% [markdown]
-# The library does it for chunks of tokens, in packed codes, with a step and a minimum in float16 for each group.
+# The library does this for chunks of tokens, in packed codes, with a step and a minimum in float16 for each group.
 # **Predict** the true bits of 2-bit codes in groups of 32.
 # %%
 from quantlab.kv import quantize_kv
@@ -146,16 +145,16 @@ f"{8 * q.nbytes / chunk.numel()} bits a number, {8 * q.scale.nbytes / chunk.nume
 # Two float16 for 32 numbers are one bit more for each: 3 true bits, 0.19 of float16.
 #
 # ## 3. What keys and values look like
-# One head of the real model; each row is a token. **Predict:** in which of the two do you see upright stripes?
-# Then choose *values*; then the other range. Which picture of errors is stripes, which is noise?
+# One head of the model; each row is a token. **Predict:** in which of the two, keys or values, do you see upright
+# stripes? Then choose *values*; then the other range. Which picture of errors has stripes, which is noise?
 # %% tags=["nbval-ignore-output"]
 from quantlab.explorers import explore_kv
 
 middle = past.layers[layers // 2]
 explore_kv(middle.keys[0, 0], middle.values[0, 0])
 # %% [markdown]
-# **What you saw.** Keys have stripes: a few channels are loud in every token, and a range per token makes errors
-# in all the others. Values have none, or hardly any. In numbers, over all layers and heads:
+# **What you saw.** Keys have stripes: a few channels are loud in long runs of tokens, and a range per token makes
+# errors in all the others. Values show no stripes. In numbers, over all layers and heads:
 # %% tags=["nbval-ignore-output"]
 from quantlab.kv_measuring import rounding_errors
 from quantlab.plots import plot_bars
@@ -169,16 +168,16 @@ found(of_keys < 0.5, f"keys: per channel has {of_keys:.2f} times the squared err
 found(0.8 < of_values < 1.2, f"values: the two are alike, {of_values:.2f}")
 f"squared error, per channel over per token: keys {of_keys:.2f}, values {of_values:.2f}"
 # %% [markdown]
-# For keys the axis decides. For values the errors are alike; so is it of no matter? An error of a tensor is not
-# what the model sees (notebook 10). We need a model that reads with such a cache.
+# For keys the axis decides. For values the errors are nearly alike; so does the axis not matter? The error of a
+# tensor is not what the model sees (notebook 10). We need a model that reads with such a cache.
 #
 # ## 4. A cache that generate takes
 # `KVCache` is one of transformers' caches: `forward` and `generate` take it as `past_key_values`. The *most recent*
-# tokens stay in float, as those that attention asks for most, and since a group of 32 must first be
-# full. Everything before is packed codes. (Liu et al. 2024 call this recipe KIVI.)
+# tokens stay in float: attention asks for them most, and a group of 32 must be full before it can be
+# rounded. Everything before is packed codes. (Liu et al. 2024 call this recipe KIVI.)
 #
-# **Predict:** at 16 bits, are the logits the float cache's, or only nearly? And at 2 bits, those of the prompt
-# itself, which is read in one go?
+# **Predict:** at 16 bits, are the logits those of the float cache? And at 2 bits, those of the prompt itself, which
+# is read in one go?
 # %% tags=["nbval-ignore-output"]
 from quantlab.kv import KVCache
 
@@ -193,7 +192,7 @@ assert torch.equal(few[:, :64], whole[:, :64])  # the prompt reads itself in flo
 furthest = [(logits - none).abs().max() for logits in (whole, few)]
 "largest difference of a logit: 16 bits {:.1e}, 2 bits {:.2f}".format(*furthest)
 # %% [markdown]
-# Only the *past* is rounded: the first 64 tokens, read in one go, are exact.
+# Only the *past* is rounded: the logits of the first 64 tokens, read in one go, are exact.
 #
 # ### Exercise 18.3: a group that is not yet full (about 12 minutes)
 # Tokens come one at a time, or a prompt of many at once. `rounded` and `waiting` are (tokens, channels): what
@@ -225,10 +224,10 @@ for way, setting in ways.items():
 #
 # ## 5. Measured: KL of each part
 # One reading of the text serves all settings: the float cache of the first tokens is rounded in each way, and
-# the model reads on with it, 32 tokens at a time, so that nobody sees more than 32 unrounded neighbours beyond
+# the model reads on with it, 32 tokens at a time, so that no token sees more than 32 unrounded neighbours beyond
 # the recent ones.
 #
-# Of the keys you have a picture; and the values, whose errors were alike?
+# For keys the errors have told us what to expect. For values they were nearly alike, so:
 # %%
 from quantlab.predictions import predict
 
@@ -250,12 +249,13 @@ for way, row in parts.items():
 keys_ratio = parts["keys per channel"].kl / parts["keys per token"].kl
 values_ratio = parts["values per token"].kl / parts["values per channel"].kl
 found(keys_ratio < 0.5, f"keys: per channel has {keys_ratio:.2f} times the KL of per token")
-found(1 < values_ratio < 2.5, f"values: per token has {values_ratio:.2f} times the KL of per channel")
+found(1 < values_ratio < 2.5,
+      f"values: per token has {values_ratio:.2f} times the KL of per channel")
 print(guess.reveal("per channel" if values_ratio > 1 else "per token"))
 f"KL of per channel over per token: keys {keys_ratio:.2f}, values {1 / values_ratio:.2f}"
 # %% [markdown]
-# The keys are as their picture promised. The values are *not* as the books say: in the bundled model the
-# advised axis, per token, is the slightly worse one. Is the advice wrong? We ask a model that people use.
+# The keys are as their errors promised: per channel has 0.28 times the KL. The values are *not* as KIVI advises: in
+# the bundled model its axis, per token, is the worse one. Is the advice wrong? We ask a model that people use.
 # %% tags=["nbval-ignore-output"]
 try:
     larger = load_lm("smollm2") if chosen_model() == "bundled" else None
@@ -285,8 +285,8 @@ if larger:
     print(f"the advised axis has, of the other's KL: keys {of_keys:.2f}, values {of_values:.3f};",
           f"4 bits take {share:.2f} of float16's bytes")
 # %% [markdown]
-# On SmolLM2 the advice holds, for the values by more than ten times, although on the small model it did
-# not. What is different there?
+# On SmolLM2 the advice holds: values per token have 0.068 times the KL of values per channel. On the small model it
+# did not. What is different?
 #
 # ## 6. The first token
 # Attention is a softmax: its weights sum to 1, also for a head that has found nothing. Where does it put them
@@ -316,8 +316,8 @@ if larger:
 {name: f"{sum(share) / len(share):.1%} on average, {max(share):.1%} at most"
  for name, share in shares.items()}
 # %% [markdown]
-# In SmolLM2 about three tenths of the attention goes to the first token on average, and in some of the later layers
-# more than half, whatever token it is: a **sink** (Xiao et al. 2023), where a head puts what it has no use for. For
+# In SmolLM2 30.5 % of the attention goes to the first token on average, and in some of the later layers more than
+# half, whatever it is (notebook 16): a **sink** (Xiao et al. 2023), where a head puts what it has no use for. For
 # that to do no harm, what would the sink's *value* have to be?
 #
 # **Predict:** is its value longer than that of other tokens, as long, or shorter?
@@ -333,12 +333,12 @@ if larger:
     found(lengths["SmolLM2"][0] < 0.5, f"the sink's value is short: {lengths['SmolLM2'][0]:.2f}")
 {name: round(length[0], 2) for name, length in lengths.items()}
 # %% [markdown]
-# Short: in SmolLM2 a good third of the mean token's. Now round the values per *channel*: the sink shares its ranges
-# with 31 ordinary tokens, gets an error as large as theirs, and so large a part of the attention adds it to every
+# Short: 0.37 of the mean token's in SmolLM2. Now round the values per *channel*: the sink shares its ranges with 31
+# ordinary tokens and gets an error as large as theirs, which so large a part of the attention then adds to every
 # output. Per *token* the short vector has a short range of its own. That is what the advice is worth; a model
 # without a sink does not need it.
 #
-# So keep the first four tokens in float (`sinks=4`). **Predict:** how many times less KL?
+# So keep the first four tokens in float (`sinks=4`). **Predict:** what part of the KL is left?
 # %% tags=["nbval-ignore-output"]
 pairs = {f"{way}, {sinks} first in float": one_part[way] | {"sinks": sinks}
          for way in one_part for sinks in (0, 4)}
@@ -351,11 +351,11 @@ for way in one_part if larger else ():
     none, four = (kept["SmolLM2"][f"{way}, {sinks} first in float"].kl for sinks in (0, 4))
     found(four < 0.8 * none, f"SmolLM2, {way}: four in float leave {four / none:.2f} of the KL")
 # %% [markdown]
-# It helps the bundled model as well, where the first token is no sink. Why, these measurements do not say.
+# It helps the bundled model as well, where the first token is no sink. Why it does, these measurements do not say.
 #
 # ### The control
-# Four tokens in float: is it that they are the *first*, or would four others do? With values per token nobody shares
-# a range, so we can put back whichever we like. **Predict** the KL with tokens 100 to 103 in float.
+# Four tokens in float: is it that they are the *first*, or would four others do? With values per token no two
+# tokens share a range, so we can put back whichever we like. **Predict** the KL with tokens 100 to 103 in float.
 # %% tags=["nbval-ignore-output"]
 from quantlab import kl_divergence
 
@@ -387,7 +387,7 @@ found(control["100 to 103"] > 0.8 * control["none"], "four others give nothing b
 # keys before, and rotate at every reading (KVQuant, Hooper et al. 2024). A rotation keeps lengths, so errors can
 # be compared.
 #
-# **Predict:** how much smaller is the error before, in groups of 32 tokens?
+# **Predict:** how much smaller is the error of 2-bit keys before the rotation, in groups of 32 tokens?
 # %% tags=["nbval-ignore-output"]
 from quantlab.kv_measuring import keys_before_rope
 
@@ -400,7 +400,7 @@ except ValueError as reason:
     print(f"Not to be seen on this model: {reason}")
 # %% [markdown]
 # Before the rotation the stripes are straight. What is gained is paid for at every reading: all keys have to be
-# rotated again. Engines mostly store them after.
+# rotated again. Most engines store the keys after the rotation.
 #
 # ## 8. How many bits, at which length?
 # **Predict:** does the KL of a 3-bit cache grow with the context, or does it stay? And at equal bits, which costs
@@ -428,13 +428,13 @@ keys_2, values_2, keys_8 = (sum(row[way].kl for row in small.values()) / len(sma
 found(keys_2 > 1.2 * values_2, f"2-bit keys cost more, {keys_2:.4f}, than values, {values_2:.4f}")
 found(keys_8 < 0.01 * keys_2, "8 bits cost next to nothing")
 # %% [markdown]
-# 8 bits are free, 4 nearly; at 2 the keys are dearer, since an error of a key moves attention itself. The length of
-# the context does little from some hundred tokens on; but each number rests on few tokens, and next to the others
+# 8 bits cost next to nothing, 4 little; at 2 keys cost more than values, since an error of a key moves attention
+# itself. KL does not grow steadily with the context. But each number rests on few tokens, and next to the others
 # of its row it says little more than its order of magnitude.
 #
 # ## 9. Drag it
-# **Predict:** at which key bits does the attention row leave the grey one? Do value bits move it at all? Which column
-# of the table is cheap?
+# Blue: the attention of the last token, with keys in few bits; grey: with keys in float. **Predict:** at how many
+# key bits does blue leave grey? Do value bits move it at all? Which column of the table is cheap?
 # %% tags=["nbval-ignore-output"]
 from quantlab.explorers import explore_cache
 from quantlab.kv_measuring import attention_queries
@@ -445,8 +445,9 @@ measured = kv_divergences(model, past, following, grid, tokens=before)
 query = attention_queries(model, text[:before])[layers // 2][0, -1]
 explore_cache(query, middle.keys[0, 0, :before], {way: row.kl for way, row in measured.items()})
 # %% [markdown]
-# **What you saw.** Value bits leave the row alone: attention is made of queries and keys only. Key bits of 8 and 4
-# keep it; at 2, attention moves to other tokens. In the table the rows (keys) differ more than the columns.
+# **What you saw.** Value bits leave the blue curve alone: attention is made of queries and keys only. With 8 and 4
+# key bits it stays on the grey one; at 2, attention moves to other tokens. In the table, rows (keys) differ more than
+# columns (values).
 #
 # ### Exercise 18.4: the cheapest within a budget (about 10 minutes)
 # `table` is {(key bits, value bits): (bytes, KL)}. Return the bits with the fewest bytes whose KL is at most the
@@ -506,7 +507,7 @@ ledger.Table(rows)
 # - Keys have loud channels: ranges per channel. Values are rounded per token, for the sake of the sink.
 # - A stream is rounded in full groups; the recent tokens wait in float, and nothing is rounded twice.
 # - In SmolLM2 the first token is where unused attention goes; the first four in float buy much, four others nothing.
-# - 4 bits are nearly free, and at 2,048 tokens take about a third of 16; 2 bits ask for sinks. Bytes are gained, speed
-#   needs a kernel.
+# - 4 bits are nearly free, and take about a third of the bytes of 16 bits; 2 bits ask for sinks. Bytes are gained,
+#   speed needs a kernel.
 #
 # Next: [19 llama.cpp's files](19_llama_cpp_files.ipynb) takes a real file apart.
