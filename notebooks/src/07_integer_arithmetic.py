@@ -547,8 +547,8 @@ rows.append(ledger.measure(model, eight, tokens, method="rtn", bits=8, group="12
 for per in ("tensor", "token"):
     new, made = quantize_lm(
         model, method="w8a8_dynamic", per=per, activation_bits=bits, progress=False)
-    rows.append(
-        ledger.measure(model, new, tokens, method="w8a8_dynamic", bits=8, group=per, report=made))
+    way = f"w8a{bits}_dynamic"
+    rows.append(ledger.measure(model, new, tokens, method=way, bits=8, group=per, report=made))
 for row in rows:
     ledger.append(row)
 kl = [row.kl for row in rows]
