@@ -2,13 +2,14 @@
 
 ExecuTorch is in an environment of its own: python -m recipes.engines executorch makes it and runs this there, with
 --store, which keeps the rows in data/deployment_executorch.json for notebook 20. CPU seconds of one thread, the least
-of rounds taken in turns. A code that is not in the file stops it.
+of rounds taken in turns. A code that is not in the file stops it. --small leaves the model out.
 """
 
 import datetime
 import importlib.metadata
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -36,9 +37,8 @@ ENGINE = "ExecuTorch"
 PACKAGES = ("executorch", "torch", "torchao", "transformers")
 LAYERS = {"int8 rows": (8, PerAxis(0)), "4 bits, rows": (4, PerAxis(0)), "4 bits, groups of 32": (4, PerGroup(32))}
 MODELS = {
-    "RTN int8 rows, x int8": {"method": "rtn", "bits": 8, "group_size": None},
-    "RTN 4 bits, x int8": {"method": "rtn", "bits": 4, "group_size": 32},
     "GPTQ 4 bits, x int8": {"method": "gptq", "bits": 4, "group_size": 32},
+    "RTN int8 rows, x int8": {"method": "rtn", "bits": 8, "group_size": None},
 }
 
 
@@ -50,9 +50,9 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as name, torch.no_grad():
         layer, rounded = layer_rows(Path(name))
         show(layer)
-        model = model_rows(Path(name))
-    if "--store" in arguments:
-        store(layer, model, {"layers, from expected_executorch": rounded})
+        for model in [[]] if "--small" in arguments else model_rows(Path(name)):
+            if "--store" in arguments:  # each time: a model takes minutes
+                store(layer, model, {"layers, from expected_executorch": rounded})
     return 0
 
 
@@ -81,16 +81,18 @@ def layer_rows(folder: Path) -> tuple[list[Row], dict[str, float]]:
     return rows, expected
 
 
-def model_rows(folder: Path) -> list[dict]:
-    """The bundled model in float32 and with codes, as benchmarks/deployment.py measures it in other engines.
+def model_rows(folder: Path) -> Iterator[list[dict]]:
+    """The bundled model in float32 and with codes, as benchmarks/deployment.py measures others: the rows so far.
 
-    logits: KL to the logits of quantlab's codes with x left in floats, and in torchao, which rounds x likewise.
+    Beside the KL to the float model stand that to quantlab's codes with x in floats, which it would be without rounding
+    x, and that to torchao, which rounds x likewise; and the KL of quantlab's codes themselves.
     """
     model, tokenizer = load_lm(str(DATA / "model"))
     read = token_stream(tokenizer, load_text("calibration"))[:4096]
     meter = Meter(model, token_stream(tokenizer, load_text("eval"))[:2048].view(8, 256))
     size = save_executorch_model(model, folder / "model.pte", tokens=256, verify=True)
     meter.row(ENGINE, "float32", size, by_windows(folder / "model.pte"))
+    yield meter.rows
     for form, how in MODELS.items():
         new, report = quantize_lm(model, read, symmetric=True, progress=False, **how)
         size = save_executorch_model(model, folder / "model.pte", qtensors=report.qtensors, tokens=256, verify=True)
@@ -102,7 +104,7 @@ def model_rows(folder: Path) -> list[dict]:
         meter.rows[-1] |= {"kl to our codes": kl_divergence(ours, got), "kl to torchao": kl_divergence(theirs, got)}
         meter.rows[-1] |= {"kl of our codes": kl_divergence(meter.logits, ours)}
         print(meter.rows[-1], flush=True)
-    return meter.rows
+        yield meter.rows
 
 
 def by_windows(path: Path):

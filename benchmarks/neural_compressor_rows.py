@@ -5,6 +5,7 @@ It is in an environment of its own: python -m recipes.engines neural-compressor 
 what a difference comes from is told by a line that takes one cause away, or a control that has this cause alone.
 """
 
+import copy
 import datetime
 import importlib.metadata
 import sys
@@ -27,6 +28,8 @@ from quantlab.lm import DATA, linear_layers, load_lm, load_text, quantize_lm, to
 ENGINE = "Neural Compressor"
 PACKAGES = ("neural-compressor-pt", "torch", "transformers")
 SIZE = 32
+# 2048 is its default: all columns of these layers are one block.
+GPTQS = (("asymmetric", 2048), ("asymmetric", SIZE), ("symmetric", SIZE), ("asymmetric, act-order", SIZE))
 
 
 def main(arguments: list[str]) -> int:
@@ -59,11 +62,11 @@ def layer_rows() -> list[Row]:
     """The layer of 1024 x 1024 after its RTN, beside torch's float layer; apart from its own codes' exact answer."""
     linear, _, x = the_layer()
     rows = []
-    for symmetric in (False, True):
-        net = rtn_by_neural_compressor(nn.Sequential(linear), group_size=SIZE, symmetric=symmetric)
+    for bits, symmetric in ((4, False), (4, True), (8, True), (8, False)):
+        net = rtn_by_neural_compressor(nn.Sequential(linear), bits=bits, group_size=SIZE, symmetric=symmetric)
         y = F.linear(x, codes_of(net)["0"].dequantize(), linear.bias)
         slow, fast = cpu_seconds(lambda: linear(x[:1]), lambda net=net: net(x[:1]))
-        form = f"4 bits, groups of {SIZE}, {'' if symmetric else 'a'}symmetric"
+        form = f"{bits} bits, groups of {SIZE}, {'' if symmetric else 'a'}symmetric"
         rows.append(Row(ENGINE, form, state_bytes(net), relative(net(x), y), slow / fast))
     return rows
 
@@ -136,20 +139,18 @@ def from_a_tie(w: Tensor, ours, theirs) -> float:
 def gptq_lines(model, read: Tensor, meter: Meter) -> list[dict]:
     """Each line is GPTQ over all blocks, so that a difference in one makes other inputs for the next."""
     lines = []
-    for symmetric, act_order in ((False, False), (True, False), (False, True)):
-        word = ("symmetric" if symmetric else "asymmetric") + (", act-order" if act_order else "")
-        how = {"symmetric": symmetric, "act_order": act_order}
+    for word, block_size in GPTQS:
+        how = {"symmetric": word == "symmetric", "act_order": "act-order" in word}
         ours = our_gptq(model, read, **how)
-        for block_size in (2048, SIZE):
-            new = gptq_by_neural_compressor(model, read, group_size=SIZE, block_size=block_size, **how)
-            name = f"GPTQ 4 bits, {word}, block_size {block_size}"
-            meter.row(ENGINE, name, state_bytes(new), lambda ids, new=new: new(ids).logits)
-            lines.append(compared(f"GPTQ, {word}, block_size {block_size}", ours, codes_of(new)))
-        control = our_gptq(model.double(), read, **how)
-        model.float()
-        lines.append(compared(f"control: ours in float64, {word}", ours, control))
-        control = our_gptq(model, read, damping=0.011, **how)
-        lines.append(compared(f"control: ours with a damping of 0.011, {word}", ours, control))
+        new = gptq_by_neural_compressor(model, read, group_size=SIZE, block_size=block_size, **how)
+        form = f"{word}, block_size {block_size}"
+        meter.row(ENGINE, f"GPTQ 4 bits, {form}", state_bytes(new), lambda ids, new=new: new(ids).logits)
+        lines.append(compared(f"GPTQ, {form}", ours, codes_of(new)))
+        if how == {"symmetric": False, "act_order": False} and block_size == SIZE:
+            double = our_gptq(copy.deepcopy(model).double(), read, **how)
+            lines.append(compared("control: GPTQ, asymmetric, ours in float64", ours, double))
+            damped = our_gptq(model, read, damping=0.011, **how)
+            lines.append(compared("control: GPTQ, asymmetric, ours with a damping of 0.011", ours, damped))
     return lines
 
 

@@ -32,9 +32,9 @@ def save_executorch(q: QTensor, path, *, bias: Tensor | None = None, tokens: int
     """Write a layer whose weight has codes, x (tokens, in) -> y (tokens, out) floats; returns the file's size in bytes.
 
     q: symmetric signed codes of 8 bits with a scale a row, or of 4 bits with one a row, or a group, of 32, 64, 96 ..
-    inputs (kept in bfloat16: values move by up to 2⁻⁹). The file takes 1 to `tokens` tokens, at least 2. verify: the file must
-    hold the same codes, and ExecuTorch's answer must be expected_executorch's, within a hundredth of the largest,
-    before it takes its place.
+    inputs (kept in bfloat16: values move by up to 2⁻⁹). The file takes 1 to `tokens` tokens, at least 2. verify: the
+    file must hold the same codes, and ExecuTorch's answer must be expected_executorch's, within a hundredth of the
+    largest, before it takes its place.
 
     Raises: ValueError if q or the bias does not fit, or verify finds a difference; ModuleNotFoundError if ExecuTorch
     is not here.
