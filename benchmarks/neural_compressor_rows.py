@@ -113,7 +113,7 @@ def rtn_lines(model, meter: Meter) -> list[dict]:
         if symmetric:
             ours = {name: narrow(w) for name, w in weights.items()}
             lines.append(compared("RTN, symmetric, our rounding on a scale of max / 7", ours, theirs))
-        lines[-1]["from a tie"] = max(from_a_tie(weights[n], ours[n], theirs[n]) for n in ours)
+        lines[-1] |= where_they_differ(weights, ours, theirs)
     return lines
 
 
@@ -126,11 +126,25 @@ def narrow(w: Tensor):
     return replace(q, codes=from_blocks(codes, PerGroup(SIZE), w.shape), qparams=qp)
 
 
-def from_a_tie(w: Tensor, ours, theirs) -> float:
-    """Of codes that differ: how far w / scale is from the middle between two codes, at most. 0 if none differs."""
-    steps = (to_blocks(w, PerGroup(SIZE)).double() / ours.qparams.scale.double().reshape(-1, 1)).view(w.shape)
-    off = (steps - steps.floor() - 0.5).abs()[counted(ours) != counted(theirs)]
-    return off.max().item() if len(off) else 0.0
+def where_they_differ(weights: dict, ours: dict, theirs: dict) -> dict:
+    """How many codes differ, and of these those of groups with another zero point; and how far such zero points, and
+    the weights of the other codes, are at most from a tie, in steps: near one, any float operation decides.
+    """
+    found = [from_ties(w, ours[name], theirs[name]) for name, w in weights.items()]
+    differ, with_zero, zeros, codes = zip(*found, strict=True)
+    counts = {"differ": sum(differ), "differ with their zero point": sum(with_zero)}
+    return counts | {"zero points from a tie": max(zeros), "codes from a tie": max(codes)}
+
+
+def from_ties(w: Tensor, ours, theirs) -> tuple[int, int, float, float]:
+    """The same of one layer."""
+    steps = to_blocks(w, PerGroup(SIZE)).double() / ours.qparams.scale.double().reshape(-1, 1)
+    differ = (counted(ours) != counted(theirs)).view(steps.shape)
+    zeros = [(q.qparams.zero_point - q.qparams.qmin).flatten() for q in (ours, theirs)]
+    moved = zeros[0] != zeros[1]
+    least = steps.amin(1).clamp(max=0)
+    off = [(x - x.floor() - 0.5).abs() for x in (least[moved], steps[differ & ~moved[:, None]])]
+    return int(differ.sum()), int(differ[moved].sum()), *(x.max().item() if len(x) else 0.0 for x in off)
 
 
 # GPTQ
@@ -146,12 +160,12 @@ def gptq_lines(model, read: Tensor, meter: Meter) -> list[dict]:
         form = f"{word}, block_size {block_size}"
         meter.row(ENGINE, f"GPTQ 4 bits, {form}", state_bytes(new), lambda ids, new=new: new(ids).logits)
         lines.append(compared(f"GPTQ, {form}", ours, codes_of(new)))
-        if how == {"symmetric": False, "act_order": False} and block_size == SIZE:
+        if block_size == SIZE:
             double = our_gptq(copy.deepcopy(model).double(), read, **how)
-            lines.append(compared("control: GPTQ, asymmetric, ours in float64", ours, double))
-            damped = our_gptq(model, read, damping=0.011, **how)
-            lines.append(compared("control: GPTQ, asymmetric, ours with a damping of 0.011", ours, damped))
-    return lines
+            lines.append(compared(f"control: GPTQ, {word}, ours in float64", ours, double))
+    damped = our_gptq(model, read, damping=0.011, symmetric=False)
+    plain = our_gptq(model, read, symmetric=False)
+    return [*lines, compared("control: GPTQ, asymmetric, ours with a damping of 0.011", plain, damped)]
 
 
 def our_gptq(model, read: Tensor, **how) -> dict:
