@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from quantlab import PerAxis, PerGroup, PerTensor, quantize_tensor
 from quantlab.export import engines, executorch
 from quantlab.export.executorch_run import check_weight, executorch_session, expected_executorch, holds_codes
+from quantlab.export.torchao import to_torchao
 from quantlab.gptq import Hessian, gptq_quantize
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's and ExecuTorch's, about themselves
 needs_executorch = pytest.mark.skipif(
     not engines.engine_here("executorch"), reason="ExecuTorch is not here: python -m recipes.engines executorch"
 )
+EIGHT = quantize_tensor(torch.eye(24, 128), bits=8, granularity=PerAxis(0))
 KINDS = [(8, PerAxis(0)), (4, PerAxis(0)), (4, PerGroup(32)), (4, PerGroup(64))]
 
 
@@ -152,7 +154,6 @@ def test_a_file_that_is_not_as_meant_does_not_take_its_place(tmp_path, monkeypat
     other = quantize_tensor(matrix(seed=3), bits=8, granularity=PerAxis(0))
     with monkeypatch.context() as patch:
         patch.setattr(executorch, "to_torchao", lambda _, **how: to_torchao(other, **how))
-        to_torchao = __import__("quantlab.export.torchao", fromlist=["to_torchao"]).to_torchao
         with pytest.raises(ValueError, match="holds other codes of the layer"):
             executorch.save_executorch(q, path, verify=True)
     with monkeypatch.context() as patch:
@@ -190,5 +191,4 @@ def test_a_model_predicts_what_its_codes_do(bits, tmp_path):
         assert (run(ids) - logits).norm() < 0.5 * (run(ids) - floats).norm()
         assert all(holds_codes(path, q) for q in codes.values())
     with pytest.raises(ValueError, match="no nn.Linear 'none'"):
-        executorch.save_executorch_model(model, path, qtensors={"none": quantize_tensor(
-            matrix(), bits=8, granularity=PerAxis(0))})  # fmt: skip
+        executorch.save_executorch_model(model, path, qtensors={"none": EIGHT})

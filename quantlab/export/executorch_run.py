@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantlab.arguments import check_file, check_kind, check_real
+from quantlab.arguments import check_file, check_kind, check_real, check_tensor
 from quantlab.blocks import PerAxis, PerGroup
 from quantlab.export.engines import engine
 from quantlab.export.parts import float_bias
@@ -30,13 +30,8 @@ def executorch_session(path) -> Callable[[Tensor], Tensor]:
     from executorch.runtime import Runtime
 
     _unsafe_reset_threadpool(1)
-    program = Runtime.get().load_program(data)
-    method = program.load_method("forward")
-
-    def run(x: Tensor, _program=program) -> Tensor:  # the program owns the bytes
-        return method.execute([check_real(x).detach().contiguous()])[0]
-
-    return run
+    program = Runtime.get().load_program(data)  # it holds the bytes, so it stays with the function
+    return lambda x: program.load_method("forward").execute([check_tensor(x).detach().contiguous()])[0]
 
 
 def holds_codes(path, q: QTensor) -> bool:
