@@ -110,18 +110,24 @@ def store(rows: list[Row], model: list[dict], prefill: dict, bars: list[Bar]) ->
 
 def layer_rows(folder: Path) -> list[Row]:
     """A layer of 1024 x 1024 in every form and engine; an AssertionError if a code is not what was written."""
-    random = torch.Generator().manual_seed(0)
-    linear, x = nn.Linear(1024, 1024), torch.randn(32, 1024, generator=random) + 0.3
-    linear.weight.copy_(torch.randn(1024, 1024, generator=random) / 32)
-    linear.bias.copy_(torch.randn(1024, generator=random) / 10)
-    observer = MinMax()
-    observer.update(torch.randn(256, 1024, generator=random) + 0.3)
+    linear, observer, x = the_layer()
     rows = []
     if engine_here("onnx") and engine_here("onnxruntime"):
         rows += onnx_rows(linear, observer, x, folder)
     if engine_here("ai_edge_litert"):
         rows += litert_rows(linear, observer, x, folder)
     return rows + list(torch_rows(linear, x))
+
+
+def the_layer() -> tuple[nn.Linear, MinMax, Tensor]:
+    """The layer, an observer that saw inputs like its own, and 32 tokens; the same each time."""
+    random = torch.Generator().manual_seed(0)
+    linear, x = nn.Linear(1024, 1024), torch.randn(32, 1024, generator=random) + 0.3
+    linear.weight.copy_(torch.randn(1024, 1024, generator=random) / 32)
+    linear.bias.copy_(torch.randn(1024, generator=random) / 10)
+    observer = MinMax()
+    observer.update(torch.randn(256, 1024, generator=random) + 0.3)
+    return linear, observer, x
 
 
 def onnx_rows(linear, observer, x: Tensor, folder: Path) -> list[Row]:

@@ -10,6 +10,8 @@ OWN_COMMAND = {
     "torchao": "pip install -e .[torchao] -c constraints.txt",
     "nncf": "pip install -e .[nncf] -c constraints.txt",
     "tensorrt": "pip install tensorrt (it needs a GPU)",
+    "executorch": "python -m recipes.engines executorch",
+    "neural_compressor": "python -m recipes.engines neural-compressor",
 }
 
 

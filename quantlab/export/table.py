@@ -18,6 +18,11 @@ from quantlab.files import read_json
 DATA = Path(__file__).resolve().parent.parent.parent / "data"
 STORED = DATA / "deployment.json"  # what benchmarks/deployment.py --store measured
 WALKED = DATA / "deployment_walked.json"  # what was measured by hand, of engines with an environment of their own
+# What python -m recipes.engines NAME measured, of engines in environments that it made.
+OWN = {
+    "ExecuTorch": DATA / "deployment_executorch.json",
+    "Neural Compressor": DATA / "deployment_neural_compressor.json",
+}
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ def stored_rows(engine: str) -> list[Row]:
     """The rows of an engine that were measured once, with their date and processor. None: an empty list."""
     check_kind(engine, "engine", str)
     found = []
-    for file in (STORED, WALKED):
+    for file in (STORED, WALKED, *OWN.values()):
         if file.is_file():
             kept = read_json(file, {"date": str, "processor": str, "layer": list})
             when = f"stored: {kept['date']}, {kept['processor']}"
