@@ -405,21 +405,26 @@ assert all(share == 1 for share in equal.values())
 print(HEAD, "  equal codes")
 print(*(f"{row.line()}  {equal[row.engine, row.form]:.0%}" for row in table), sep="\n")
 # %% tags=["nbval-ignore-output"]
+from quantlab.export.table import OWN
+from quantlab.files import read_json
+
 known = {(row.engine, row.form) for row in table}
-for engine in ("ONNX Runtime", "OpenVINO", "LiteRT", "bitsandbytes", "torchao"):
+for engine in ("ONNX Runtime", "OpenVINO", "LiteRT", "bitsandbytes", "torchao", *OWN):
     if rest := [row for row in stored(engine, "") if (row.engine, row.form) not in known]:
         show(rest)
-for engine, why in {"TensorRT": "it needs an NVIDIA GPU: rules are checked, nothing is run",
-                    "ExecuTorch": "it needs an environment of its own; we write no .pte",
-                    "Neural Compressor": "likewise, and it makes codes of its own"}.items():
-    print(f"{engine:18} not run here: {why}")
+print("TensorRT: not run here, since it needs an NVIDIA GPU; its rules are checked (section 6)\n")
+print("Neural Compressor's codes beside ours, the bundled model in 4 bits, groups of 32:")
+for line in read_json(OWN["Neural Compressor"])["codes"]:
+    same = f"{line['equal']:.2%} equal, in the first block {line['first block']:.2%}"
+    print(f"{line['what']:60}{same}")
 # %% [markdown]
-# All codes came back. (The stored layer has other random numbers: digits differ a little.) OpenVINO's uint8 forms,
-# with MatMul, with Gemm and with an int32 bias, are all as far apart as pairs that saturate, and 7 bits mend it: it
-# seems to make integers of each. Yet each is slower than its own floats. In ONNX Runtime "int8, Gemm" is less slow
-# than "int8, MatMul", both with a float bias. Only the weight lies otherwise, (out, in) and not turned; we do not
-# know why that costs so much. torchao's code of 4 bits takes a byte. `speed` is beside the *same engine's* floats
-# (bitsandbytes and torchao: torch's).
+# OpenVINO's uint8 forms are as far apart as pairs that saturate, and 7 bits mend it. XNNPACK, in ExecuTorch, rounds x
+# to int8 by itself. `speed` is beside the *same engine's* floats, or torch's.
+#
+# **Neural Compressor** makes codes of its own. Rounding to nearest, only near-ties differ, once its symmetric scale,
+# max/7, stands in place of ours, max/7.5. Its GPTQ, in blocks as wide as the groups, is about as far from ours as ours
+# in float64 is: every last digit is carried on. By default its blocks have 2048 columns, and scales that miss the
+# errors before them. Its 8 bits with zero points are broken: code minus zero point overflows int8.
 #
 # ## 8. The whole model
 # `torch.onnx.export` writes a whole model as a graph of floats. `save_onnx` then puts MatMulNBits with **our GPTQ
@@ -444,7 +449,6 @@ if runs and here["onnxscript"]:
     size = save_onnx(model, folder / "model.onnx", qtensors=report.qtensors, verify=True)
 # %% tags=["nbval-ignore-output"]
 from quantlab.export.table import STORED
-from quantlab.files import read_json
 from quantlab.metrics import kl_divergence
 
 kept = read_json(STORED)  # what benchmarks/deployment.py --store measured
@@ -546,8 +550,9 @@ for gone, living, source in walked["replaced"]:
 # over 2,048 tokens; of memory, the bytes of the file. `same` is how often the likeliest token is the float model's.
 # Instead of ease: the megabytes of the named packages (not of those they need in turn; a dash: not here), and the
 # lines of this library that write and run the files. (For LiteRT and bitsandbytes it writes layers, no model.) GPTQ
-# has groups of 128 here and is judged on more text than in section 8. compressed-tensors is a format of files: its
-# model is unpacked before it computes, so its speed is torch's. The last lines are limits that the benchmark sets.
+# has groups of 128 here (Neural Compressor's: 32) and is judged on more text than in section 8. compressed-tensors
+# is a format of files: its model is unpacked before it computes, so its speed is torch's. The last lines are limits
+# that the benchmark sets.
 # %% tags=["nbval-ignore-output"]
 from importlib.metadata import PackageNotFoundError, distribution
 
@@ -559,7 +564,9 @@ folders = ("checkpoints.py", "checkpoint_layouts.py", "checkpoint_words.py", "pa
 needs = {"ONNX Runtime": (("onnx", "onnxruntime", "onnxscript"), onnx_files),
          "OpenVINO": (("onnx", "onnxscript", "openvino"), (*onnx_files, "openvino.py")),
          "compressed-tensors": (("compressed-tensors",), folders),
-         "torchao": (("torchao",), ("torchao.py",))}
+         "torchao": (("torchao",), ("torchao.py",)),
+         "ExecuTorch": (("executorch",), ("executorch.py", "executorch_run.py", "torchao.py")),
+         "Neural Compressor": (("neural-compressor-pt",), ("neural_compressor.py",))}
 
 def megabytes(package):
     try:
@@ -567,14 +574,16 @@ def megabytes(package):
     except PackageNotFoundError:
         return float("nan")  # not here
 # %% tags=["nbval-ignore-output"]
+others = {engine: read_json(file) for engine, file in OWN.items()}
 print(when)
-print(f"{'engine':20}{'form':26}{'bytes':>11}{'KL':>9}{'same':>7}{'speed':>7}{'MB':>6}{'lines':>7}")
-for row in kept["model"]:
+print(*(f"{engine}: {one['date']}, {one['processor']}" for engine, one in others.items()), sep="\n")
+print(f"{'engine':20}{'form':51}{'bytes':>11}{'KL':>9}{'same':>7}{'speed':>7}{'MB':>6}{'lines':>7}")
+for row in [*kept["model"], *(row for one in others.values() for row in one["model"])]:
     packages, written = needs[row["engine"]]
     packages += ("nncf",) * ("NNCF" in row["form"])
     size = f"{row['bytes']:,}" if row["bytes"] else ""
     lines = sum(len((sources / name).read_text().splitlines()) for name in written)
-    print(f"{row['engine']:20}{row['form']:26}{size:>11}{row['kl']:9.1e}{row['top1']:7.1%}"
+    print(f"{row['engine']:20}{row['form']:51}{size:>11}{row['kl']:9.1e}{row['top1']:7.1%}"
           f"{row['times']:7.2f}{sum(map(megabytes, packages)):6.0f}{lines:7}".replace("nan", "  -"))
 for name, run in kept["SmolLM2, 128 tokens"].items():
     print(f"SmolLM2, {name}: {run['times']:.2f} times as fast, same {run['same']:.1%}")
@@ -585,13 +594,14 @@ for bar in kept["bars"]:
 # Read each engine's float32 row first: here no quantized file is faster than the *same engine's* floats. What is
 # above 1 comes from the engine, not from the codes. SmolLM2 says the same: both engines read it at 1.29 times torch's
 # speed in float32, and no int8 is clearly faster. The last limit is missed: OpenVINO with NNCF's codes reaches 1.15.
-# On this CPU, without VNNI, int8 saves bytes and no time.
+# On this CPU, without VNNI, int8 saves bytes and no time here; of single layers, LiteRT's and ExecuTorch's are nearly
+# twice as fast as their own floats.
 #
 # And the answers, in 128 places of SmolLM2's text? ONNX Runtime's dynamic int8 rounds weights *and* inputs. Its
-# likeliest token is torch's in 0.8 % of the places: one. Weights of 7 bits, which cannot saturate (section 4), bring
-# that to 62.5 %. What is still missing was not taken apart; a suspect is the one range for all tokens, which outliers
-# stretch (notebook 16). NNCF, OpenVINO's partner for quantizing, rounds the weights alone: 98.4 %. That is an easier
-# task, not a better int8.
+# likeliest token is torch's in 0.8 % of the places: one. Weights of 7 bits, which cannot saturate (section 4),
+# bring that to 62.5 %. A suspect for the rest: one range for all tokens, which outliers stretch (notebook 16).
+# NNCF, OpenVINO's partner for quantizing, rounds the weights alone: 98.4 %. That is an easier task, not a better
+# int8.
 # %% [markdown]
 # ## 12. Drag it
 # Layers of K inputs and N outputs, with M tokens at once, in ONNX Runtime (where it is missing: in this library).
