@@ -75,13 +75,22 @@ def plot_curves(curves: dict[str, tuple], *, xlabel: str, ylabel: str, log: str 
     return ax
 
 
-def plot_bars(bars: dict[str, dict], *, ylabel: str, log: bool = False, ax: Axes | None = None) -> Axes:
-    """Bars side by side: {name: {place: height}}, one colour a name, one cluster a place."""
+def plot_bars(
+    bars: dict[str, dict], *, ylabel: str, log: bool = False, color: str | None = None, ax: Axes | None = None
+) -> Axes:
+    """Bars side by side: {name: {place: height}}, one colour a name, one cluster a place.
+
+    log: dots, since a logarithmic axis has no 0 for bars to stand on. color: of a single name that is no error.
+    """
     ax = ax if ax is not None else plt.gca()
     places, width = list(next(iter(bars.values()))), 0.8 / len(bars)
-    for i, ((name, heights), (color, _)) in enumerate(zip(bars.items(), cycle(_LINES), strict=False)):
-        left = [place - 0.4 + (i + 0.5) * width for place in range(len(places))]
-        ax.bar(left, [heights[place] for place in places], width, color=color, label=name)
+    for i, ((name, heights), (hue, marker)) in enumerate(zip(bars.items(), cycle(_LINES), strict=False)):
+        middles = [place - 0.4 + (i + 0.5) * width for place in range(len(places))]
+        drawn = middles, [heights[place] for place in places]
+        if log:
+            ax.plot(*drawn, marker, color=color or hue, label=name)
+        else:
+            ax.bar(*drawn, width, color=color or hue, label=name)
     ax.set(ylabel=ylabel, xticks=range(len(places)), yscale="log" if log else "linear")
     ax.set_xticklabels([str(place) for place in places])
     if len(bars) > 1:

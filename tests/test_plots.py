@@ -36,7 +36,13 @@ def test_bars_stand_side_by_side_by_place(ax):
     assert [height for _, height in bars] == [1, 3, 2, 4]
     assert [x for x, _ in bars] == pytest.approx([-0.2, 0.2, 0.8, 1.2])
     assert ax.get_yscale() == "linear"
-    assert plot_bars({"a": {"x": 1}}, ylabel="", log=True, ax=ax).get_yscale() == "log"
+
+
+def test_on_a_logarithmic_axis_bars_are_dots(ax):
+    plot_bars({"a": {"x": 1, "y": 20}}, ylabel="KL", log=True, color="black", ax=ax)
+    assert ax.get_yscale() == "log"
+    assert not ax.patches
+    assert ax.lines[0].get_ydata().tolist() == [1, 20]
 
 
 def test_the_places_have_names(ax):

@@ -341,7 +341,7 @@ assert all(4.1 < bits <= 4.5 for bits in others)
 # one float32 more for each tensor. Notebooks 04 and 05 explain NF4 and FP4.)
 #
 # ## 7. Drag it
-# Left: the squared error of each block of weights, 0 dB being the weights themselves. Right: output error
+# Left: the squared error of each block of weights; 0 dB is the mean of all blocks. Right: output error
 # against true bits (float32 scales), a line for each group size. **Predict first:**
 #
 # 1. Group from *tensor* to *row*: does the error stay even, or gather in stripes? Which?
@@ -584,7 +584,7 @@ check("3.6", my_settings)
 codes = four["128"].codes.int() - four["128"].qparams.qmin
 used = torch.bincount(codes.flatten(), minlength=16) / codes.numel()
 plt.figure(figsize=(7, 2.2), layout="constrained")
-plot_bars({"used": dict(enumerate(used.tolist()))}, ylabel="share of the weights")
+plot_bars({"used": dict(enumerate(used.tolist()))}, ylabel="share of the weights", color=QUANTIZED)
 plt.axhline(1 / 16, color=FLOAT, linestyle="--")
 plt.xlabel("code; dashed: if all were used alike")
 plt.show()

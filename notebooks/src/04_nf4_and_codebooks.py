@@ -344,6 +344,7 @@ for ax, rival in zip(axes, ("symmetric", "asymmetric"), strict=True):
     plot_curves(curves, xlabel="block size", ylabel=f"dB of NF4 above {rival}", log="x", ax=ax)
     ax.axhline(0, color="0.4", linewidth=0.8)
     ax.set_xticks(sizes[::2], sizes[::2])
+axes[1].get_legend().remove()  # the left one says it
 plt.show()
 # %% tags=["nbval-ignore-output"]
 at = {key: dict(zip(sizes, curve, strict=True)) for key, curve in leads["asymmetric"].items()}

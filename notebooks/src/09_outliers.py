@@ -43,14 +43,14 @@ calibration = calibration[: budget(model, 4096)]  # all 4096, or fewer on a larg
 # %% tags=["nbval-ignore-output"]
 import matplotlib.pyplot as plt
 
-from quantlab.plots import plot_bars
+from quantlab.plots import QUANTIZED, plot_bars
 
 peaks = activation_scales(model, calibration)  # the largest |x| of each channel, by layer
 loudness = {name: (peak.max() / peak.median()).item() for name, peak in peaks.items()}
 behind, loudest = max(loudness[name] for name in fed_by_norm), max(loudness, key=loudness.get)
 ax = plt.subplots(figsize=(7, 2.4))[1]  # of each kind of layer the loudest one, which comes last
 heights = {name.split(".")[-1]: loudness[name] for name in sorted(loudness, key=loudness.get)}
-plot_bars({"loudest": heights}, ylabel="largest / median", ax=ax)
+plot_bars({"loudest": heights}, ylabel="largest / median", color=QUANTIZED, ax=ax)
 found(behind < 5, f"behind norms no channel is 5 times as loud as the median: {behind:.1f}")
 found(5 < loudness[loudest] < 10, f"elsewhere one is, but none 10 times: {loudness[loudest]:.1f}")
 f"behind norms at most {behind:.1f} times the median, in {loudest} {loudness[loudest]:.1f} times"
@@ -464,7 +464,7 @@ found(abs(gain) < 0.3, f"not planted, smoothing changes little, here {gain:.0%}"
 # %% [markdown]
 # On the plain model smoothing changes little: the bundled one has nothing to smooth. On the planted one a fixed scale
 # saves little, a scale a token more, the split and smoothing nearly all of the loss. (Do not read
-# LLM.int8()'s plain bar as a victory of integers: the text was read in one batch of 4096 tokens, and section 5
+# LLM.int8()'s plain dot as a victory of integers: the text was read in one batch of 4096 tokens, and section 5
 # showed how many columns of a `down_proj` then are in float.)
 #
 # ### Where the rest of LLM.int8() sits

@@ -126,14 +126,14 @@ import matplotlib.pyplot as plt
 
 prefix = blocks_of(model)[0] + "."
 brief = {name: name.removeprefix(prefix) for name in names}
-short = [f"{name.split('.')[0]} {name.split('.')[-1]}" for name in brief.values()]
+roles = list(dict.fromkeys(name.split(".")[-1] for name in names))
 heat = torch.tensor([list(row.values()) for row in table.costs.values()]).T
-fig, ax = plt.subplots(figsize=(7.4, 2.3))
-picture = ax.imshow(heat.log10(), cmap="viridis", aspect="auto")
-ax.set(ylabel="bits", xlabel="block and layer", yticks=range(4), xticks=range(len(names)))
-ax.set_yticklabels(["2", "3", "4", "5"])
-ax.set_xticklabels(short if len(names) < 60 else [""] * len(names), rotation=90, fontsize=7)
-fig.colorbar(picture, label="log10 KL", pad=0.02)
+shown = heat.log10().reshape(4, -1, len(roles)).transpose(1, 2)  # bits, role, block
+fig, axes = plt.subplots(1, 4, figsize=(8, 2.6), sharey=True, layout="constrained")
+for ax, part, bits in zip(axes, shown, (2, 3, 4, 5), strict=True):
+    picture = ax.imshow(part, vmin=shown.min(), vmax=shown.max(), aspect="auto")
+    ax.set(title=f"{bits} bits", xlabel="block", yticks=range(len(roles)), yticklabels=roles)
+fig.colorbar(picture, ax=axes, label="log10 KL")
 plt.show()
 # %% tags=["nbval-ignore-output"]
 at_3, blocks = {name: row[3] for name, row in table.costs.items()}, {}

@@ -329,17 +329,21 @@ f"NF4 is {behind:.3f} nats behind the float base, of {nll['rank 0'] - nll['rank 
 # stories, KL from the float model says how far the predictions have moved, perplexity how well they still
 # fit. (Now in windows of 512 tokens: more context than in section 1, and so a lower perplexity.)
 # %%
-kl, fit = ({name: r["stories"][what] for name, r in runs.items()} for what in ("kl", "perplexity"))
+kl, stderr, fit = ({name: r["stories"][what] for name, r in runs.items()}
+                   for what in ("kl", "stderr", "perplexity"))
 print(f"stories: float {fit['float']:.1f}, NF4 {fit['rank 0']:.1f}")
 guess = predict("The stories' perplexity, 42 for NF4, after the log?", ["42", "55", "400"])
 # %% tags=["nbval-ignore-output"]
 shown = {"float": "float", "rank 0": "NF4", "rank 8": "NF4,\nrank 8",
          "float base, rank 8": "float,\nrank 8", "all weights": "all\nweights"}
-_, axes = plt.subplots(1, 2, layout="constrained")
+_, axes = plt.subplots(1, 2, figsize=(7, 2.8), layout="constrained")
 for ax, values, label in zip(axes, (kl, fit), ("KL, nats", "perplexity"), strict=True):
     bars = {short: values[name] for name, short in shown.items()}
     plot_bars({"stories": bars}, ylabel=f"{label}, on stories", ax=ax)
     ax.tick_params("x", labelsize="small")
+axes[0].errorbar(range(len(shown)), [kl[name] for name in shown], [stderr[name] for name in shown],
+                 fmt="none", color="black", capsize=4)
+axes[0].set_title("± standard error", fontsize="medium")
 plt.show()
 assert kl["rank 8"] > kl["all weights"]
 assert kl["all weights"] > 10 * kl["rank 0"]

@@ -333,11 +333,11 @@ for of, new in models.items():
 # %% tags=["nbval-ignore-output"]
 from quantlab.plots import plot_bars
 
-_, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
+_, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained", sharey=True)
 for ax, name in zip(axes, settings, strict=True):
     bars = {way: {of.replace("planted ", ""): kl[of, way][name] for of in models} for way in ways}
-    plot_bars(bars, ylabel=f"KL, {name}", log=True, ax=ax)
-    ax.set_ylim(top=8 * ax.get_ylim()[1])
+    plot_bars(bars, ylabel="KL, nats", log=True, ax=ax)
+    ax.set(title=name, ylim=(5e-4, 500))
     ax.legend(fontsize="x-small", ncols=2, loc="upper center")
 plt.show()
 # %% tags=["nbval-ignore-output"]

@@ -304,7 +304,7 @@ shares = {name: attention_on_first(*one) for name, one in models.items()}
 depth = {name: [i / (len(share) - 1) for i in range(len(share))] for name, share in shares.items()}
 plot_curves({name: (depth[name], share) for name, share in shares.items()},
             xlabel="depth: first layer 0, last layer 1", ylabel="attention on\nthe first token")
-plt.ylim(0, 1)
+plt.ylim(-0.05, 1)
 plt.show()
 # %% tags=["nbval-ignore-output"]
 here = max(shares["this model"])

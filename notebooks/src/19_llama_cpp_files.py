@@ -286,6 +286,8 @@ left = {}
 for kind in kinds:
     plain = output_error(kind, None)
     left[kind] = {what: output_error(kind, by) / plain for what, by in ways.items()}
+choices = ["nothing", "less than half", "more than half"]
+kept = predict("How much of Q4_1's gain is left, all alike?", choices)
 # %% tags=["nbval-ignore-output"]
 import matplotlib.pyplot as plt
 
@@ -299,7 +301,9 @@ found(gain["all alike"] > gain["shuffled"], "the wrong one gains less than none"
 found(gain["all alike"] > 0.5 * gain["right"], "more than half of the gain needs no data")
 found(left["Q4_K"]["right"] > left["Q4_1"]["right"], "Q4_K, which searches anyway, gains less")
 found(left["Q4_K"]["shuffled"] > 0.97, "and nothing from the wrong importance")
-"Q4_1 gains " + ", ".join(f"{part:.0%} ({what})" for what, part in gain.items())
+print("Q4_1 gains", ", ".join(f"{part:.0%} ({what})" for what, part in gain.items()))
+share = gain["all alike"] / gain["right"]
+print(kept.reveal("more than half" if share > 0.5 else "less than half"))
 # %% [markdown]
 # The control is worth more than the result. In Q4_1 *most of the gain is the search*, 22% of 31%: without importance
 # the simple types do not search at all, with any importance they do. Only what lies beyond "all alike" is the data's.
@@ -464,7 +468,8 @@ if llama_cpp_here():
         fast[mix] = llama_cpp_speed(folder / f"large-{mix}.gguf", prompt, tokens=12)
     times = slow / fast["Q4_0"].decode
     if packaged_gguf():
-        found(fast["Q4_1"].text.startswith(" Paris"), f"Q4_1 writes{fast['Q4_1'].text}", of="machine")
+        answer = fast["Q4_1"].text
+        found(answer.startswith(" Paris"), f"Q4_1 writes{answer}", of="machine")
     found(times > 2, f"llama.cpp writes {times:.1f} times as fast as torch, not 2", of="machine")
     print(f"tokens a CPU second: torch {1 / slow:.1f}, llama.cpp {times / slow:.1f}")
     print({mix: speed.text for mix, speed in fast.items()})

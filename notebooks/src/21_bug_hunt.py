@@ -327,27 +327,28 @@ print(textwrap.shorten(said[0], 240, placeholder=" …"))
 # Every program here passes the test that its print-out is. **Predict:** of the 33 wrong ones, how many print
 # what a correct version prints, character for character?
 # %%
+alike_of_33 = predict("How many of the 33 print what a correct one prints?", [0, 33], near=4)
+# %%
 from quantlab.hunt.playing import CASES, printed
 
 bugs = [case for case in CASES.values() if case.buggy]
 alike = sum(printed(case) == printed(case, case.mended) for case in bugs)
 assert alike > 10
-f"{alike} of {len(bugs)}"
+print(f"{alike} of {len(bugs)}.", alike_of_33.reveal(alike))
 # %% [markdown]
 # About half. Those print-outs are tests that *cannot fail*. The rest print a number that differs, but
 # nothing beside it says what it should be.
 #
 # ## 10. The score, and what to read again
-# %%
-hunt.score()
-# %% [markdown]
-# One find is ours (section 2). Run the cell again when you have given more verdicts. The map of
-# [notebook 00](00_start_here.ipynb) marks exercises 21.1 to 21.6, each when both of its verdicts are
+# The next cell shows the score. One find is ours (section 2). Run the cell again when you have given more verdicts. The
+# map of [notebook 00](00_start_here.ipynb) marks exercises 21.1 to 21.6, each when both of its verdicts are
 # right. If a program was too much for you: `hunt.hint`, then `hunt.reveal`, then the chapter.
 #
-# **All 33**, and the cells that take them apart (a test of the workbook looks each of them up):
+# Below it **all 33**, and the cells that take them apart (a test of the workbook looks each of them up).
 # %%
-hunt.atlas()
+from IPython.display import display
+
+display(hunt.score(), hunt.atlas())
 # %% [markdown]
 # ## 11. Exercises
 # - **The rest** (about four minutes each): thirty programs have no cell yet.

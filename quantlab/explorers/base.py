@@ -8,6 +8,7 @@ import base64
 import functools
 import html
 import io
+import re
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
@@ -61,7 +62,7 @@ class View(widgets.VBox):
 def with_caption(png: bytes, text: str) -> bytes:
     """The picture with the text under it, for readers who have no kernel."""
     picture = Image.open(io.BytesIO(png)).convert("RGB")
-    lines = [part for line in text.splitlines() for part in textwrap.wrap(line, 105) or [""]]
+    lines = [part for line in text.splitlines() for part in in_phrases(line, 105)]
     fig = Figure(figsize=(picture.width / 100, 0.19 * len(lines) + 0.1), dpi=100)
     canvas = FigureCanvasAgg(fig)
     fig.text(0.01, 0.98, "\n".join(lines), va="top", fontsize=10, parse_math=False)
@@ -73,6 +74,21 @@ def with_caption(png: bytes, text: str) -> bytes:
     both.paste(caption, (0, picture.height))
     both.save(out, "png", optimize=True)
     return out.getvalue()
+
+
+def in_phrases(line: str, width: int) -> list[str]:
+    """A line of numbers as lines of this width, broken where two spaces part its phrases; a longer phrase, at a word.
+
+    >>> in_phrases("rounding 3.1e-04   clipping 0.0e+00", 30)
+    ['rounding 3.1e-04', 'clipping 0.0e+00']
+    """
+    lines = [""]
+    for gap, phrase in re.findall(r"( *)(\S+(?: \S+)*)", line):
+        if len(lines[-1] + gap + phrase) <= width:
+            lines[-1] += gap + phrase
+        else:
+            lines = [*filter(None, lines), *textwrap.wrap(phrase, width)]
+    return lines
 
 
 class Canvas:

@@ -181,9 +181,9 @@ class _Picture:
         """The curve of 8-bit integers, still; returns that of the format."""
         at, integers = np.log2(self.sizes), self.reach / 127 * np.arange(1, 128)
         ax.plot(at, _worst(self.sizes, integers), color="black", linestyle="--", linewidth=1)
-        ax.text(np.log2(self.reach) + 0.5, 0.006, "8-bit integers up to the largest value", fontsize="small")
         ax.set(xlim=(self.low, self.high), ylim=(2.0**-12, 2), yscale="log", xlabel="log₂ |x|")
         ax.set_ylabel("worst |error| / |x|")
+        ax.set_title("worst error at each size (dashed: 8-bit integers up to the largest value)", fontsize="medium")
         return ax.plot(at, np.ones(len(at)), color=ERROR, linewidth=1.3)[0]
 
     def lines_of(self, positive: np.ndarray) -> tuple:

@@ -83,21 +83,23 @@ class _Picture:
 
     def __init__(self):
         fig, (self.left, right) = figure(columns=2)
-        self.bars = self.left.bar([0, 1, 3, 4], [1] * 4, color=[ERROR, QUANTIZED] * 2, bottom=1e-9)
-        self.left.set(yscale="log", ylim=(1e-6, 1), xticks=[0.5, 3.5], ylabel="relative error")
+        self.dots = [
+            self.left.plot([side, 1 + side], [1, 1], marker, color=color, markersize=9, label=name)[0]
+            for side, marker, color, name in ((-0.1, "o", ERROR, "round to nearest"), (0.1, "s", QUANTIZED, "GPTQ"))
+        ]
+        self.left.set(yscale="log", ylim=(1e-6, 3), xlim=(-0.5, 1.5), xticks=[0, 1], title="relative error")
         self.left.set_xticklabels(["of the weight", "of the output"])
-        self.left.legend(self.bars[:2], ["round to nearest", "GPTQ"], loc="upper center", ncols=2, fontsize="small")
+        self.left.legend(loc="lower center", ncols=2, fontsize="small")
         right.plot([1e-9, 10], [1e-9, 10], color="0.5", linewidth=0.8)
         (self.rows,) = right.plot([], [], ".", color=QUANTIZED, markersize=4)
         right.set(xscale="log", xlim=(1e-6, 3), xlabel="round to nearest")
         right.set(yscale="log", ylim=(1e-6, 3), ylabel="GPTQ", title="output error, a dot for each row")
         fig.subplots_adjust(left=0.09, right=0.98, top=0.9, bottom=0.16, wspace=0.28)
-        self.moving = [*self.bars, self.rows]
+        self.moving = [*self.dots, self.rows]
 
     def show(self, nearest: _Errors, gptq: _Errors) -> None:
-        heights = nearest.weight, gptq.weight, nearest.output, gptq.output
-        for bar, height in zip(self.bars, heights, strict=True):
-            bar.set_height(height)
+        for dots, one in zip(self.dots, (nearest, gptq), strict=True):
+            dots.set_ydata([one.weight, one.output])
         self.rows.set_data(nearest.rows, gptq.rows)
 
 

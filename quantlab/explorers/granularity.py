@@ -19,6 +19,7 @@ from quantlab.plots import FLOAT, QUANTIZED
 _BITS = range(2, 9)
 _SIZES = (512, 256, 128, 64, 32, 16, 8)
 _PICTURE = (128, 96)  # blocks of weights that the heat map can show, down and across
+_REACH = 6  # dB of its colours: four times the mean error, and a quarter of it
 
 
 class _Measured(NamedTuple):
@@ -28,7 +29,7 @@ class _Measured(NamedTuple):
     nbytes: int
     weight_error: float  # ‖W - Ŵ‖² / ‖W‖²
     output_error: float | None  # ‖X(W - Ŵ)ᵀ‖² / ‖XWᵀ‖²
-    blocks: np.ndarray  # mean squared error of each block over the mean square of all weights, dB
+    blocks: np.ndarray  # mean squared error of each block over the mean of all blocks, dB
 
 
 def explore_groups(weight: Tensor, x: Tensor | None = None, *, bits: int = 4, group: int = 128) -> Explorer:
@@ -79,10 +80,10 @@ def _measure_all(weight: Tensor, hessian: Hessian | None, groups: dict) -> dict:
 
 
 def _error_map(weight: Tensor, back: Tensor) -> np.ndarray:
-    """The mean squared error of each block of the picture over the mean square of all weights, in dB."""
+    """The mean squared error of each block of the picture over that of all weights, in dB."""
     size = [min(have, room) for have, room in zip(weight.shape, _PICTURE, strict=True)]
     noise = F.adaptive_avg_pool2d((weight - back).square()[None], size)[0]
-    ratio = noise / weight.square().mean().clamp(min=1e-30)
+    ratio = noise / noise.mean().clamp(min=1e-30)
     return (10 * ratio.clamp(min=1e-12).log10()).numpy()
 
 
@@ -93,11 +94,10 @@ def _error(measured: _Measured) -> float:
 
 
 def _draw_heat_map(ax: Axes, shape, known: dict):
-    """Colours tell 3 to 6 bits apart; 2 bits may run into the bright end, 7 and 8 into the dark one."""
-    low, high = np.quantile([m.blocks for (bits, *_), m in known.items() if 3 <= bits <= 6], [0.01, 0.99])
-    style = {"cmap": "viridis", "aspect": "auto", "interpolation": "nearest", "extent": (0, shape[1], shape[0], 0)}
-    heat = ax.imshow(next(iter(known.values())).blocks, vmin=low, vmax=high, **style)
-    ax.set(xlabel="column (input)", ylabel="row (output)", title="error of each block of weights, dB")
+    """Colours say where the error sits, whatever the bits: violet more than the mean, orange less."""
+    style = {"cmap": "PuOr", "aspect": "auto", "interpolation": "nearest", "extent": (0, shape[1], shape[0], 0)}
+    heat = ax.imshow(next(iter(known.values())).blocks, vmin=-_REACH, vmax=_REACH, **style)
+    ax.set(xlabel="column (input)", ylabel="row (output)", title="error of a block ÷ the mean, dB")
     ax.figure.colorbar(heat, ax=ax, pad=0.02)
     return heat
 

@@ -38,8 +38,8 @@ def explore_kv(keys: Tensor, values: Tensor, *, bits: int = 2) -> Explorer:
         images.append(ax.imshow(blank, aspect="auto", interpolation="nearest", cmap=cmap, vmin=-most, vmax=most))
         fig.colorbar(images[-1], ax=ax, fraction=0.05, pad=0.03, ticks=[-most, 0, most])
         ax.set(xlabel="channel", ylabel="token")
-    left.set(title="over the largest number")
-    right.set(title="what rounding adds (same unit)")
+    left.set(title="each number ÷ the largest")
+    right.set(title="rounding error ÷ the largest")
 
     def update(what, per, bits) -> str:
         x = both[what]

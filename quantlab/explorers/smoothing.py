@@ -16,7 +16,7 @@ from quantlab.explorers.data import evenly, linear_of, relative_error, states, t
 from quantlab.explorers.outliers import FACTORS, factor_controls, measured, positive_range, stretched_layers
 from quantlab.granularity import PerAxis, quantize_tensor
 from quantlab.outliers import smoothing_scales
-from quantlab.plots import ERROR, FLOAT, OTHER, QUANTIZED
+from quantlab.plots import ERROR, FLOAT, QUANTIZED
 
 ALPHAS = tuple(i / 20 for i in range(21))
 BITS = {"W8A8": (8, 8), "W6A6": (6, 6), "W4A8": (4, 8), "W8A4": (8, 4), "W4A4": (4, 4)}
@@ -148,7 +148,9 @@ def _draw_images(axes: np.ndarray, of_x, of_w) -> list:
     for ax, title, shape in zip(axes[:, :2].flat, titles, (of_x, of_x, of_w, of_w), strict=True):
         blank = np.zeros((min(shape[0], _PICTURE[0]), min(shape[1], _PICTURE[1])))
         images.append(ax.imshow(blank, extent=(0, shape[1], shape[0], 0), **style))
-        ax.set(title=title, ylabel="token" if shape is of_x else "row")
+        ax.set(title=title)
+    axes[0, 0].set(ylabel="token")
+    axes[1, 0].set(ylabel="row")
     for ax in axes[1, :2]:
         ax.set(xlabel="channel")
     for column, (start, width) in enumerate(((0.075, 0.22), (0.365, 0.22), (0.735, 0.25))):
@@ -165,7 +167,7 @@ def _draw_channels(ax: Axes, layers: dict) -> list:
         ("|x| before", FLOAT, "-", 0.9),
         ("|x| after", QUANTIZED, "-", 2.4),
         ("|w| before", FLOAT, ":", 0.9),
-        ("|w| after", OTHER, "-", 0.9),
+        ("|w| after", "black", "-", 0.9),
     )
     width = next(iter(layers.values()))[0].shape[1]
     lines = [

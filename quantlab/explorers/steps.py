@@ -194,6 +194,8 @@ class _Picture:
         fig.subplots_adjust(left=0.07, right=0.98, top=0.9, bottom=0.14, wspace=0.22)
         self.stems = _draw_weights(left, to_blocks(weight, granularity))
         self._draw_errors(self.right)
+        marks, _ = self.right.get_legend_handles_labels()
+        left.legend(handles=marks, title="in the right picture", loc="upper right", fontsize="small", ncols=2)
         marks = [self.start, self.still, self.best]
         self.moving = [self.stems, *self.lines.values(), *self.dots.values(), *self.arrows, *marks]
 
@@ -204,12 +206,11 @@ class _Picture:
         self.dots = {kind: ax.plot([], [], "o", color=c, markersize=8)[0] for kind, c in colors.items()}
         foot = {"linestyle": "", "markersize": 5, "transform": ax.get_xaxis_transform()}
         self.arrows = [ax.plot([], [], marker, color=c, **foot)[0] for marker, c in (("<", CLIPPED), (">", OTHER))]
-        self.start = ax.axvline(1, 0, 0.79, color="0.4", linewidth=1, linestyle=":", label="first step")
-        self.still = ax.axvline(1, 0, 0.79, color=OTHER, linewidth=1, linestyle="--", label="LSQ's pull is 0")
+        self.start = ax.axvline(1, color="0.4", linewidth=1, linestyle=":", label="first step")
+        self.still = ax.axvline(1, color=OTHER, linewidth=1, linestyle="--", label="LSQ's pull is 0")
         self.best = draw_ring(ax, color="black", markersize=11, markeredgewidth=1, label="least")
-        ax.set(xscale="log", yscale="log", xlim=(0.018, 6.7), ylim=(3e-6, 100), xlabel="step / mean |w|")
+        ax.set(xscale="log", yscale="log", xlim=(0.018, 6.7), ylim=(3e-6, 2), xlabel="step / mean |w|")
         ax.set_title("errors; arrows: where LSQ pulls the step", fontsize="medium")
-        ax.legend(loc="upper left", fontsize="small", ncols=2)
 
     def show(self, of: _Curves, step: int, loss: str) -> None:
         self._show_points(*of.stems[step])

@@ -106,7 +106,7 @@ class _Picture:
         self.stems = ax.vlines([], 0, 1, colors=OTHER, linewidth=1.2)
         (self.outliers,) = ax.plot([1], [1], "o", color=OTHER, markersize=5, label="float")
         low, high = positive_range(peaks)
-        ax.set(xlim=(0, peaks.shape[1]), ylim=(low / 3, high * 3), yscale="log")
+        ax.set(xlim=(-0.02 * peaks.shape[1], 1.02 * peaks.shape[1]), ylim=(low / 3, high * 3), yscale="log")
         ax.legend(loc="upper right", ncols=2, fontsize="small")
         self.line = ax.axhline(threshold, color="black", linewidth=1.2)
 
