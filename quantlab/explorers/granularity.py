@@ -5,6 +5,7 @@ from typing import NamedTuple
 import ipywidgets as widgets
 import numpy as np
 import torch.nn.functional as F
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from torch import Tensor
@@ -19,7 +20,7 @@ from quantlab.plots import FLOAT, QUANTIZED
 _BITS = range(2, 9)
 _SIZES = (512, 256, 128, 64, 32, 16, 8)
 _PICTURE = (128, 96)  # blocks of weights that the heat map can show, down and across
-_REACH = 6  # dB of its colours: four times the mean error, and a quarter of it
+_REACH = 6  # dB of its colours, one for about each dB: four times the mean error, and a quarter of it
 
 
 class _Measured(NamedTuple):
@@ -60,7 +61,7 @@ def explore_groups(weight: Tensor, x: Tensor | None = None, *, bits: int = 4, gr
         curves.show(bits, group, symmetric)
         return _describe(now, bits, group, weight.numel())
 
-    some = thinned(list(_BITS), 5, bits)  # each picture has some 25 kB
+    some = thinned(list(_BITS), 5, bits)  # each picture has some 15 kB
     filmed = states(bits=some, group=groups, symmetric=(False, True))
     return bind(controls, left, [heat, *curves.moving], update, few_colours=False, filmed=filmed)
 
@@ -95,7 +96,8 @@ def _error(measured: _Measured) -> float:
 
 def _draw_heat_map(ax: Axes, shape, known: dict):
     """Colours say where the error sits, whatever the bits: violet more than the mean, orange less."""
-    style = {"cmap": "PuOr", "aspect": "auto", "interpolation": "nearest", "extent": (0, shape[1], shape[0], 0)}
+    colours = colormaps["PuOr"].resampled(2 * _REACH + 1)
+    style = {"cmap": colours, "aspect": "auto", "interpolation": "nearest", "extent": (0, shape[1], shape[0], 0)}
     heat = ax.imshow(next(iter(known.values())).blocks, vmin=-_REACH, vmax=_REACH, **style)
     ax.set(xlabel="column (input)", ylabel="row (output)", title="error of a block ÷ the mean, dB")
     ax.figure.colorbar(heat, ax=ax, pad=0.02)
