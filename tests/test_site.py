@@ -213,6 +213,8 @@ def test_what_stands_on_the_page(small, opened):
     page = opened(small, "chapters/01_small.html", width=360)
     live_film(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    said = page.locator(".film .numbers").evaluate("p => getComputedStyle(p, '::before').content")
+    assert "sideways" in said
     frame = page.locator(".film .frame").first  # in which the picture moves sideways, by finger and by key
     widths = frame.evaluate("f => [f.clientWidth, f.scrollWidth, f.querySelector('canvas').clientWidth]")
     assert widths[0] <= 360 < 600 <= widths[1] == widths[2]
