@@ -35,7 +35,6 @@ EXPLAINED = {
     ("18", "0.19"): "3 bits of 16",
     ("19", "4.5"): "true bits of Q4_0, counted before",
     ("21", "10.1"): "a version of TensorRT",
-    ("21", "21.6"): "an exercise",
     ("22", "0.05 %"): "half of 2 to the power −10",
 }
 
@@ -87,6 +86,13 @@ def _missing(text: str, known: set[float]) -> list[tuple[str, str]]:
 def test_every_measured_number_in_the_text_stands_beside_a_cell_that_computes_it(path):
     found = unexplained(nbformat.read(path, 4).cells)
     assert [(n, text) for n, text in found if (path.name[:2], n) not in EXPLAINED] == []
+
+
+def test_every_explanation_is_of_a_number_in_the_text():
+    notebooks = {path.name[:2]: [] for path in build.NOTEBOOKS.glob("*.ipynb")}
+    for path in build.NOTEBOOKS.glob("*.ipynb"):
+        notebooks[path.name[:2]] += [number for number, _ in unexplained(nbformat.read(path, 4).cells)]
+    assert [(stem, number) for stem, number in EXPLAINED if number not in notebooks[stem]] == []
 
 
 def test_a_number_that_nothing_computes_is_found():
