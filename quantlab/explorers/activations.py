@@ -68,7 +68,7 @@ def explore_activations(layers: Mapping[str, tuple[Tensor, Tensor]]) -> Explorer
         picture.show(found)
         return _describe(layer, found)
 
-    return bind({"layer": slider}, picture.map_axes, picture.moving, update, few_colours=False)
+    return bind({"layer": slider}, picture.map_axes, picture.moving, update)
 
 
 class _Layer(NamedTuple):

@@ -11,7 +11,7 @@ import io
 import re
 import textwrap
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -22,6 +22,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from quantlab.explorers.palette import palette_of
 from quantlab.explorers.playing import Player, Rest, reset_button
 
 KEPT = 200  # pictures of an explorer that are kept, of some 20 kB
@@ -94,17 +95,21 @@ def in_phrases(line: str, width: int) -> list[str]:
 class Canvas:
     """A private figure on Agg: everything still is drawn once, the moving artists again for each picture.
 
+    seldom: moving artists that lie under the others and are drawn again only when picture() gets another state of them.
     fineness: pixels for each pixel of the figure, in each direction. Several canvases can share a figure.
     """
 
-    def __init__(self, fig: Figure, moving: list, palette: Image.Image | None = None, fineness: int = 1):
+    def __init__(
+        self, fig: Figure, moving: list, palette: Image.Image | None = None, fineness: int = 1, seldom: Sequence = ()
+    ):
         self.fig, self.moving, self.palette, self.dpi = fig, moving, palette, fineness * fig.dpi
+        self.seldom, self.state = seldom, object()
         self.canvas = FigureCanvasAgg(fig)
-        for artist in moving:
+        for artist in [*moving, *seldom]:
             artist.set_animated(True)
         with self._in_use():
             self.canvas.draw()
-            self.still = self.canvas.copy_from_bbox(fig.bbox)
+            self.still = self.under = self.canvas.copy_from_bbox(fig.bbox)
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
@@ -118,56 +123,58 @@ class Canvas:
             finally:
                 self.fig.set_dpi(dpi)
 
-    def picture(self) -> Image.Image:
+    def picture(self, state: object = None) -> Image.Image:
         with self._in_use():
-            self.canvas.restore_region(self.still)
-            for artist in self.moving:
-                self.fig.draw_artist(artist)
+            if self.seldom and state != self.state:
+                self._draw(self.still, self.seldom)
+                self.under, self.state = self.canvas.copy_from_bbox(self.fig.bbox), state
+            self._draw(self.under, self.moving)
             return Image.fromarray(np.asarray(self.canvas.buffer_rgba())).convert("RGB")
 
-    def png(self) -> bytes:
-        picture, out = self.picture(), io.BytesIO()
+    def _draw(self, under, artists: Sequence) -> None:
+        """These artists over that picture."""
+        self.canvas.restore_region(under)
+        for artist in artists:
+            self.fig.draw_artist(artist)
+
+    def png(self, state: object = None) -> bytes:
+        picture, out = self.picture(state), io.BytesIO()
         if self.palette is not None:
             picture = picture.quantize(palette=self.palette, dither=Image.Dither.NONE)
         picture.save(out, "png", compress_level=1)
         return out.getvalue()
 
 
-def _with_white(palette: Image.Image) -> Image.Image:
-    """Nearly white becomes white: Pillow takes the first colour that is near, which is grey beside a white page."""
-    colours = np.reshape(palette.getpalette(), (-1, 3))
-    colours[(colours >= 245).all(1)] = 255
-    palette.putpalette(colours.ravel().tolist())
-    return palette
-
-
 def bind(
     controls: dict, ax: Axes, moving: list, update: Callable[..., str], *,
-    few_colours: bool = True, filmed: list[dict] | None = None,
+    filmed: list[dict] | None = None, seldom: tuple[str, list] = ("", []),
 ) -> Explorer:  # fmt: skip
-    """Bind controls to a figure: update(**values) moves the artists and returns the line of numbers (or more lines)."""
+    """Bind controls to a figure: update(**values) moves the artists and returns the line of numbers (or more lines).
+
+    seldom: the name of a control, and artists under the moving ones that change with it alone.
+    """
     update(**_values(controls))  # the colours of a first picture
-    canvas, png, text = Canvas(ax.figure, moving), [b""], [""]
-    if few_colours:  # lines and bars: 64 colours are enough, and a fifth of the time to encode
-        canvas.palette = _with_white(canvas.picture().quantize(64))
-    fine = functools.cache(lambda: Canvas(ax.figure, moving, canvas.palette, FINE))
+    (slow, under), png, text, drawn = seldom, [b""], [""], [None]
+    canvas = Canvas(ax.figure, moving, seldom=under)
+    canvas.palette = palette_of(canvas.picture(), [*moving, *under])
+    fine = functools.cache(lambda: Canvas(ax.figure, moving, canvas.palette, FINE, under))
     width = f"{ax.figure.bbox.width:.0f}px"  # wider it would blur
     image, line = widgets.Image(format="png", layout={"width": width, "max_width": "100%"}), widgets.HTML()
 
     @functools.lru_cache(KEPT)
     def picture_at(*_values) -> bytes:
         """What update() has made of these values."""
-        return canvas.png()
+        return canvas.png(drawn[0])
 
     def draw(_change=None) -> None:
         values = _values(controls)
-        text[0] = update(**values)
+        text[0], drawn[0] = update(**values), values.get(slow)
         png[0] = image.value = picture_at(*values.values())
         rest.begin()
         line.value = f'<div style="white-space: pre-wrap; line-height: 1.4">{html.escape(text[0])}</div>'
 
     def sharpen() -> None:
-        image.value = fine().png()
+        image.value = fine().png(drawn[0])
 
     rest = Rest(sharpen)
     for control in controls.values():

@@ -130,7 +130,7 @@ def explore_columns(
     some = thinned(list(range(rows)), 4, row)  # each picture has some 10 kB
     many = thinned(list(range(columns + 1)), 49, column)
     filmed = states(row=some, column=many)
-    return bind(controls, picture.top, picture.moving, update, few_colours=False, filmed=filmed)
+    return bind(controls, picture.top, picture.moving, update, filmed=filmed)
 
 
 class _Walk:

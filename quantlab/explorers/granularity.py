@@ -63,7 +63,7 @@ def explore_groups(weight: Tensor, x: Tensor | None = None, *, bits: int = 4, gr
 
     some = thinned(list(_BITS), 5, bits)  # each picture has some 15 kB
     filmed = states(bits=some, group=groups, symmetric=(False, True))
-    return bind(controls, left, [heat, *curves.moving], update, few_colours=False, filmed=filmed)
+    return bind(controls, left, [heat, *curves.moving], update, filmed=filmed)
 
 
 def _measure_all(weight: Tensor, hessian: Hessian | None, groups: dict) -> dict:

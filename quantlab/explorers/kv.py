@@ -53,7 +53,7 @@ def explore_kv(keys: Tensor, values: Tensor, *, bits: int = 2) -> Explorer:
             f"largest error {error.abs().max() / largest:.1%} of the largest number,  {stored:.2f} true bits a number"
         )
 
-    return bind(controls, left, images, update, few_colours=False)
+    return bind(controls, left, images[1:], update, seldom=("what", images[:1]))
 
 
 def explore_cache(query: Tensor, keys: Tensor, kl: Mapping, *, recent: int = 32) -> Explorer:
@@ -83,7 +83,8 @@ def explore_cache(query: Tensor, keys: Tensor, kl: Mapping, *, recent: int = 32)
             f"attention goes elsewhere,  KL {kl[key_bits, value_bits, sinks]:.4f} (measured on the whole model)"
         )
 
-    return bind(controls, picture.ax, picture.moving, update, few_colours=False)
+    seldom = "first in float", picture.under  # fifty numbers, most of the time of drawing
+    return bind(controls, picture.ax, picture.moving, update, seldom=seldom)
 
 
 class _CachePicture:
@@ -92,20 +93,24 @@ class _CachePicture:
     def __init__(self, before: Tensor, kl: Mapping, options: list):
         fig, (self.ax, right) = figure(columns=2, height=3.4, gridspec_kw={"width_ratios": [5, 3]})
         fig.subplots_adjust(left=0.08, right=0.98, top=0.9, bottom=0.15, wspace=0.22)
-        self.kl, self.options = kl, options
+        self.kl, self.options, self.sinks = kl, options, None  # of the table that is shown
         self.line = _draw_attention(self.ax, before)
         self.table, self.digits = _draw_kl(right, kl, options)
         self.ring = draw_ring(right, markersize=26)
-        self.moving = [self.table, *self.digits.values(), self.ring, self.line]
+        self.moving, self.under = [self.ring, self.line], [self.table, *self.digits.values()]
 
     def show(self, after: Tensor, key_bits: int, value_bits: int, sinks: int) -> None:
         self.line.set_ydata(after.numpy())
-        cells, norm = _table(self.kl, self.options, sinks), self.table.norm
+        if sinks != self.sinks:
+            self._show_table(_table(self.kl, self.options, sinks))
+            self.sinks = sinks
+        self.ring.set_data([self.options[1].index(value_bits)], [self.options[0].index(key_bits)])
+
+    def _show_table(self, cells: np.ndarray) -> None:
         self.table.set_data(cells)
         for (r, c), digit in self.digits.items():
             digit.set_text(f"{cells[r, c]:.2g}" if np.isfinite(cells[r, c]) else "")
-            digit.set_color("white" if norm(max(cells[r, c], norm.vmin)) > 0.6 else "black")
-        self.ring.set_data([self.options[1].index(value_bits)], [self.options[0].index(key_bits)])
+            digit.set_color("white" if self.table.norm(max(cells[r, c], self.table.norm.vmin)) > 0.6 else "black")
 
 
 def _draw_attention(ax: Axes, before: Tensor):

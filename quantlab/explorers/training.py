@@ -43,7 +43,7 @@ def explore_training(
 
     steps, rows = list(range(run.last + 1)), list(range(run.places.shape[1]))
     filmed = states(row=thinned(rows, 2, row), step=thinned(steps, 49, step))  # each picture has some 9 kB
-    return bind(controls, picture.ax, picture.moving, update, few_colours=False, filmed=filmed)
+    return bind(controls, picture.ax, picture.moving, update, filmed=filmed)
 
 
 def _checked(weights: Tensor, losses) -> tuple[Tensor, np.ndarray]:
