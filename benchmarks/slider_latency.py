@@ -163,7 +163,7 @@ x = capture_inputs(model, tokens, [name])[name]
 # The rival of the explorers below. The explorer moves its artists, then a fresh copy of its figure is drawn in full, as
 # matplotlib does for every figure that a notebook shows. (A copy is made faster than a figure that is plotted anew.)
 IN_FULL = """
-Canvas.png = lambda canvas: b""  # it draws nothing by itself
+Canvas.png = lambda canvas, state: b""  # it draws nothing by itself
 for artist in e.ax.figure.findobj():
     artist.set_animated(False)
 
