@@ -453,7 +453,8 @@ def kl_on(new, text):
     return divergence(model, new, text, window=128)
 
 leaked, honest = gptq(read), gptq(calibration[:1024])
-apart = {(name, kind): kl_on(m, text) for kind, text in (("read", read), ("fresh", fresh))
+few = read[: budget(model, 1024, least=512)]
+apart = {(name, kind): kl_on(m, text) for kind, text in (("read", few), ("fresh", fresh))
     for name, m in (("leaked", leaked), ("honest", honest), ("rounded", quantized[3]))}
 lost = {key: d.kl for key, d in apart.items()}
 found(
@@ -471,13 +472,17 @@ found(lost["honest", "fresh"] < 0.7 * lost["rounded", "fresh"],
 # another (`third`) that read later calibration text, and the rounded one, which read nothing. **Predict**: what must
 # you compare? Is a KL that is lower on the test text than on fresh text proof? Would perplexity do?
 # %% tags=["nbval-ignore-output"]
-texts = {"test, first 1024": read, "test, fresh": fresh[:1024],
-    "calibration, first 1024": calibration[:1024], "calibration, later": calibration[8192:9216]}
+from quantlab.lm import perplexity_and_divergence
+
+n = budget(model, 1024, least=512)
+texts = {"test, first 1024": read[:n], "test, fresh": fresh[:n],
+    "calibration, first 1024": calibration[:n], "calibration, later": calibration[8192 : 8192 + n]}
 suspects = {"leaked": leaked, "honest": honest, "third": gptq(calibration[8192:9216]),
     "rounded": quantized[3]}
-kl = torch.tensor([[kl_on(m, text).kl for text in texts.values()] for m in suspects.values()])
-perplexities = torch.tensor(
-    [[perplexity(m, t, window=128).value for t in texts.values()] for m in suspects.values()])
+both = [[perplexity_and_divergence(model, m, text, window=128) for text in texts.values()]
+    for m in suspects.values()]
+perplexities, kl = (torch.tensor([[getattr(pair[k], what) for pair in row] for row in both])
+    for k, what in enumerate(("value", "kl")))
 
 fig, axes = plt.subplots(1, 2, figsize=(9.5, 3), layout="constrained", sharey=True)
 for ax, numbers, title in zip(
