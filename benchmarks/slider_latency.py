@@ -177,6 +177,12 @@ kept()
 history = finetune(new, tokens, steps=24, window=64, batch=2, on_step=lambda *_: kept(), progress=False)
 e = explore_training(torch.stack(walk), history.losses, bits=2)
 """
+CACHE = """
+kl = {(keys, values, first): (4.0**-keys + 4.0**-values) / (1 + first)
+      for keys in (16, 8, 6, 5, 4, 3, 2) for values in (16, 8, 6, 5, 4, 3, 2) for first in (0, 4)}
+e = explore_cache(x[500, :64], x[:500, :64], kl)
+e.controls["key bits"].index = 0
+"""
 EXPLORERS = {
     "calibration": 'e = explore_calibration(x, weight=weight, bits=4)\ne.controls["clip"].index = 5',
     "groups": 'e = explore_groups(weight, x)\ne.controls["group"].index = 0',
@@ -190,6 +196,9 @@ EXPLORERS = {
     "budget": 'e = explore_budget(sensitivity(model, tokens[:512], progress=False))\ne.controls["budget"].index = 5',
     "training": TRAINING,
     "step": 'e = explore_step(weight, x)\ne.controls["step"].index = 5',
+    "blocks": "e = explore_blocks(x)",
+    "kv": "e = explore_kv(x[:192, :64], x[:192, 64:128])",
+    "cache": CACHE,
 }
 SHOW = "display(widgets.VBox([*e.controls.values(), widgets.interactive_output(draw, e.controls)]))"
 NOTEBOOKS |= {
@@ -212,6 +221,9 @@ SLIDER = {
     "budget": ("budget", 12),
     "training": ("training step", 12),
     "step": ("step / mean |w|", 12),
+    "blocks": ("block", 12),
+    "kv": ("bits", 6),
+    "cache": ("key bits", 6),
 }
 
 # In the page: the time of each key press and mouse move, and of the first frame of each picture. An img that

@@ -225,7 +225,7 @@ def _read(path: Path) -> Row | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
-    """The command line: measure these ways and write their rows to a ledger, in place of older ones of their kind."""
+    """The command line: measure the float model and these ways, and write their rows in place of older ones."""
     parser = argparse.ArgumentParser(prog="python -m quantlab.sweep", description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="ledger.csv", help="the ledger to write the rows to")
     parser.add_argument("--methods", nargs="+", choices=list(NAMED), metavar="METHOD", help=", ".join(NAMED))
@@ -241,11 +241,17 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
             jobs.append(NAMED[name])
         else:
             jobs += [replace(NAMED[name], bits=bits, group_size=chosen.group) for bits in chosen.bits]
-    rows = sweep(chosen.model, jobs, folder=chosen.cache, n_jobs=chosen.n_jobs)
+    rows = [_float_row(chosen.model), *sweep(chosen.model, jobs, folder=chosen.cache, n_jobs=chosen.n_jobs)]
     for row in rows:
         ledger.append(row, chosen.out)
     print(ledger.Table(rows))
     return rows
+
+
+def _float_row(name: str) -> Row:
+    """What the others are compared with, on the text that sweep reads."""
+    model, (_, tokens, _) = load_lm(name)[0], _inputs(name, None, None)
+    return ledger.measure(model, model, tokens, method="float")
 
 
 if __name__ == "__main__":

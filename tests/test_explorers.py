@@ -300,7 +300,9 @@ def test_a_picture_is_the_figure_drawn_anew(explorer):
     for control in explorer.controls.values():
         for value in other_values(control)[:2]:
             control.value = value
-            shown = Image.open(io.BytesIO(explorer.picture())).convert("RGB")
+            shown = Image.open(io.BytesIO(explorer.picture()))
+            assert shown.mode == "P"
+            shown = shown.convert("RGB")
             anew = base.Canvas(fig, moving).picture()
             off = abs(np.asarray(shown, int) - np.asarray(anew, int)).max(2)
             assert off.mean() < 2.5, (control.description, value)

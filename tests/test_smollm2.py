@@ -171,8 +171,9 @@ def test_a_model_that_was_chosen_comes_before_smollm2(tmp_path, monkeypatch):
 
 def test_the_ledger_has_the_rows_that_the_command_measures():
     rows = ledger.read(lm.DATA / "ledger-smollm2.csv")
-    assert [(row.method, row.bits, row.group) for row in rows] == [sweep.label(method) for method in sweep.REAL_MODEL]
-    assert all(row.kl > 0 and row.seconds is not None for row in rows)
+    wanted = [("float", 32, "-"), *map(sweep.label, sweep.REAL_MODEL)]
+    assert [(row.method, row.bits, row.group) for row in rows] == wanted
+    assert all(row.kl > 0 and row.seconds is not None for row in rows[1:])
 
 
 @needs_package

@@ -320,8 +320,9 @@ def test_command_line(name, tmp_path, capsys):
     out = tmp_path / "ledger.csv"
     words = ["--methods", "rtn", "nf4", "--bits", "3", "2", "--model", name, "--cache", str(tmp_path / "cache")]
     rows = sweep.main([*words, "--out", str(out), "--n-jobs", "1"])
-    wanted = [("rtn", 3, "128"), ("rtn", 2, "128"), ("nf4", 4, "64")]
+    wanted = [("float", 32, "-"), ("rtn", 3, "128"), ("rtn", 2, "128"), ("nf4", 4, "64")]
     assert [(r.method, r.bits, r.group) for r in rows] == wanted
+    assert rows[0].kl < 1e-6
     assert ledger.read(out) == rows
     assert "nf4" in capsys.readouterr().out
     assert sweep.main([*words, "--out", str(out), "--n-jobs", "1"]) == ledger.read(out) == rows

@@ -258,7 +258,7 @@ found(apart > 2,
 plt.figure(figsize=(7, 2.6))
 plt.hist(bootstrap.numpy(), bins=60, density=True, color=FLOAT, label="bootstrap of stretch 1")
 for i, (value, error) in enumerate(four, 1):
-    plt.errorbar(value, -0.02 * i, xerr=error, fmt="o", capsize=3,
+    plt.errorbar(value, -0.02 * i, xerr=error, fmt="osD^"[i - 1], color=QUANTIZED, capsize=3,
         label=f"stretch {i}: {value:.1f} ± {error:.1f}")
 plt.gca().set(xlabel="perplexity", yticks=[])
 plt.legend(loc="center left", bbox_to_anchor=(1, 0.5))
@@ -427,7 +427,7 @@ print(storytellers, "KL grows, a bit:", ", ".join(f"{factor:.1f} times" for fact
 # The first full rows of your ledger. `rtn` is round-to-nearest (就近舍入); every method of the later notebooks
 # is compared with these. **bits/w** counts everything that is stored: scales, zero points, and the parts
 # that stay in 16 bits. The table has no column for text and window, so we keep both: the first 4096 tokens of
-# the test text and windows of 512, in *every* row of this workbook.
+# the test text and windows of 512, in *every* row of `data/ledger.csv`.
 # %% tags=["nbval-ignore-output"]
 shown = [rows[bits] for bits in (32, 8, 4, 3, 2)]
 for row in shown:

@@ -51,12 +51,14 @@ from_others = predict("How much of the median input's variance do all the others
 # %% tags=["nbval-ignore-output"]
 import matplotlib.pyplot as plt
 
+from quantlab.plots import ERROR, OTHER
+
 C = torch.corrcoef(x.double().T).nan_to_num()  # not a number: of an input that never changes
 together = 1 - 1 / torch.linalg.inv(C + 1e-9 * torch.eye(len(C))).diagonal()
 from_one = C[0, 1:].square()  # the first input, from each other alone
 plt.rcParams["figure.figsize"] = 7, 2.6
 plt.hist(
-    [from_one, together], bins=40,
+    [from_one, together], bins=40, color=[OTHER, ERROR],
     label=["the first input, from one other", "each input, from all the others together"])
 plt.gca().set(xlabel="part of the variance that is predicted", ylabel="inputs")
 plt.legend()
@@ -251,7 +253,7 @@ by_order = predict("16 real rows, left to right, not the cheapest first: the out
 # (The answer shows a fourth way as well, *act-order*: one order for all rows, the loudest inputs first.)
 # %% tags=["nbval-ignore-output"]
 from quantlab import PerAxis, gptq_quantize, quantize_tensor
-from quantlab.plots import plot_bars
+from quantlab.plots import plot_bars, plot_curves
 
 hessian = Hessian(weight.shape[1]).add(x)
 nearest = quantize_tensor(weight, bits=3, granularity=PerAxis(0), symmetric=False).dequantize()
@@ -397,13 +399,12 @@ for key in tqdm(kinds, leave=False):
     of_weight = (W - q).square().sum() / (W - plain).square().sum()
     paradox[key] = of_weight.item(), fresh.output_error(W, q) / fresh.output_error(W, plain)
 # %% tags=["nbval-ignore-output"]
-for kind, marker in zip(roles, "ov^sDPX", strict=True):
-    if points := [p for key, p in paradox.items() if kinds[key] == kind]:
-        plt.plot(*zip(*points, strict=True), marker, label=kind)
+points = {kind: [p for key, p in paradox.items() if kinds[key] == kind] for kind in roles}
+plot_curves({kind: tuple(zip(*some, strict=True)) for kind, some in points.items() if some},
+    xlabel="weight error, times rounding's", ylabel="output error,\ntimes rounding's")
+plt.setp(plt.gca().lines, linestyle="none", markersize=6)
 plt.plot(1, 1, "k*", markersize=14, label="round to nearest")
-plt.gca().set(
-    xlabel="weight error, times rounding's", ylabel="output error,\ntimes rounding's", ylim=(0, 1.1)
-)
+plt.ylim(0, 1.1)
 plt.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
 least = max(paradox, key=lambda key: paradox[key][1])

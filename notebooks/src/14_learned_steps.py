@@ -40,7 +40,7 @@ weight, x = weight_of(layer), capture_inputs(model, calibration[:512], [name])[n
 guess = predict("The best step, times min-max's", (0.3, 1.1), near=0.1)
 # %% tags=["nbval-ignore-output"]
 from quantlab import PerGroup, mse, quantize_tensor
-from quantlab.plots import plot_bars, plot_curves
+from quantlab.plots import QUANTIZED, plot_bars, plot_curves
 
 def to_grid(w, step, qmin, qmax):
     return step * torch.round(w / step).clamp(qmin, qmax)
@@ -130,7 +130,7 @@ steps = torch.linspace(0.06, 0.5, 2000)
 value = to_grid(torch.tensor(0.35), steps, 0, 9)
 value[1:][value.diff().abs() > 0.02] = float("nan")  # no line where it jumps
 ax = plt.subplots()[1]
-ax.plot(steps, value)
+ax.plot(steps, value, color=QUANTIZED)
 ax.axhline(0.35, color="0.6")
 ax.set(xlabel="step", ylabel="rounded value of 0.35")
 plt.show()

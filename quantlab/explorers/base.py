@@ -95,7 +95,8 @@ def in_phrases(line: str, width: int) -> list[str]:
 class Canvas:
     """A private figure on Agg: everything still is drawn once, the moving artists again for each picture.
 
-    seldom: moving artists that lie under the others and are drawn again only when picture() gets another state of them.
+    seldom: moving artists that lie under the others and change with one control alone. They are drawn again only when
+    picture() is given another state, which is the value of that control.
     fineness: pixels for each pixel of the figure, in each direction. Several canvases can share a figure.
     """
 
@@ -109,7 +110,7 @@ class Canvas:
             artist.set_animated(True)
         with self._in_use():
             self.canvas.draw()
-            self.still = self.under = self.canvas.copy_from_bbox(fig.bbox)
+            self.still = self.background = self.canvas.copy_from_bbox(fig.bbox)
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
@@ -127,13 +128,12 @@ class Canvas:
         with self._in_use():
             if self.seldom and state != self.state:
                 self._draw(self.still, self.seldom)
-                self.under, self.state = self.canvas.copy_from_bbox(self.fig.bbox), state
-            self._draw(self.under, self.moving)
+                self.background, self.state = self.canvas.copy_from_bbox(self.fig.bbox), state
+            self._draw(self.background, self.moving)
             return Image.fromarray(np.asarray(self.canvas.buffer_rgba())).convert("RGB")
 
-    def _draw(self, under, artists: Sequence) -> None:
-        """These artists over that picture."""
-        self.canvas.restore_region(under)
+    def _draw(self, background, artists: Sequence) -> None:
+        self.canvas.restore_region(background)
         for artist in artists:
             self.fig.draw_artist(artist)
 
@@ -147,34 +147,33 @@ class Canvas:
 
 def bind(
     controls: dict, ax: Axes, moving: list, update: Callable[..., str], *,
-    filmed: list[dict] | None = None, seldom: tuple[str, list] = ("", []),
+    filmed: list[dict] | None = None, seldom: Sequence = (), of: str = "",
 ) -> Explorer:  # fmt: skip
     """Bind controls to a figure: update(**values) moves the artists and returns the line of numbers (or more lines).
 
-    seldom: the name of a control, and artists under the moving ones that change with it alone.
+    seldom: artists under the moving ones that change with one control alone, and `of` its name.
     """
     update(**_values(controls))  # the colours of a first picture
-    (slow, under), png, text, drawn = seldom, [b""], [""], [None]
-    canvas = Canvas(ax.figure, moving, seldom=under)
-    canvas.palette = palette_of(canvas.picture(), [*moving, *under])
-    fine = functools.cache(lambda: Canvas(ax.figure, moving, canvas.palette, FINE, under))
+    canvas, png, text, state = Canvas(ax.figure, moving, seldom=seldom), [b""], [""], [None]
+    canvas.palette = palette_of(canvas.picture(), [*moving, *seldom])
+    fine = functools.cache(lambda: Canvas(ax.figure, moving, canvas.palette, fineness=FINE, seldom=seldom))
     width = f"{ax.figure.bbox.width:.0f}px"  # wider it would blur
     image, line = widgets.Image(format="png", layout={"width": width, "max_width": "100%"}), widgets.HTML()
 
     @functools.lru_cache(KEPT)
     def picture_at(*_values) -> bytes:
         """What update() has made of these values."""
-        return canvas.png(drawn[0])
+        return canvas.png(state[0])
 
     def draw(_change=None) -> None:
         values = _values(controls)
-        text[0], drawn[0] = update(**values), values.get(slow)
+        text[0], state[0] = update(**values), values[of] if seldom else None
         png[0] = image.value = picture_at(*values.values())
         rest.begin()
         line.value = f'<div style="white-space: pre-wrap; line-height: 1.4">{html.escape(text[0])}</div>'
 
     def sharpen() -> None:
-        image.value = fine().png(drawn[0])
+        image.value = fine().png(state[0])
 
     rest = Rest(sharpen)
     for control in controls.values():

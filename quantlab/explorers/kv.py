@@ -53,7 +53,8 @@ def explore_kv(keys: Tensor, values: Tensor, *, bits: int = 2) -> Explorer:
             f"largest error {error.abs().max() / largest:.1%} of the largest number,  {stored:.2f} true bits a number"
         )
 
-    return bind(controls, left, images[1:], update, seldom=("what", images[:1]))
+    numbers, errors = images
+    return bind(controls, left, [errors], update, seldom=[numbers], of="what")
 
 
 def explore_cache(query: Tensor, keys: Tensor, kl: Mapping, *, recent: int = 32) -> Explorer:
@@ -83,8 +84,7 @@ def explore_cache(query: Tensor, keys: Tensor, kl: Mapping, *, recent: int = 32)
             f"attention goes elsewhere,  KL {kl[key_bits, value_bits, sinks]:.4f} (measured on the whole model)"
         )
 
-    seldom = "first in float", picture.under  # fifty numbers, most of the time of drawing
-    return bind(controls, picture.ax, picture.moving, update, seldom=seldom)
+    return bind(controls, picture.ax, picture.moving, update, seldom=picture.seldom, of="first in float")
 
 
 class _CachePicture:
@@ -93,11 +93,12 @@ class _CachePicture:
     def __init__(self, before: Tensor, kl: Mapping, options: list):
         fig, (self.ax, right) = figure(columns=2, height=3.4, gridspec_kw={"width_ratios": [5, 3]})
         fig.subplots_adjust(left=0.08, right=0.98, top=0.9, bottom=0.15, wspace=0.22)
-        self.kl, self.options, self.sinks = kl, options, None  # of the table that is shown
+        self.kl, self.options = kl, options
+        self.sinks = None  # of the table that is shown: its fifty numbers take longer than all else
         self.line = _draw_attention(self.ax, before)
         self.table, self.digits = _draw_kl(right, kl, options)
         self.ring = draw_ring(right, markersize=26)
-        self.moving, self.under = [self.ring, self.line], [self.table, *self.digits.values()]
+        self.moving, self.seldom = [self.ring, self.line], [self.table, *self.digits.values()]
 
     def show(self, after: Tensor, key_bits: int, value_bits: int, sinks: int) -> None:
         self.line.set_ydata(after.numpy())

@@ -132,7 +132,7 @@ def explore_blocks(x: Tensor, *, block: int = 1, bits: int = 4) -> Explorer:
             f"{errors[bits][number]:.2e}"
         )
 
-    return bind(controls, picture.ax, picture.moving, update, seldom=("block", picture.under))
+    return bind(controls, picture.ax, picture.moving, update, seldom=picture.seldom, of="block")
 
 
 def block_sizes(width: int) -> list[int]:
@@ -162,7 +162,7 @@ class _BlockPicture:
         self.images = [_draw_map(ax, x, title) for ax, title in zip(axes[0], ("before", "after"), strict=True)]
         self.peaks = _draw_peaks(axes[1, 0], x)
         self.curve, self.here = _draw_errors(axes[1, 1], sizes, errors)
-        self.moving, self.under = [self.curve, self.here], [self.images[1], self.peaks]
+        self.moving, self.seldom = [self.curve, self.here], [self.images[1], self.peaks]
 
     def show(self, after: Tensor, errors: list[float], number: int) -> None:
         self.images[1].set_data(_levels(after))
