@@ -65,7 +65,7 @@ class _Picture:
         self.edges = np.linspace(-reach, reach, 161)
         self._draw_counts(sums)
         some = torch.linspace(0, sums.numel() - 1, min(_DOTS, sums.numel()), dtype=torch.float64).long()
-        self.some, self.exact = some, sums.flatten()[some]
+        self.some, self.exact = some, sums.flatten()[some].numpy()
         right.plot([-reach, reach], [-reach, reach], color="0.5", linewidth=0.8)
         (self.dots,) = right.plot([], [], ".", color=QUANTIZED, markersize=2)
         right.set(xlabel="exact sum", ylabel="as stored", xlim=(-reach, reach), ylim=(-reach, reach))
@@ -87,4 +87,4 @@ class _Picture:
         half = 2 ** (bits - 1)
         self.counts.set_data(np.maximum(np.histogram(stored.numpy(), bins=self.edges)[0], 0.1))
         self.limits.set_segments(upright((-half, half - 1)) if half < self.edges[-1] else [])
-        self.dots.set_data(self.exact, stored.flatten()[self.some])
+        self.dots.set_data(self.exact, stored.flatten()[self.some].numpy())
