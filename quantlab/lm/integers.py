@@ -7,13 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantlab.linear import Int8Linear
-from quantlab.lm.blocks import input_hessians, run
+from quantlab.lm.blocks import advance, input_hessians, run
 from quantlab.lm.report import LayerReport, QuantizeReport
 from quantlab.modules import as_linear, hooked, linears_in, weight_of
 
 
 def replace_block(prefix: str, block, hidden: list[Tensor] | None, arguments, report: QuantizeReport) -> None:
-    """Put an integer layer in the place of every linear layer of a block, and measure their output errors on hidden."""
+    """Put an integer layer in the place of every linear layer of a block; hidden becomes what the new block gives out.
+
+    The layers' output errors are measured on the way.
+    """
     method, layers = report.method, {name: as_linear(layer) for name, layer in linears_in(block).items()}
     observers = _observed(block, hidden, arguments, method.observer) if method.observes else {}
     rounded = _rounded(block, hidden, arguments, method) if method.rounding != "nearest" else {}
@@ -29,8 +32,7 @@ def replace_block(prefix: str, block, hidden: list[Tensor] | None, arguments, re
         rows.append(_report_row(prefix + name, linear, new, seconds))
     if hidden is not None:
         with hooked(hooks, after=True):
-            for _ in run(block, hidden, arguments):
-                pass
+            advance(block, hidden, arguments)
         errors = [(lost / whole.clamp(min=torch.finfo(torch.float64).tiny)).item() for lost, whole in sums.values()]
         rows = [row._replace(output_error=error) for row, error in zip(rows, errors, strict=True)]
     report.layers += rows

@@ -58,7 +58,8 @@ def quantize_lm(
     began = time.perf_counter()
     new = _start(model, tokens, window, method, in_place)
     with torch.no_grad():
-        for block in _bar(_walked(new, tokens if reads else None, window), len(blocks_of(new)[1]), method, progress):
+        walked = _walked(new, tokens if reads else None, window, moved_on=isinstance(method, IntegerMethod))
+        for block in _bar(walked, len(blocks_of(new)[1]), method, progress):
             _quantize_block(*block, report, checkpoint)
     report.seconds = time.perf_counter() - began if method.needs_data else sum(row.seconds for row in report.layers)
     return new, _counted(report, new, sum(p.numel() for p in model.parameters()))
@@ -147,16 +148,17 @@ def _bar(blocks: Iterator, count: int, method: Method, progress: bool):
     return tqdm(blocks, total=count, desc=method.name, unit="block", disable=not progress, leave=False)
 
 
-def _walked(model, tokens: Tensor | None, window: int) -> Iterator[tuple]:
+def _walked(model, tokens: Tensor | None, window: int, *, moved_on: bool) -> Iterator[tuple]:
     """(number, prefix of the names, block, its inputs, its other arguments), one block after the other.
 
     The inputs are what the blocks before give out by the time they are asked for: quantized ones. None without tokens.
+    moved_on: who quantizes a block makes of its inputs what the quantized block gives out.
     """
     prefix, blocks = blocks_of(model)
     hidden, arguments = block_inputs(model, tokens, window) if tokens is not None else (None, [None] * len(blocks))
     for i, block in enumerate(blocks):
         yield i, f"{prefix}.{i}.", block, hidden, arguments[i]
-        if hidden is not None and i + 1 < len(blocks):  # nobody needs what the last one gives out
+        if hidden is not None and not moved_on and i + 1 < len(blocks):  # nobody needs what the last one gives out
             advance(block, hidden, arguments[i])
 
 
