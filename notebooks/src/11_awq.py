@@ -470,8 +470,10 @@ found(max(awq_loud) < 0.7 * min(damped_loud), "with loud inputs AWQ is far ahead
 from quantlab import ledger
 from quantlab.lm import longest_context, quantize_lm
 
-def measure(m, method, bits, read=8192, title=None, **options):
+def measure(m, method, bits, read=8192, title=None):
     seen = calibration[:budget(model, read)]
+    # a large model gets fewer exponents to try
+    options = {"steps": budget(model, 20, least=8)} if method == "awq" else {}
     new, report = quantize_lm(m, seen, method=method, bits=bits, **options)
     row = ledger.measure(model, new, tokens[:budget(model, 4096)], method=title or method,
                          bits=bits, group="128", report=report)
