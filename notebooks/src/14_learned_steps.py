@@ -406,7 +406,8 @@ check("14.4", my_scale)
 three = absmean = weight.abs().mean()
 for _ in range(20):
     three = scale_solution(weight, torch.round(weight / three).clamp(-1, 1))
-assert torch.isclose(scale_solution(weight, weight.sign()), binary(weight).max())
+signs = torch.where(weight < 0, -1.0, 1.0)  # a 0 becomes 1
+assert torch.isclose(scale_solution(weight, signs), binary(weight).max())
 found(abs(three / absmean - 1.55) < 0.25, f"it is {three / absmean:.2f} times mean|w|, about 1½")
 f"{three / absmean:.2f} times mean|w|"
 # %% [markdown]
