@@ -251,7 +251,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
 def _float_row(name: str) -> Row:
     """What the others are compared with, on the text that sweep reads."""
     model, (_, tokens, _) = load_lm(name)[0], _inputs(name, None, None)
-    return ledger.measure(model, model, tokens, method="float")
+    with tqdm(total=1, desc="float model", leave=False):
+        return ledger.measure(model, model, tokens, method="float")
 
 
 if __name__ == "__main__":

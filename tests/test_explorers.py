@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from PIL import Image
 
 from quantlab import explorers as ex
@@ -308,6 +309,16 @@ def test_a_picture_is_the_figure_drawn_anew(explorer):
             assert off.mean() < 2.5, (control.description, value)
             assert (off > 60).mean() < 5e-4, (control.description, value)
     put(explorer, **start)
+
+
+def test_what_changes_seldom_is_drawn_seldom(monkeypatch):
+    """The table of the cache changes with the tokens left in float, and not with the bits."""
+    explorer, drawn, draw = EXPLORERS["cache"](), [], AxesImage.draw
+    monkeypatch.setattr(AxesImage, "draw", lambda *arguments: drawn.append(1) or draw(*arguments))
+    put(explorer, **{"key bits": 4, "value bits": 2})
+    assert drawn == []
+    put(explorer, **{"first in float": 4})
+    assert drawn == [1]
 
 
 def test_the_first_picture_stands_without_a_kernel(explorer):

@@ -427,7 +427,7 @@ print(storytellers, "KL grows, a bit:", ", ".join(f"{factor:.1f} times" for fact
 # The first full rows of your ledger. `rtn` is round-to-nearest (就近舍入); every method of the later notebooks
 # is compared with these. **bits/w** counts everything that is stored: scales, zero points, and the parts
 # that stay in 16 bits. The table has no column for text and window, so we keep both: the first 4096 tokens of
-# the test text and windows of 512, in *every* row of `data/ledger.csv`.
+# the test text and windows of 512, in *every* row of your ledger.
 # %% tags=["nbval-ignore-output"]
 shown = [rows[bits] for bits in (32, 8, 4, 3, 2)]
 for row in shown:
@@ -475,14 +475,14 @@ found(lost["honest", "fresh"] < 0.7 * lost["rounded", "fresh"],
 from quantlab.lm import perplexity_and_divergence
 
 n = budget(model, 1024, least=512)
-texts = {"test, first 1024": read[:n], "test, fresh": fresh[:n],
-    "calibration, first 1024": calibration[:n], "calibration, later": calibration[8192 : 8192 + n]}
+texts = {f"test, first {n}": read[:n], "test, fresh": fresh[:n],
+    f"calibration, first {n}": calibration[:n], "calibration, later": calibration[8192 : 8192 + n]}
 suspects = {"leaked": leaked, "honest": honest, "third": gptq(calibration[8192:9216]),
     "rounded": quantized[3]}
 both = [[perplexity_and_divergence(model, m, text, window=128) for text in texts.values()]
     for m in suspects.values()]
-perplexities, kl = (torch.tensor([[getattr(pair[k], what) for pair in row] for row in both])
-    for k, what in enumerate(("value", "kl")))
+perplexities = torch.tensor([[p.value for p, _ in row] for row in both])
+kl = torch.tensor([[d.kl for _, d in row] for row in both])
 
 fig, axes = plt.subplots(1, 2, figsize=(9.5, 3), layout="constrained", sharey=True)
 for ax, numbers, title in zip(
@@ -503,7 +503,7 @@ guilty = relative[[0, 1, 2], [0, 2, 3]]
 relative[[0, 1, 2], [0, 2, 3]] = 1
 found(guilty.max() < 0.75 * relative.min(), "each model betrays its text")
 found(kl[3].max() < 1.15 * kl[3].min(), "how easy a text is moves the KL by less than 15 %")
-gap, bar = perplexities[1, 0] - perplexities[0, 0], perplexity(leaked, read, window=128).stderr
+gap, bar = perplexities[1, 0] - perplexities[0, 0], both[0][0][0].stderr
 found(
     0 < gap < bar, f"by perplexity the leaked model is {gap:.2f} better, within a bar of {bar:.2f}")
 # %% [markdown]

@@ -439,9 +439,9 @@ found(all(holds_a for *_, holds_a, _ in claims), "all ten are true of the small 
 found(3 <= hold <= 8, f"some hold for the real model as well, and some do not ({hold} of 10)")
 bet.reveal(hold)
 # %% [markdown]
-# What is about *grids for weights* holds: bits, groups, zero points, codebooks. What is about the *size* of activations
-# does not, while a scale for each token is the better one in both. The share of linear layers depends on the
-# vocabulary.
+# What is about *grids for weights* holds: bits, groups, zero points, codebooks. What is about the *size* of
+# activations does not, while a scale for each token is the better one in both. The share of linear layers depends
+# on the vocabulary.
 #
 # ### Myth: "a tiny model tells you nothing" and its twin, "what held for the tiny model holds for all"
 # The table takes both apart. A small model is a wind tunnel: it tells which *mechanisms* there are, and how to
@@ -466,15 +466,16 @@ def find(*of, rows=stored):
     return next(r for r in rows if (r.method, r.bits, r.group) == of)
 
 chosen = [r for r in stored if r.bits in (4, 32) or r.method.startswith(("w8", "smooth", "llm"))]
+print(f"{len(chosen)} of {len(stored)} rows, the float model among them:")
 ledger.Table(sorted(chosen, key=lambda r: -r.kl))
 # %%
-ways = {"rtn": "nearest rounding", "gptq": "GPTQ, left to right", "gptq act-order": "GPTQ, act-order", "awq": "AWQ"}
-one_scale, rows = find("w8a8_dynamic", 8, "tensor"), find("rtn", 4, "row")
-print(higher.reveal("8 bits for all, one scale for all tokens" if one_scale.kl > rows.kl else
+four = {"rtn": "nearest rounding", "gptq": "GPTQ, left to right", "gptq act-order": "GPTQ, act-order", "awq": "AWQ"}
+one_scale, of_rows = find("w8a8_dynamic", 8, "tensor"), find("rtn", 4, "row")
+print(higher.reveal("8 bits for all, one scale for all tokens" if one_scale.kl > of_rows.kl else
                     "4 bits for weights, one scale a row"))
-left = {name: {way: find(way, 4, "128", rows=rows).kl / find("rtn", 4, "128", rows=rows).kl for way in ways}
-        for name, rows in ledgers.items()}
-for way, words in ways.items():
+left = {name: {way: find(way, 4, "128", rows=kept).kl / find("rtn", 4, "128", rows=kept).kl for way in four}
+        for name, kept in ledgers.items()}
+for way, words in four.items():
     print(f"{words:<20} leaves {left['small'][way]:.2f} of nearest rounding's KL on the small model,",
           f"{left['smollm2'][way]:.2f} on smollm2")
 assert left["small"]["gptq"] < 0.5 < 0.9 < left["small"]["awq"]  # stored numbers: the same everywhere
@@ -491,14 +492,15 @@ import matplotlib.pyplot as plt
 
 from quantlab.plots import pareto_front, plot_curves
 
-weights = [r for r in stored if r.method in (*ways, "rtn symmetric", "nf4")]
-sizes = {method: sorted((r.bits_per_weight, r.kl) for r in weights if r.method == method)
-         for method in dict.fromkeys(r.method for r in weights)}
+by_method = {}
+for r in stored:
+    if r.method in (*four, "rtn symmetric", "nf4"):
+        by_method.setdefault(r.method, []).append((r.bits_per_weight, r.kl))
 fig, ax = plt.subplots(figsize=(8.4, 3.8))
-plot_curves({method: tuple(zip(*points, strict=True)) for method, points in sizes.items()}, log="y", ax=ax,
+plot_curves({method: tuple(zip(*points, strict=True)) for method, points in by_method.items()}, log="y", ax=ax,
             xlabel="bits/w, all bytes over all parameters", ylabel="KL to the float model, nats")
 plt.setp(ax.lines, linestyle="none", markersize=6)
-front = pareto_front([point for points in sizes.values() for point in points])
+front = pareto_front([point for points in by_method.values() for point in points])
 ax.step(*zip(*front, strict=True), where="post", color="0.7", zorder=0, label="Pareto front")
 ax.legend(fontsize="small")
 plt.show()
@@ -507,8 +509,8 @@ for r in pair:
     print(f"{r.bits} bits, {r.group:>3}: {r.bits_per_weight:.2f} bits/w, KL {r.kl:.3f} ± {r.kl_error:.3f}")
 finer.reveal("3 bits, groups of 32" if pair[0].kl < pair[1].kl else "4 bits, one scale a row")
 # %% [markdown]
-# Scales of small groups take bytes as well, and here those are better spent on a fourth bit. At 8 bits only nearest
-# rounding was measured. Before "which method?" ask "at which size?"
+# Scales of small groups take bytes as well, and here those are better spent on a fourth bit. (For weights alone at 8
+# bits only nearest rounding was measured.) Before "which method?" ask "at which size?"
 #
 # ## 10. Exercises
 # ### Open
