@@ -236,14 +236,13 @@ def test_what_stands_on_the_page(small, opened):
 def test_the_first_page_has_an_explorer_and_the_ledger_can_be_sorted(small, opened):
     live_film(opened(small, "index.html"))
     page = opened(small, "ledger.html")
-    tables = page.locator(".sortable")
+    tables, heading = page.locator(".sortable"), page.get_by_role("button", name="KL, nats")
     assert tables.count() == 2  # the bundled model's and SmolLM2's
     for table in tables.all():
-        heading = table.get_by_role("button", name="KL, nats")
         column = table.locator("th", has=heading).evaluate("cell => cell.cellIndex")
         values = f"rows => rows.map(row => row.cells[{column}].dataset.value).filter(Boolean).map(Number)"
         for order in (1, -1):
-            heading.click()
+            table.locator("th", has=heading).get_by_role("button").click()
             found = table.locator("tbody tr").evaluate_all(values)
             assert len(found) > 20
             assert found == sorted(found, reverse=order < 0)
