@@ -127,7 +127,7 @@ def explore_columns(
             f"{drift.mean() if column < columns else 0.0:.3f} steps of the grid on average"
         )
 
-    some = thinned(list(range(rows)), 4, row)  # each picture has some 10 kB
+    some = thinned(list(range(rows)), 4, row)  # each picture has some 5 kB
     many = thinned(list(range(columns + 1)), 49, column)
     filmed = states(row=some, column=many)
     return bind(controls, picture.top, picture.moving, update, filmed=filmed)

@@ -42,7 +42,7 @@ def explore_training(
         return run.describe(step, row)
 
     steps, rows = list(range(run.last + 1)), list(range(run.places.shape[1]))
-    filmed = states(row=thinned(rows, 2, row), step=thinned(steps, 49, step))  # each picture has some 9 kB
+    filmed = states(row=thinned(rows, 2, row), step=thinned(steps, 49, step))  # each picture has some 4 kB
     return bind(controls, picture.ax, picture.moving, update, filmed=filmed)
 
 
