@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,10 +26,11 @@ from quantlab.hessian import Hessian
 from quantlab.lm import blocks_of, linear_layers, weight_of
 from quantlab.lm.blocks import advance, block_inputs, input_hessians
 from quantlab.lm.layers import float_layers
-from quantlab.lm.measuring import checked_windows
+from quantlab.lm.measuring import checked_windows, predicted
+from quantlab.lm.walk import few_tokens
 from quantlab.methods import GPTQ, RTN
 from quantlab.metrics import kl_per_position
-from quantlab.modules import hooked, put_weight
+from quantlab.modules import check_finite, hooked, put_weight
 
 _LOGITS = 2**23  # numbers: how many windows run at once is chosen so that their logits stay below 32 MB
 
@@ -78,7 +80,8 @@ def sensitivity(
     choice (a byte a weight for each bit width), and of one batch of windows the output of every block and the logits;
     for gptq first a Hessian of every input, and what one block reads.
 
-    Shapes: tokens (n,), cut into windows; a tail that fills none is left out, unless it is all there is.
+    Shapes: tokens (n,), cut into windows; a tail that fills none is left out, unless it is all there is; begin tokens
+    are context only, as in perplexity. Warns if gptq gets fewer than two tokens for each input of the widest layer.
     Raises: ValueError for an unknown method, no or repeated bits, bits or group_size that quantize_tensor refuses, or
     tokens that the model cannot read.
     """
@@ -86,6 +89,9 @@ def sensitivity(
     bits, progress = _checked_bits(bits), check_flag(progress, "progress")
     new = copy.deepcopy(model).eval()
     layers = float_layers(new)
+    check_finite(new)
+    if method == "gptq" and (note := few_tokens(new, len(tokens))):
+        warnings.warn(note, stacklevel=2)
     choices = _quantized(new, tokens, method, bits, group_size, window)
     batches = _batches(tokens, window, text_config(model).vocab_size)
     bar = tqdm(batches, desc="sensitivity", unit="batch", disable=not progress, leave=False)
@@ -105,13 +111,15 @@ def _kl_of_each(model, layers: dict, choices: dict, ids: Tensor) -> dict[str, di
     """KL of each window, (batch,), with each choice in the place of one layer's weight: {layer: {bits: KL}}."""
     prefix, blocks = blocks_of(model)
     ids, found = ids.to(model.device), {}
+    scored = predicted(model, ids).double()
     logits, outputs = _float_pass(model, blocks, ids)
     for name, layer in layers.items():
         start, found[name] = int(name.removeprefix(f"{prefix}.").partition(".")[0]), {}
         for bits, q in choices[name].items():
             with _holding(layer, q.dequantize()), _resumed(blocks, outputs[:start]):
                 changed = model(ids, use_cache=False).logits[:, :-1].float()
-            found[name][bits] = kl_per_position(logits, changed).double().mean(1).cpu()
+            kl = kl_per_position(logits, changed).double()
+            found[name][bits] = ((kl * scored).sum(1) / scored.sum(1).clamp(min=1)).cpu()
     return found
 
 

@@ -3,6 +3,7 @@
 A linear layer is an nn.Linear or GPT-2's Conv1D, which is told by its name, so that transformers need not be imported.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -62,9 +63,13 @@ def as_linear(layer: nn.Module) -> nn.Linear:
     return linear
 
 
+# Which expert a token goes to, by the names that mixtures of experts give it. They stay float everywhere.
+ROUTER = re.compile(r"(^|\.)(router(\.\w+)?|gate|wg|shared_expert_gate)$")
+
+
 def linears_in(module: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers inside a module, by their names in it."""
-    return {name: m for name, m in module.named_modules() if is_linear(m)}
+    """The linear layers inside a module, by their names in it; routers are not among them."""
+    return {name: m for name, m in module.named_modules() if is_linear(m) and not ROUTER.search(name)}
 
 
 def check_finite(model: nn.Module) -> None:

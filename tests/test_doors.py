@@ -275,7 +275,10 @@ def good_calls(folder: Path) -> dict:
         "perplexity_and_divergence": (
             lm.perplexity_and_divergence, {"reference": model(), "model": new, **reads, "stride": 8}
         ),
-        "quantize_lm": (lm.quantize_lm, {"model": model(), **reads, "method": "rtn", "progress": False}),
+        "quantize_lm": (
+            lm.quantize_lm,
+            {"model": model(), **reads, "method": "rtn", "held_out": reads["tokens"], "progress": False},
+        ),
         "quantize_weights": (lm.quantize_weights, {"model": model(), "quantizer": rows}),
         "model_bytes": (lm.model_bytes, {"model": new, "qtensors": report.qtensors}),
         "save_quantized": (lm.save_quantized, {"folder": folder / "n", "model": new, "qtensors": report.qtensors}),

@@ -3,6 +3,7 @@
 import copy
 import json
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from quantlab import ledger, lm
+from quantlab.export.gguf_blocks import quantize_gguf
 from quantlab.lm.report import left_in_float
-from quantlab.methods import METHODS
+from quantlab.methods import METHODS, W8A8
+from quantlab.mixed import sensitivity
+from quantlab.observers import MSE
 from recipes.base_model import train_tokenizer
 
 VOCABULARY, LENGTH = 300, 48
@@ -128,6 +132,43 @@ def test_a_folder_loads_as_it_was_saved(family, tmp_path):
     assert len(lm.generate(loaded, tokenizer, "a few", tokens=3)) >= len("a few")
 
 
+def test_a_bfloat16_folder_loads_in_float32(family, tmp_path):
+    model = made(family, torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    train_tokenizer(["a few words to learn bytes from"], VOCABULARY).save_pretrained(tmp_path)
+    loaded, wanted = lm.load_lm(str(tmp_path))[0].state_dict(), model.state_dict()
+    assert {t.dtype for t in loaded.values()} == {torch.float32}
+    assert all(torch.equal(loaded[name], wanted[name].float()) for name in wanted)
+
+
+def test_masks_that_older_versions_stored_are_no_strangers(tmp_path):
+    config = hf.GPTNeoConfig(vocab_size=VOCABULARY, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=72,
+                             attention_types=[[["global", "local"], 1]], max_position_embeddings=LENGTH)  # fmt: skip
+    model = hf.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    train_tokenizer(["a few words to learn bytes from"], VOCABULARY).save_pretrained(tmp_path)
+    file, prefix = tmp_path / "model.safetensors", "transformer.h.0.attn.attention"
+    tensors = load_file(file) | {f"{prefix}.bias": torch.ones(1, 1, 8, 8), f"{prefix}.masked_bias": torch.zeros(1)}
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert torch.equal(logits(lm.load_lm(str(tmp_path))[0]), logits(model.eval()))
+    save_file(tensors | {"transformer.h.0.attn.attention.surprise": torch.zeros(1)}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"unexpected: transformer.h.0.attn.attention.surprise \(1 in all\)"):
+        lm.load_lm(str(tmp_path))
+
+
+def test_of_a_repository_one_set_of_weights_is_fetched():
+    from huggingface_hub.utils import filter_repo_objects
+
+    from quantlab.lm.hub import COPIES, FILES
+
+    wanted = {"config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja", "merges.txt", "qwen.tiktoken",
+              "model-00001-of-00002.safetensors", "model.safetensors.index.json", "generation_config.json"}  # fmt: skip
+    others = {"pytorch_model.bin", "model.fp16.safetensors", "model.fp16-00001-of-00002.safetensors", "README.md",
+              "consolidated.safetensors", "onnx/model.onnx", "original/params.json", "adapter_model.safetensors",
+              "adapter_config.json", "model.bf16.safetensors", "modeling_x.py"}  # fmt: skip
+    assert set(filter_repo_objects(wanted | others, allow_patterns=FILES, ignore_patterns=COPIES)) == wanted
+
+
 def test_roles(family):
     model = made(family)
     layers, depth = lm.linear_layers(model), 2
@@ -165,19 +206,91 @@ def test_nothing_is_left_in_a_plain_model():
 def test_gptq_on_few_tokens_says_so():
     model = made("llama")  # 72 inputs at most
     for count, said in ((96, "96 tokens are few for 72 inputs"), (160, "")):
-        _, report = lm.quantize_lm(model, text(count), method="gptq", bits=4, window=32, progress=False)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            _, report = lm.quantize_lm(model, text(count), method="gptq", bits=4, window=32, progress=False)
+            lm.quantize_lm(model, text(count), method="rtn", bits=4, window=32, progress=False)  # reads no token
+        assert [str(w.message).partition(":")[0] for w in caught] == [said] * bool(said)
         assert report.note.startswith(said)
         assert bool(report.note) == bool(said)
         assert report.note in str(report)
 
 
-@pytest.mark.parametrize("kind", ["mamba", "rwkv"])
+def test_gptq_of_activations_and_of_one_layer_warns_too():
+    model = made("llama")
+    with pytest.warns(UserWarning, match="96 tokens are few for 72 inputs"):
+        lm.quantize_lm(model, text(96), method=W8A8(per="token", rounding="gptq"), window=32, progress=False)
+    with pytest.warns(UserWarning, match="96 tokens are few for 72 inputs"):
+        sensitivity(model, text(96), bits=(4,), group_size=None, method="gptq", window=32, progress=False)
+
+
+NO_TRANSFORMERS = {
+    "mamba": hf.MambaConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2),
+    "mamba2": hf.Mamba2Config(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_heads=4, head_dim=8, n_groups=1),
+    "rwkv": hf.RwkvConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2, context_length=32),
+}
+
+
+@pytest.mark.parametrize("kind", NO_TRANSFORMERS)
 def test_what_is_no_transformer_is_refused(kind):
-    config = hf.MambaConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2) if kind == "mamba" else hf.RwkvConfig(
-        vocab_size=60, hidden_size=16, num_hidden_layers=2, context_length=32)  # fmt: skip
-    model = hf.AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ValueError, match="is no transformer: its configuration has no attention heads"):
+    model = hf.AutoModelForCausalLM.from_config(NO_TRANSFORMERS[kind])
+    with pytest.raises(ValueError, match="is no transformer: it has no attention"):
         lm.quantize_lm(model, torch.arange(40), method="rtn", window=16, progress=False)
+
+
+def test_two_lists_of_blocks_are_refused():
+    """XLM keeps attention in one list and MLP in another: to quantize the first alone would look like the whole."""
+    config = hf.XLMConfig(vocab_size=60, emb_dim=16, n_layers=3, n_heads=2, causal=True)
+    model = hf.XLMWithLMHeadModel(config)
+    with pytest.raises(ValueError, match=r"need one list of 3 blocks in XLM\w+, found \d: .*attentions, .*ffns"):
+        lm.quantize_lm(model, torch.arange(40), method="rtn", window=16, progress=False)
+
+
+def test_blocks_that_give_a_list():
+    """GPT-1's blocks do."""
+    config = hf.OpenAIGPTConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=LENGTH)
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(config).eval()
+    _, report = lm.quantize_lm(model, text(), method="gptq", bits=8, window=32, progress=False)
+    assert {row.name for row in report.layers} == set(lm.linear_layers(model))
+
+
+def test_a_model_that_also_sees():
+    """Gemma 3 from 4 billion parameters on: its sizes stand in a configuration inside the configuration."""
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 14}  # fmt: skip
+    text_part = copy.deepcopy(FAMILIES["gemma3"]).to_dict()
+    config = hf.Gemma3Config(text_config=text_part, vision_config=vision, mm_tokens_per_image=4)
+    torch.manual_seed(0)
+    model, tokens = hf.Gemma3ForConditionalGeneration(config).eval(), text()
+    assert all("language_model" in name for name in lm.linear_layers(model))
+    new, report = lm.quantize_lm(model, tokens, method="gptq", bits=3, group_size=16, window=32, progress=False)
+    assert report.left_in_float == 0
+    assert 0 < lm.divergence(model, new, tokens, window=32).kl < 3
+    assert lm.perplexity(new, tokens, window=32).value > 1
+
+
+def test_routers_stay_float():
+    config = hf.Qwen2MoeConfig(**GROUPED, **EXPERTS, num_experts=4, shared_expert_intermediate_size=24,
+                               decoder_sparse_step=1)  # fmt: skip
+    model = hf.AutoModelForCausalLM.from_config(config).eval()
+    gates = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n.endswith("shared_expert_gate")}
+    assert gates
+    assert not gates & lm.linear_layers(model).keys()
+    new, _ = lm.quantize_lm(model, text(), method="w8a8_static", window=32, progress=False)
+    assert all(isinstance(new.get_submodule(name), torch.nn.Linear) for name in gates)
+
+
+def test_layers_that_read_nothing_are_named():
+    model, silent = made("llama"), torch.nn.Linear(32, 32, bias=False)
+    model.model.layers[1].add_module("unused", silent)
+    name = "model.layers.1.unused"
+    with pytest.raises(ValueError, match=f"1 linear layers read nothing on these tokens, {name} is the first"):
+        lm.activation_scales(model, text(), window=32)
+    with pytest.raises(ValueError, match=f"read nothing on these tokens, {name}"):
+        lm.capture_inputs(model, text(), [name], window=32)
+    with pytest.raises(ValueError, match="read nothing on these tokens, unused"):
+        lm.quantize_lm(model, text(), method="w8a8_static", window=32, progress=False)
 
 
 def test_arguments_by_place_reach_the_blocks():
@@ -301,20 +414,51 @@ def test_the_default_dtype_changes_nothing():
         torch.set_default_dtype(torch.float32)
 
 
+def test_the_default_dtype_changes_no_range_and_no_bytes_of_gguf():
+    random, kinds = torch.Generator().manual_seed(0), ("Q4_0", "Q4_K", "Q5_K", "Q6_K")
+    x, weights = torch.randn(64, 256, generator=random), torch.rand(256, generator=random) + 0.5
+
+    def made_of_it():
+        ranges = [MSE(bits=4, symmetric=s).update(x).min_max() for s in (False, True)]
+        files = [quantize_gguf(x, kind, importance=w) for kind in kinds for w in (None, weights)]
+        return [t for pair in ranges for t in pair] + files
+
+    wanted = made_of_it()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert all(torch.equal(a, b) for a, b in zip(made_of_it(), wanted, strict=True))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_nan_weights_are_named():
     model = made("llama")
+    broken = copy.deepcopy(model)
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="layers.1.mlp.up_proj.weight holds NaN"):
-        lm.perplexity(model, text(), window=32)
+        broken.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    doors = {
+        "perplexity": lambda: lm.perplexity(broken, text(), window=32),
+        "divergence": lambda: lm.divergence(model, broken, text(), window=32),
+        "of the reference": lambda: lm.divergence(broken, model, text(), window=32),
+        "ledger": lambda: ledger.measure(model, broken, text(), method="x", bits=8, window=32),
+        "sensitivity": lambda: sensitivity(broken, text(), bits=(4,), group_size=None, window=32, progress=False),
+        "quantize_weights": lambda: lm.quantize_weights(broken, lambda w: w),
+    }
+    doors |= {method: partial(lm.quantize_lm, broken, text(), method, window=32, progress=False) for method in METHODS}
+    for door in doors.values():
+        with pytest.raises(ValueError, match="layers.1.mlp.up_proj.weight holds NaN"):
+            door()
 
 
-def test_adapters_are_refused():
+@pytest.mark.parametrize("kind", ["LoraConfig", "IA3Config", "LoHaConfig", "on the embedding"])
+def test_adapters_are_refused(kind):
     peft = pytest.importorskip("peft")
+    how = {"target_modules": ["embed_tokens"] if kind == "on the embedding" else ["q_proj"]}
+    how |= {"feedforward_modules": []} if kind == "IA3Config" else {"r": 2}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft asks transformers by an old name
-        model = peft.get_peft_model(made("llama"), peft.LoraConfig(target_modules=["q_proj"], r=2))
-    with pytest.raises(ValueError, match="LoRA adapters .*merge them first"):
+        model = peft.get_peft_model(made("llama"), getattr(peft, kind, peft.LoraConfig)(**how))
+    with pytest.raises(ValueError, match="adapters .*merge them first"):
         lm.quantize_lm(model, text(), method="rtn", window=32, progress=False)
 
 

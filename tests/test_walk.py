@@ -51,7 +51,8 @@ def test_interrupted_and_resumed_is_as_never_interrupted(method, tmp_path, monke
     new, again = quantized(model, tokens, method, checkpoint=tmp_path / "walk")
     assert rounded == ["model.layers.0.", "model.layers.1."]  # the first block was not done twice
     assert same(whole, new)
-    assert [row[:-1] for row in again.layers] == [row[:-1] for row in report.layers]  # all but the seconds
+    untimed = [[row._replace(seconds=0) for row in one.layers] for one in (again, report)]
+    assert untimed[0] == untimed[1]
     assert (again.nbytes, list(again.qtensors)) == (report.nbytes, list(report.qtensors))
     for name, q in report.qtensors.items():
         assert torch.equal(again.qtensors[name].dequantize(), q.dequantize())
@@ -271,3 +272,39 @@ def test_a_report_of_observers_is_saved_too(tmp_path):
     assert (
         json.loads(report.save(tmp_path / "r.json").read_text())["settings"]["observer"] == "quantlab.observers.MinMax"
     )
+
+
+def test_held_out_errors_are_the_output_errors_of_other_tokens():
+    """On the very tokens of the calibration they are its errors; on others, in the first block, their definition."""
+    model, tokens, others = random_model("llama"), random_tokens(), random_tokens().flip(0)
+    new, report = quantized(model, tokens, held_out=tokens)
+    plain, without = quantized(model, tokens)
+    assert same(new, plain)
+    assert [row.held_out_error for row in without.layers] == [None] * len(without.layers)
+    assert [row.held_out_error for row in report.layers] == pytest.approx([row.output_error for row in report.layers])
+    new, report = quantized(model, tokens, held_out=others)
+    first = [row for row in report.layers if row.name.startswith(f"{lm.blocks_of(model)[0]}.0.")]
+    inputs = lm.capture_inputs(model, others[: len(others) // 64 * 64], [row.name for row in first], window=64)
+    for row in first:
+        w, q = (lm.weight_of(lm.linear_layers(m)[row.name]).double() for m in (model, new))
+        x = inputs[row.name].double()
+        wanted = ((x @ (w - q).T).square().sum() / (x @ w.T).square().sum()).item()
+        assert row.held_out_error == pytest.approx(wanted, rel=1e-4)
+        assert row.held_out_error != row.output_error
+    assert "held-out error" in str(report)
+    assert "held-out" not in str(without)
+
+
+def test_held_out_tokens_and_a_method_without_data_or_a_checkpoint(tmp_path):
+    model, tokens = random_model("llama"), random_tokens()
+    _, report = quantized(model, None, "rtn", held_out=tokens)
+    assert all(row.output_error is None and 0 < row.held_out_error < 1 for row in report.layers)
+    _, first = quantized(model, tokens, held_out=tokens.flip(0), checkpoint=tmp_path)
+    _, again = quantized(model, tokens, held_out=tokens.flip(0), checkpoint=tmp_path)
+    assert first.layers == again.layers
+    with pytest.raises(ValueError, match="another held-out tokens"):
+        quantized(model, tokens, held_out=tokens, checkpoint=tmp_path)
+    with pytest.raises(ValueError, match="held_out is for methods that round weights alone"):
+        lm.quantize_lm(model, tokens, method="w8a8_static", held_out=tokens, window=64, progress=False)
+    with pytest.raises(ValueError, match="at least 2 tokens"):
+        quantized(model, tokens, held_out=tokens[:1])

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from quantlab.linear import Int8Linear
 from quantlab.lm.blocks import advance, input_hessians, run
+from quantlab.lm.layers import check_read
 from quantlab.lm.report import LayerReport, QuantizeReport
 from quantlab.modules import as_linear, hooked, linears_in, weight_of
 
@@ -51,15 +52,15 @@ def _rounded(block, hidden: list[Tensor] | None, arguments, method) -> dict:
 
 def _observed(block, hidden: list[Tensor], arguments, observer) -> dict:
     """An observer for each linear layer of the block, which has seen all that the layer reads."""
-    layers = linears_in(block)
-    observers = {name: observer() for name in layers}
+    layers, observers = linears_in(block), {}
 
     def observe(name):
-        return lambda _module, inputs: observers[name].update(inputs[0]) and None
+        return lambda _module, inputs: observers.setdefault(name, observer()).update(inputs[0]) and None
 
     with hooked({layer: observe(name) for name, layer in layers.items()}):
         for _ in run(block, hidden, arguments):
             pass
+    check_read(layers, observers)
     return observers
 
 

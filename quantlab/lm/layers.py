@@ -1,6 +1,7 @@
 """Inside a model: its blocks, its linear layers, and what they read."""
 
 import re
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from quantlab.arguments import check_choice, check_kind, check_list, check_model, text_config
 from quantlab.lm.measuring import checked_windows
-from quantlab.modules import evaluating, hooked, is_linear
+from quantlab.modules import evaluating, hooked, linears_in
 
 # What a linear layer of a block is for, by what its name holds. A fused layer has several roles.
 ROLES = {
@@ -25,27 +26,40 @@ ROLES = {
 def blocks_of(model) -> tuple[str, nn.ModuleList]:
     """The name and list of the decoder blocks: the one list of modules as long as the config says.
 
-    Raises: ValueError if there is none, or its blocks have no attention (Mamba, RWKV): this library knows transformers.
+    Raises: ValueError if there is none, or more than one (XLM keeps attention and MLP in two), or no attention (Mamba,
+    RWKV, xLSTM): this library knows transformers.
     """
     config, text = text_config(check_model(model, values=False)), model
-    heads = any(hasattr(config, name) for name in ("num_attention_heads", "n_head", "num_heads"))
-    if hasattr(config, "model_type") and not heads:
-        raise ValueError(f"{type(model).__name__} is no transformer: its configuration has no attention heads")
+    if hasattr(config, "model_type") and not _has_attention(model, config):
+        raise ValueError(f"{type(model).__name__} is no transformer: it has no attention")
     if config is not model.config and hasattr(model, "get_decoder"):
         text = model.get_decoder()  # a model that also reads pictures has a list of blocks for them, too
-    inside = set(text.modules())
+    inside, found = set(text.modules()), {}
     for name, module in model.named_modules():
+        nested = any(name.startswith(f"{outer}.") for outer in found)
         if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers and module in inside:
-            return name, module
-    raise ValueError(
-        f"no list of {config.num_hidden_layers} blocks in {type(model).__name__}; is it a decoder-only language model?"
-    )
+            found |= {} if nested or not linears_in(module) and found else {name: module}
+    if len(found) != 1:
+        names = f": {', '.join(found)}" if found else ""
+        raise ValueError(
+            f"need one list of {config.num_hidden_layers} blocks in {type(model).__name__}, found {len(found)}{names}; "
+            "is it a decoder-only language model?"
+        )
+    return next(iter(found.items()))
+
+
+def _has_attention(model, config) -> bool:
+    heads = any(hasattr(config, name) for name in ("num_attention_heads", "n_head", "num_heads"))
+    return heads and any("attention" in type(module).__name__.lower() for module in model.modules())
 
 
 def linear_layers(model) -> dict[str, nn.Module]:
-    """The linear layers inside the blocks by full name: nn.Linear, and GPT-2's Conv1D. Embeddings and head are not."""
+    """The linear layers inside the blocks by full name: nn.Linear, and GPT-2's Conv1D.
+
+    Embeddings and head are not, nor a mixture's routers, which are small and decide much.
+    """
     prefix, blocks = blocks_of(model)
-    return {f"{prefix}.{name}": m for name, m in blocks.named_modules() if is_linear(m)}
+    return {f"{prefix}.{name}": layer for name, layer in linears_in(blocks).items()}
 
 
 def embedding_layers(model) -> dict[str, nn.Module]:
@@ -81,8 +95,9 @@ def layers_of_role(model, role: str) -> dict[str, nn.Module]:
 def float_layers(model) -> dict[str, nn.Module]:
     """linear_layers of a model; ValueError if it has none, as an int8 model has not, or adapters beside them."""
     layers = linear_layers(model)
-    if adapter := next((name for name in layers if ".lora_" in name), None):
-        raise ValueError(f"the model has LoRA adapters ({adapter}); merge them first: model.merge_and_unload()")
+    adapters = (n for n, m in model.named_modules() if ".lora_" in n or type(m).__module__.startswith("peft.tuners."))
+    if adapter := next(adapters, None):
+        raise ValueError(f"the model has adapters ({adapter}); merge them first: model.merge_and_unload()")
     if not layers:
         raise ValueError(f"{type(model).__name__} has no float linear layers in its blocks; is it quantized already?")
     return layers
@@ -109,7 +124,17 @@ def capture_inputs(model, tokens: Tensor, layers, *, window: int = 512) -> dict[
     if (block := _block_after(model, list(caught))) is not None:
         hooks[block] = _stop
     _read(model, tokens, window, hooks)
+    check_read(caught, [name for name, parts in caught.items() if parts])
     return {name: torch.cat(parts) for name, parts in caught.items()}
+
+
+def check_read(layers: Iterable[str], read: Collection[str]) -> None:
+    """ValueError unless each of these layers is among those that have read something."""
+    if silent := [name for name in layers if name not in read]:
+        raise ValueError(
+            f"{len(silent)} linear layers read nothing on these tokens, {silent[0]} is the first: an expert that no "
+            "token reached, or a layer whose weight the model uses by itself"
+        )
 
 
 class _Enough(Exception):
@@ -144,6 +169,7 @@ def activation_scales(model, tokens: Tensor, *, window: int = 512) -> dict[str, 
         return hook
 
     _read(model, tokens, window, {layer: note(name) for name, layer in layers.items()})
+    check_read(layers, largest)
     return {name: largest[name] for name in layers}
 
 

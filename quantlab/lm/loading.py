@@ -1,6 +1,7 @@
 """A language model and its tokenizer: the bundled one, SmolLM2, a folder, or a name on the hub."""
 
 import os
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from quantlab.lm.smollm2 import smollm2_folder
 from quantlab.lm.texts import DATA
 from quantlab.storage import read_names
 
+# Masks and frequencies that older versions of transformers stored beside the weights, and newer ones compute.
+LEFTOVER = re.compile(r"\.(attn|attention)(\.attention)?\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
 WORDS = {"bundled": lambda: DATA / "model", "smollm2": smollm2_folder}  # names of models, and what finds their folders
 
 
@@ -62,6 +65,8 @@ def real_lm():
 
 def _folder_of(name: str) -> Path:
     folder = Path(name).expanduser()
+    if not folder.is_dir():  # a notebook runs in its own folder; PWD is where the user stood who opened JupyterLab
+        folder = max(folder, Path(os.environ.get("PWD", ".")) / folder, key=Path.is_dir)
     if name in WORDS and not folder.is_dir():
         folder = WORDS[name]()
     if name == "bundled" and not folder.is_dir():
@@ -81,6 +86,7 @@ def _model(folder: Path):
     except RuntimeError as error:  # of tensors of another shape
         raise ValueError(f"{folder} holds other tensors than its config.json asks for: {error}") from error
     odd = {what: sorted(map(str, found[f"{what}_keys"])) for what in ("missing", "unexpected", "mismatched")}
+    odd["unexpected"] = [key for key in odd["unexpected"] if not LEFTOVER.search(key)]
     if any(odd.values()):
         told = "; ".join(f"{what}: {', '.join(keys[:3])} ({len(keys)} in all)" for what, keys in odd.items() if keys)
         raise ValueError(f"{folder} holds other tensors than its config.json asks for. {told}")

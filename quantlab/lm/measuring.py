@@ -54,13 +54,17 @@ def perplexity(model, tokens: Tensor, *, window: int = 512, stride: int | None =
     """
     window, stride = checked_windows(model, tokens, window, stride)
     read = _windows(model, tokens, window, stride)
-    return _perplexity(model, [_surprise(_logits(model, ids), ids, scored) for ids, scored in read])
+    return _perplexity([_surprise(_logits(model, ids), ids, scored) for ids, scored in read])
 
 
 def _logits(model, ids: Tensor) -> Tensor:
     """Of all tokens of each window but the last, which nothing follows."""
     with torch.no_grad(), evaluating(model):
-        return model(ids.to(model.device), use_cache=False).logits[:, :-1].float().cpu()
+        logits = model(ids.to(model.device), use_cache=False).logits[:, :-1].float().cpu()
+    if logits.isnan().any():
+        check_finite(model)
+        raise ValueError("the model's predictions are NaN, though its weights are finite; has a layer overflowed?")
+    return logits
 
 
 def _surprise(logits: Tensor, ids: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,12 +73,9 @@ def _surprise(logits: Tensor, ids: Tensor, scored: Tensor) -> tuple[Tensor, Tens
     return (nll * scored).sum(1), scored.sum(1)
 
 
-def _perplexity(model, read: list[tuple]) -> Perplexity:
+def _perplexity(read: list[tuple]) -> Perplexity:
     sums, counts = (torch.cat(parts).double().tolist() for parts in zip(*read, strict=True))
     mean, stderr = _ratio(sums, counts)
-    if math.isnan(mean):
-        check_finite(model)
-        raise ValueError("the model's predictions are NaN, though its weights are finite; has a layer overflowed?")
     value = math.exp(mean) if mean < 700 else math.inf  # a wrecked model may be this sure of the wrong token
     return Perplexity(value, value * stderr, mean, int(sum(counts)))
 
@@ -103,7 +104,7 @@ def perplexity_and_divergence(
     for p, q, ids, scored in _read_by_both(reference, model, tokens, window, stride):
         surprises.append(_surprise(q, ids, scored))
         distances.append(_distance(p, q, scored))
-    return _perplexity(model, surprises), _divergence(distances)
+    return _perplexity(surprises), _divergence(distances)
 
 
 def _read_by_both(reference, model, tokens: Tensor, window: int, stride: int | None) -> Iterator[tuple]:
@@ -160,16 +161,13 @@ LOGITS = 2**25  # held at once: 134 MB in float32, eight windows of a small voca
 
 def _windows(model, tokens: Tensor, window: int, stride: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of windows (batch, window), and which of their predictions count, (batch, window - 1), as 0 or 1."""
-    config = text_config(model)
-    batch = max(1, min(8, LOGITS // (window * config.vocab_size)))
-    begin, end = getattr(config, "bos_token_id", None), getattr(config, "eos_token_id", None)
-    unpredicted = -1 if begin is None or begin in (end if isinstance(end, list) else [end]) else begin
+    batch = max(1, min(8, LOGITS // (window * text_config(model).vocab_size)))
     rows, reached = [], 1  # tokens predicted so far; the first has nothing before it
     for start in range(0, max(1, len(tokens) - 1), stride):
         ids = tokens[start : start + window]
         if len(ids) < 2 or start + len(ids) <= reached:
             break
-        scored = ((torch.arange(start + 1, start + len(ids)) >= reached) & (ids[1:] != unpredicted)).long()
+        scored = ((torch.arange(start + 1, start + len(ids)) >= reached) & predicted(model, ids)).long()
         rows.append((ids, scored))
         reached = start + len(ids)
     for i in range(0, len(rows), batch):
@@ -178,6 +176,17 @@ def _windows(model, tokens: Tensor, window: int, stride: int) -> Iterator[tuple[
             yield torch.stack([r[0] for r in full]), torch.stack([r[1] for r in full])
         for ids, scored in rows[i + len(full) : i + batch]:  # the last one may be shorter
             yield ids[None], scored[None]
+
+
+def predicted(model, ids: Tensor) -> Tensor:
+    """Which tokens after the first a text predicts, bool (..., window - 1): all but begin tokens, which are context.
+
+    A model that also ends its texts with the begin token does predict it.
+    """
+    config = text_config(model)
+    begin, end = getattr(config, "bos_token_id", None), getattr(config, "eos_token_id", None)
+    only_context = -1 if begin is None or begin in (end if isinstance(end, list) else [end]) else begin
+    return ids[..., 1:] != only_context
 
 
 def _ratio(sums: list, counts: list) -> tuple[float, float]:

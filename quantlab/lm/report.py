@@ -22,6 +22,7 @@ class LayerReport(NamedTuple):
     weight_error: float  # ‖W - Ŵ‖² / ‖W‖²
     bits_per_weight: float
     seconds: float  # to round it
+    held_out_error: float | None = None  # the output error on tokens that no calibration has read; None: not asked for
 
 
 @dataclass
@@ -39,12 +40,16 @@ class QuantizeReport:
     left_in_float: float = 0.0  # fraction of the blocks' weights that are in no layer above: a mixture's experts, say
 
     def __str__(self) -> str:
-        lines = [f"{'layer':44}{'output error':>13}{'weight error':>13}{'bits':>7}{'ms':>7}"]
+        apart = any(row.held_out_error is not None for row in self.layers)
+        lines = [
+            f"{'layer':44}{'output error':>13}{'weight error':>13}{'bits':>7}{'ms':>7}{'held-out error' * apart:>16}"
+        ]
         lines += [
             f"{r.name:44}{_number(r.output_error):>13}{r.weight_error:13.2e}{r.bits_per_weight:7.2f}"
-            f"{r.seconds * 1e3:7.0f}"
+            f"{r.seconds * 1e3:7.0f}{_number(r.held_out_error) * apart:>16}"
             for r in self.layers
         ]
+        lines = [line.rstrip() for line in lines]
         lines.append(
             f"{self.method.name}: {self.nbytes:,} bytes, {self.bits_per_parameter:.2f} bits per parameter, "
             f"{self.seconds:.1f} s"

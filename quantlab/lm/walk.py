@@ -2,7 +2,9 @@
 
 import copy
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
@@ -11,20 +13,21 @@ from tqdm.auto import tqdm
 from quantlab.arguments import check_flag, check_function, check_kind, check_model, kind
 from quantlab.hessian import Hessian
 from quantlab.lm.blocks import Arguments, advance, block_inputs, input_hessians
-from quantlab.lm.checkpoint import Checkpoint, open_checkpoint
+from quantlab.lm.checkpoint import Checkpoint, hash_tensors, open_checkpoint
 from quantlab.lm.integers import replace_block
 from quantlab.lm.layers import activation_scales, blocks_of, embedding_layers, float_layers, linear_layers
 from quantlab.lm.measuring import checked_windows
 from quantlab.lm.report import LayerReport, QuantizeReport, left_in_float, model_bytes
 from quantlab.methods import IntegerMethod, Method, SmoothQuant, WeightMethod, method_of, plain
-from quantlab.modules import check_codes_fit, linears_in, put_weight, weight_of
+from quantlab.modules import check_codes_fit, check_finite, linears_in, put_weight, weight_of
 from quantlab.outliers import smooth
 from quantlab.quantized import Quantized
 
 
 def quantize_lm(
     model, tokens: Tensor | None = None, method: str | Method = "rtn", *, window: int = 512, progress: bool = True,
-    checkpoint=None, in_place: bool = False, output_errors: bool | None = None, **settings,
+    checkpoint=None, in_place: bool = False, output_errors: bool | None = None, held_out: Tensor | None = None,
+    **settings,
 ) -> tuple[nn.Module, QuantizeReport]:  # fmt: skip
     """A new model with its linear layers quantized, and a report.
 
@@ -35,7 +38,8 @@ def quantize_lm(
     A method that needs no data rounds layer after layer, and no token is read. The others walk: block by block, with
     one block's inputs in memory, each calibrated on what the quantized blocks before it give out; layers that read
     the same input (q, k, v) share one Hessian and factorization. output_errors: measure what each layer's output loses
-    on the tokens; None: where the method reads them anyway.
+    on the tokens; None: where the method reads them anyway. held_out (weights only): other tokens, on which each
+    layer's output error is measured as well: GPTQ fits the noise of too few tokens, and only there it shows.
     The given model is not changed; embeddings, norms and head stay as they are.
 
     checkpoint (a folder; weights only): each finished block is written there. A walk that was interrupted goes on from
@@ -43,24 +47,30 @@ def quantize_lm(
     in_place (weights only): the given model becomes the quantized one, and no second model is held. With a checkpoint,
     the walk then needs little more than one block and its inputs.
 
-    Shapes: tokens (n,), cut into windows. Raises: ValueError for an unknown method or setting, a value that the method
-    refuses, tokens that are missing or fewer than one window can use, or a checkpoint of another walk.
+    Shapes: tokens (n,), cut into windows. Warns if GPTQ gets fewer than two tokens for each input of the widest layer.
+    Raises: ValueError for an unknown method or setting, a value that the method refuses, tokens that are missing or
+    fewer than one window can use, a weight that is not finite, or a checkpoint of another walk.
     """
     method = method_of(method, **settings)
     progress, in_place = check_flag(progress, "progress"), check_flag(in_place, "in_place")
     reads = method.needs_data or (output_errors is not None and check_flag(output_errors, "output_errors"))
     window, tokens = _checked(model, tokens, window, reads)
-    _check_walk(model, method, checkpoint, in_place)
+    apart = None if held_out is None else checked_windows(model, held_out, window, None)[0]
+    _check_walk(model, method, weights_only={"checkpoint": checkpoint, "in_place": in_place, "held_out": apart})
     report = QuantizeReport(method, (len(tokens) // window * window or len(tokens)) if method.needs_data else 0)
     if checkpoint is not None:
-        report.qtensors = checkpoint = open_checkpoint(checkpoint, model, tokens, _settings_of(method, window, reads))
+        what = _settings_of(method, window, reads, held_out)
+        report.qtensors = checkpoint = open_checkpoint(checkpoint, model, tokens, what)
     report.note = _note(model, method, report.calibration_tokens)
+    if report.note:
+        warnings.warn(report.note, stacklevel=2)
     began = time.perf_counter()
     new = _start(model, tokens, window, method, in_place)
     with torch.no_grad():
         walked = _walked(new, tokens if reads else None, window, moved_on=isinstance(method, IntegerMethod))
-        for block in _bar(walked, len(blocks_of(new)[1]), method, progress):
-            _quantize_block(*block, report, checkpoint)
+        others = repeat(None) if apart is None else _walked(new, held_out, apart, moved_on=False)
+        for block, other in zip(_bar(walked, len(blocks_of(new)[1]), method, progress), others, strict=False):
+            _quantize_block(*block, report, checkpoint, other)
     report.seconds = time.perf_counter() - began if method.needs_data else sum(row.seconds for row in report.layers)
     return new, _counted(report, new, sum(p.numel() for p in model.parameters()))
 
@@ -73,6 +83,7 @@ def quantize_weights(model, quantizer: Callable[[Tensor], Quantized]) -> tuple[n
     """
     check_function(quantizer, "quantizer", "a weight")
     new, qtensors = copy.deepcopy(check_model(model)).eval(), {}
+    check_finite(new)
     for name, layer in float_layers(new).items():
         qtensors[name] = q = quantizer(weight_of(layer).clone())
         if not hasattr(q, "dequantize") or not hasattr(q, "nbytes"):
@@ -106,10 +117,12 @@ def _checked(model, tokens: Tensor | None, window: int, reads: bool) -> tuple[in
     return checked_windows(model, tokens, window, None)[0], tokens
 
 
-def _check_walk(model, method: Method, checkpoint, in_place: bool) -> None:
+def _check_walk(model, method: Method, weights_only: dict) -> None:
     layers = float_layers(model)
-    if (checkpoint is not None or in_place) and not isinstance(method, WeightMethod):
-        raise ValueError(f"checkpoint and in_place are for methods that round weights alone, got {method!r}")
+    check_finite(model)
+    asked = [name for name, value in weights_only.items() if value is not None and value is not False]
+    if asked and not isinstance(method, WeightMethod):
+        raise ValueError(f"{asked[0]} is for methods that round weights alone, got {method!r}")
     bits = getattr(method, "bits", None)
     if isinstance(bits, Mapping) and bits.keys() != layers.keys():
         odd = sorted(bits.keys() ^ layers.keys())
@@ -126,15 +139,24 @@ def _counted(report: QuantizeReport, new: nn.Module, parameters: int) -> Quantiz
 
 def _note(model, method: Method, tokens: int) -> str:
     """GPTQ fits the noise of too few tokens; the output errors on these tokens do not show it."""
+    by_gptq = method.name == "gptq" or getattr(method, "rounding", None) == "gptq"
+    return few_tokens(model, tokens) if by_gptq else ""
+
+
+def few_tokens(model, tokens: int) -> str:
+    """A sentence if these are too few for GPTQ on this model: fewer than two for each input of the widest layer."""
     widest = max(weight_of(layer).shape[1] for layer in float_layers(model).values())
-    if method.name != "gptq" or tokens >= 2 * widest:
+    if tokens >= 2 * widest:
         return ""
     return f"{tokens} tokens are few for {widest} inputs: GPTQ fits their noise, and output errors on them flatter it"
 
 
-def _settings_of(method: Method, window: int, reads: bool) -> dict:
+def _settings_of(method: Method, window: int, reads: bool, held_out: Tensor | None) -> dict:
     settings = {name: plain(value) for name, value in method.settings.items()}
-    return {"method": method.name, "settings": settings, "window": window, "output errors": reads}
+    apart = None if held_out is None else hash_tensors({"held out": held_out})
+    return {
+        "method": method.name, "settings": settings, "window": window, "output errors": reads, "held-out tokens": apart,
+    }  # fmt: skip
 
 
 def _start(model, tokens: Tensor, window: int, method: Method, in_place: bool) -> nn.Module:
@@ -164,15 +186,18 @@ def _walked(model, tokens: Tensor | None, window: int, *, moved_on: bool) -> Ite
 
 def _quantize_block(
     i: int, prefix: str, block, hidden: list[Tensor] | None, arguments: Arguments | None, report: QuantizeReport,
-    checkpoint: Checkpoint | None,
+    checkpoint: Checkpoint | None, other: tuple | None,
 ) -> None:  # fmt: skip
-    """Quantize one block of the new model in place, or take it from the checkpoint."""
+    """Quantize one block of the new model in place, or take it from the checkpoint. other: reading held-out tokens."""
     if isinstance(report.method, IntegerMethod):
         replace_block(prefix, block, hidden, arguments, report)
         return
     done = checkpoint.load(i) if checkpoint is not None else None
     if done is None:
+        before = None if other is None else _reading(block, *other[3:])
         qtensors, done = _round_block(prefix, block, hidden, arguments, report.method)
+        if before is not None:
+            done = [row._replace(held_out_error=_lost(block, row.name.removeprefix(prefix), before)) for row in done]
         if checkpoint is not None:
             checkpoint.save(i, qtensors, done)
         else:
@@ -182,6 +207,18 @@ def _quantize_block(
         for row in done:
             put_weight(layers[row.name.removeprefix(prefix)], checkpoint[row.name].dequantize())
     report.layers += done
+
+
+def _reading(block, hidden: list[Tensor], arguments: Arguments) -> dict[str, tuple[Tensor, Hessian]]:
+    """Of each linear layer of a block that is still float: its weight, and the Hessian of what it reads."""
+    groups = input_hessians(block, hidden, arguments)
+    return {name: (weight_of(layer).clone(), h) for layers, h in groups for name, layer in layers.items()}
+
+
+def _lost(block, name: str, before: dict[str, tuple[Tensor, Hessian]]) -> float | None:
+    """The output error of the layer as it is now; None where it has read nothing."""
+    weight, hessian = before.get(name, (None, None))
+    return None if hessian is None else hessian.output_error(weight, weight_of(block.get_submodule(name)))
 
 
 def _round_block(
