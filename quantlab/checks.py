@@ -2,12 +2,13 @@
 
 import importlib
 import inspect
+from collections.abc import Callable
 
 from quantlab.exercises import CHAPTERS
 from quantlab.judging import Exercise, Wrong, expect, judge
 from quantlab.progress import remember
 
-__all__ = ["Exercise", "Wrong", "check", "expect", "find", "found", "hint", "judge", "solution"]
+__all__ = ["Exercise", "Wrong", "check", "expect", "find", "found", "hint", "judge", "lm_where", "solution"]
 
 _given: dict[str, int] = {}  # hints shown so far, by exercise
 
@@ -74,3 +75,19 @@ def found(holds: bool, claim: str, *, of: str = "model", home: str = "bundled", 
     if of == "model" and (on or chosen_model()) == home:
         raise AssertionError(f"not so, though it was found on this model: {claim}")
     print(f"Not so on this {of}: {claim}")
+
+
+def lm_where(works: Callable):
+    """(model, tokenizer) of load_lm, if works(model) raises no ValueError; else the bundled ones, and a line says why.
+
+    For a chapter that needs of a model what not all have: norms that linear layers alone read, say.
+    """
+    from quantlab.lm import DATA, load_lm
+
+    model, tokenizer = load_lm()
+    try:
+        works(model)
+    except ValueError as why:
+        print(f"On the bundled model, since {why}")
+        return load_lm(str(DATA / "model"))
+    return model, tokenizer

@@ -66,7 +66,7 @@ def read_json(path, keys: dict[str, type | tuple] | None = None):
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a byte order mark in front
     except ValueError as error:  # no JSON, or no UTF-8
         raise ValueError(f"{path} is damaged: {error}") from error
     if keys is not None and not isinstance(content, dict):

@@ -177,7 +177,7 @@ class MSE(Histogram):
     (True, True)
     """
 
-    FRACTIONS = 2.0 ** (-torch.arange(57) / 8)
+    FRACTIONS = 2.0 ** (-torch.arange(57, dtype=torch.float32) / 8)
 
     def __init__(self, *, bits: int = 8, symmetric: bool = False):
         super().__init__()
@@ -206,7 +206,7 @@ class MSE(Histogram):
 
     def _moments(self, x: Tensor) -> list[Tensor]:
         """∫1, ∫t and ∫t² over the values t seen up to x; those of a bin are spread evenly over it."""
-        edges, density = self.edges(), self.counts / self.width
+        edges, density = self.edges(), self.counts.float() / self.width
         bins = torch.floor(x / self.width).long().add_(self.BINS).clamp_(max=2 * self.BINS - 1)
         moments = []
         for power in (1, 2, 3):

@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import quantlab.exercises
 from quantlab import checks
 from quantlab.exercises import CHAPTERS
+from quantlab.lm import load_lm
 
 FILES = CHAPTERS.values()  # in reading order: every xdist worker must collect the same tests in the same order
 NAMES = [name for file in FILES for name in importlib.import_module(f"quantlab.exercises.{file}").EXERCISES]
@@ -146,3 +148,24 @@ def test_a_finding_may_have_another_home_than_the_bundled_model(chosen, monkeypa
     checks.found(False, "3 is below 2", home="smollm2", on="bundled")
     checks.found(True, "so", home="smollm2", on="smollm2")
     assert capsys.readouterr().out == "Not so on this model: 3 is below 2\n"
+
+
+def test_a_chapter_that_the_chosen_model_does_not_suit_takes_the_bundled_one(monkeypatch, capsys):
+    bundled = sum(p.numel() for p in checks.lm_where(lambda model: None)[0].parameters())
+    assert capsys.readouterr().out == ""
+    config = LlamaConfig(vocab_size=2048, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+                         num_attention_heads=2)  # fmt: skip
+    other, tokenizer = LlamaForCausalLM(config), object()
+
+    def load(name="bundled"):
+        return (other, tokenizer) if name == "bundled" else load_lm(name)
+
+    monkeypatch.setattr("quantlab.lm.load_lm", load)
+    assert checks.lm_where(lambda model: None) == (other, tokenizer)
+
+    def works(model):
+        raise ValueError("it has no such norm")
+
+    model, _ = checks.lm_where(works)
+    assert sum(p.numel() for p in model.parameters()) == bundled
+    assert capsys.readouterr().out == "On the bundled model, since it has no such norm\n"

@@ -428,6 +428,14 @@ def test_nothing_given_is_changed():
     assert all(torch.equal(new, old) for new, old in zip(after, before, strict=True))
 
 
+def test_a_layer_without_errors_can_be_explored():
+    """A layer of zeros is rounded exactly, and no ratio of its errors exists."""
+    hessian = Hessian(32).add(torch.randn(64, 32, generator=torch.Generator().manual_seed(0)))
+    for weight in (torch.zeros(8, 32), torch.ones(8, 32)):
+        explorer = put(ex.explore_gptq(weight, hessian), bits=3, group=16)
+        shows(explorer, "– ×")
+
+
 @pytest.mark.parametrize("count", [1, 2, 5, 7, 200])
 def test_rows_are_picked_evenly_from_the_first_to_the_last(count):
     rows = data.evenly(torch.arange(100.0), count)

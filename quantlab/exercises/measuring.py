@@ -1,6 +1,7 @@
 """Exercises of chapter 6: measuring a language model."""
 
 import math
+import warnings
 from functools import cache
 
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 
 from quantlab.exercises.material import uniform
 from quantlab.judging import Exercise, as_number, call, expect, shown
-from quantlab.lm import divergence, load_lm, load_text, quantize_lm, token_stream
+from quantlab.lm import DATA, divergence, load_lm, load_text, quantize_lm, token_stream
 
 
 def perplexity_solution(logits, tokens):
@@ -84,8 +85,8 @@ def least_bits_solution(model, tokens, target):
 
 @cache
 def _measured() -> tuple:
-    """The bundled model, and the first 1024 tokens of the eval text."""
-    model, tokenizer = load_lm()
+    """The bundled model, on which every target can be met, and the first 1024 tokens of the eval text."""
+    model, tokenizer = load_lm(str(DATA / "model"))
     return model, token_stream(tokenizer, load_text("eval"))[:1024]
 
 
@@ -130,14 +131,19 @@ def leak_solution(model, suspect, rounded, texts):
 
 @cache
 def _suspects() -> tuple:
-    """(model, rounded, texts, {index of the text that a suspect has read, or None: the suspect})."""
-    model, tokenizer = load_lm()
+    """(model, rounded, texts, {index of the text that a suspect has read, or None: the suspect}).
+
+    Of the bundled model, whatever model the workbook runs on: there it is known that what was read shows.
+    """
+    model, tokenizer = load_lm(str(DATA / "model"))
     stream = token_stream(tokenizer, load_text("eval"))
     texts = [stream[start : start + 512] for start in (0, 2048, 4096)]
     elsewhere = token_stream(tokenizer, load_text("calibration"))[:512]
 
     def quantized(text, method):
-        return quantize_lm(model, text, method=method, bits=3, group_size=128, window=128, progress=False)[0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # so few tokens that GPTQ learns them by heart: a leak that shows
+            return quantize_lm(model, text, method=method, bits=3, group_size=128, window=128, progress=False)[0]
 
     suspects = {read: quantized(text, "gptq") for read, text in ((2, texts[2]), (None, elsewhere), (0, texts[0]))}
     return model, quantized(elsewhere, "rtn"), texts, suspects

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from quantlab.awq import ScaledQTensor, scale_and_round, scales_of
 from quantlab.explorers.base import Explorer, bind, figure
-from quantlab.explorers.data import evenly, relative_error
+from quantlab.explorers.data import evenly, relative_error, times
 from quantlab.hessian import Hessian, check_weight
 from quantlab.plots import ERROR, FLOAT, OTHER, QUANTIZED
 
@@ -136,8 +136,8 @@ def _describe(layer: _Layer, found: _Errors, at: int) -> str:
     return (
         f"alpha {ALPHAS[at]:.2f}: s {s.min():.2f} to {s.max():.2f}   step: loud {loud:.2f} ×, others {others:.2f} ×   "
         f"true bits per weight {found.bits:.3f}, s folded away\n"
-        f"weight error {found.weight[at]:.2e} ({found.weight[at] / found.weight[0]:.2f} ×)   "
-        f"output error {output[at]:.2e} ({output[at] / output[0]:.2f} ×)   "
+        f"weight error {found.weight[at]:.2e} ({times(found.weight[at], found.weight[0])})   "
+        f"output error {output[at]:.2e} ({times(output[at], output[0])})   "
         f"best {output[best]:.2e} at alpha {ALPHAS[best]:.2f}"
     )
 

@@ -80,6 +80,15 @@ def grid_points(qp: QParams) -> list[float]:
     return dequantize(torch.arange(qp.qmin, qp.qmax + 1), qp).tolist()
 
 
+def times(now: float, before: float, digits: int = 2) -> str:
+    """How many times `before` it is, for people to read.
+
+    >>> times(1.0, 4.0), times(0.0, 0.0)
+    ('0.25 ×', '– ×')
+    """
+    return f"{now / before:.{digits}f} ×" if before else "– ×"
+
+
 def relative_error(y: Tensor, y_hat: Tensor) -> float:
     """‖ŷ - y‖² / ‖y‖²; 0 where both are."""
     return mse(y, y_hat) / max(y.double().square().mean().item(), _TINY)

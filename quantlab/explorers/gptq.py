@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from quantlab.explorers.base import Explorer, bind, figure
-from quantlab.explorers.data import relative_error, states, thinned
+from quantlab.explorers.data import relative_error, states, thinned, times
 from quantlab.gptq import gptq_quantize, gptq_steps
 from quantlab.granularity import QTensor, quantize_tensor, rows_or_groups
 from quantlab.hessian import Hessian
@@ -66,13 +66,13 @@ def _measure(weight: Tensor, q: QTensor, row_energy: Callable, energy: Tensor) -
     back = q.dequantize()
     lost = row_energy(weight - back)
     output = (lost.sum() / energy.sum().clamp(min=torch.finfo(torch.float64).tiny)).item()  # as Hessian.output_error
-    return _Errors(relative_error(weight, back), output, (lost / energy).numpy(), q.bits_per_element)
+    return _Errors(relative_error(weight, back), output, (lost / energy.clamp(min=1e-30)).numpy(), q.bits_per_element)
 
 
 def _describe(nearest: _Errors, gptq: _Errors) -> str:
     return (
-        f"weight error {nearest.weight:.2e} → {gptq.weight:.2e} ({gptq.weight / nearest.weight:.2f} ×)   "
-        f"output error {nearest.output:.2e} → {gptq.output:.2e} ({gptq.output / nearest.output:.2f} ×)\n"
+        f"weight error {nearest.weight:.2e} → {gptq.weight:.2e} ({times(gptq.weight, nearest.weight)})   "
+        f"output error {nearest.output:.2e} → {gptq.output:.2e} ({times(gptq.output, nearest.output)})\n"
         f"rows that GPTQ improves: {np.mean(gptq.rows < nearest.rows):.0%}   true bits per weight {nearest.bits:.2f} → "
         f"{gptq.bits:.2f}{' (the order must be stored)' if gptq.bits > nearest.bits else ''}"
     )

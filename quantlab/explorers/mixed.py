@@ -125,7 +125,7 @@ class _Picture:
         self.moving = [self.bits, *self.digits.values(), self.here]
 
     def show(self, found: Allocation) -> None:
-        self.bits.set_data(_table({name: found.bits[name] for name in self.names}))
+        self.bits.set_data(layer_table({name: found.bits[name] for name in self.names})[1])
         for name, digit in self.digits.items():
             digit.set_text(str(found.bits[name]))
         self.here.set_data([found.nbytes / 1000], [found.kl])
@@ -153,15 +153,15 @@ def _rows_and_columns(places: dict) -> tuple[list[str], list[int]]:
     return list(dict.fromkeys(kind for _, kind in places.values())), sorted({block for block, _ in places.values()})
 
 
-def _table(values: dict) -> np.ndarray:
-    """A row for each kind of layer, a column for each block; nan where a block has none of the kind."""
+def layer_table(values: dict) -> tuple[list[str], np.ndarray]:
+    """The kinds of layers, and a table: a row for each kind, a column for each block, nan where it has none of it."""
     places = _places(values)
     kinds, blocks = _rows_and_columns(places)
     table = np.full((len(kinds), len(blocks)), np.nan)
     for name, value in values.items():
         block, kind = places[name]
         table[kinds.index(kind), blocks.index(block)] = value
-    return table
+    return kinds, table
 
 
 def _draw_table(ax: Axes, costs: dict):
@@ -170,9 +170,8 @@ def _draw_table(ax: Axes, costs: dict):
     shades = _blues(len(widths))
     edges = [widths[0] - 0.5, *((a + b) / 2 for a, b in zip(widths, widths[1:], strict=False)), widths[-1] + 0.5]
     colours = {"cmap": ListedColormap(shades), "norm": BoundaryNorm(edges, len(widths))}
-    table = _table({name: widths[0] for name in costs})
+    kinds, table = layer_table({name: widths[0] for name in costs})
     picture = ax.imshow(table, aspect="auto", interpolation="nearest", **colours)
-    kinds, _ = _rows_and_columns(_places(costs))
     ax.set(title="bits of each layer", xlabel="block", yticks=range(len(kinds)), xticks=[])
     ax.set_yticklabels(kinds, fontsize="small")
     keys = [Patch(facecolor=shade, edgecolor="0.6", label=f"{b} bits") for shade, b in zip(shades, widths, strict=True)]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantlab.codebook import nf4_levels, quantize_codebook
 from quantlab.explorers.base import Explorer, bind, figure
-from quantlab.explorers.data import check_layer, relative_error
+from quantlab.explorers.data import check_layer, relative_error, times
 from quantlab.gptq import gptq_quantize
 from quantlab.granularity import PerGroup, quantize_tensor
 from quantlab.hessian import Hessian
@@ -88,7 +88,7 @@ def _describe(now: _Point, plain: _Point, block: int, scale: int, offset: bool) 
     stored = "float16" if scale == 16 else f"{scale} bits, one float16 for {SUPER} weights"
     return (
         f"4 bits, blocks of {block}, {parts} of {stored}: {now.bits:.3f} true bits\n"
-        f"weight error {now.weight:.2e} ({now.weight / plain.weight:.3f} × that of float16 scales, which need "
+        f"weight error {now.weight:.2e} ({times(now.weight, plain.weight, 3)} that of float16 scales, which need "
         f"{plain.bits:.3f} bits)   output error {now.output:.2e}"
     )
 

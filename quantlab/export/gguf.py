@@ -135,7 +135,7 @@ def _compare(metadata: dict, tensors: dict[str, GGUFTensor], path: Path) -> None
     odd += [
         k
         for k, v in metadata.items()
-        if k in keys and (torch.tensor(v).ne(keys[k]) if isinstance(v, float) else v != keys[k])
+        if k in keys and (torch.tensor(v, dtype=torch.float32).ne(keys[k]) if isinstance(v, float) else v != keys[k])
     ]
     for name in tensors.keys() & found.keys():
         values = torch.from_numpy(dequantize(found[name].data, found[name].tensor_type).copy())

@@ -7,6 +7,7 @@ The last dimension of a tensor is a block. Halves are rounded to even, as there.
 import torch
 from torch import Tensor
 
+_TENTH = torch.tensor(0.1, dtype=torch.float32)
 NOTHING = 1e-15  # a block whose largest magnitude is below this is all zeros
 
 
@@ -21,7 +22,7 @@ def fit_scale(x: Tensor, weights: Tensor, half: int) -> tuple[Tensor, Tensor]:
     largest = largest.masked_fill(empty, 1.0)
     codes, scale, explained = torch.zeros_like(x), torch.zeros_like(largest), torch.full_like(largest, -1.0)
     for k in (0, *range(-9, 0), *range(1, 10)):
-        q = (x * (-(half + torch.tensor(0.1) * k) / largest)).round().clamp(-half, half - 1)
+        q = (x * (-(half + _TENTH * k) / largest)).round().clamp(-half, half - 1)
         xq, qq = (weights * x * q).sum(-1, keepdim=True), (weights * q * q).sum(-1, keepdim=True)
         better = (qq > 0) & (xq * xq > explained * qq) | (k == 0)
         best = torch.where(qq > 0, xq / qq, 0.0)
@@ -77,7 +78,7 @@ def fit_ladder(values: Tensor, weights: Tensor, top: int = 63) -> tuple[Tensor, 
     largest = largest.masked_fill(empty, 1.0)
     inverse, error = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
     for k in (0, *range(-4, 0), *range(1, 5)):
-        tried = (torch.tensor(0.1) * k + top) / largest
+        tried = (_TENTH * k + top) / largest
         left = (weights * (values - (tried * values).round().clamp(max=top) / tried).square()).sum(-1, keepdim=True)
         inverse, error = torch.where(left < error, tried, inverse), torch.minimum(left, error)
     codes = (inverse * values).round().clamp(max=top)

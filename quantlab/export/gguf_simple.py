@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quantlab.export.gguf_fits import fit_affine, fit_scale
 
-_STARTS = torch.tensor(0.05) * torch.arange(37) - 0.9  # of fit_affine, as llama.cpp has them
+_STARTS = torch.tensor(0.05, dtype=torch.float32) * torch.arange(37) - 0.9  # of fit_affine, as llama.cpp has them
 
 
 def halves(x: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ from torch import Tensor
 from quantlab.export.gguf_fits import NOTHING, fit_affine, fit_ladder, fit_scale, ladder
 from quantlab.export.gguf_simple import bit_planes, floats, from_bit_planes, from_nibbles, halves, nibbles
 
-_FINE = torch.tensor(0.05) * torch.arange(37) - 0.9  # starts of fit_affine, as llama.cpp has them: with importance,
-_PLAIN = {15: torch.tensor(0.1) * torch.arange(21) - 1.0, 31: torch.tensor(0.1) * torch.arange(16) - 0.5}  # and without
+_TWENTIETH, _TENTH = torch.tensor([0.05, 0.1], dtype=torch.float32)
+_FINE = _TWENTIETH * torch.arange(37) - 0.9  # starts of fit_affine, as llama.cpp has them: with importance,
+_PLAIN = {15: _TENTH * torch.arange(21) - 1.0, 31: _TENTH * torch.arange(16) - 0.5}  # and without
 
 
 def encode_q4_k(x: Tensor, weights: Tensor | None) -> Tensor:

@@ -27,7 +27,7 @@ def int32_bias(bias: Tensor, step: Tensor) -> Tensor:
 
 def float_bias(bias: Tensor | None, rows: int) -> Tensor:
     """A bias (rows,) in float32, of zeros if there is none. Raises: ValueError if it has another shape."""
-    bias = torch.zeros(rows) if bias is None else check_real(bias, "bias").detach().float()
+    bias = torch.zeros(rows, dtype=torch.float32) if bias is None else check_real(bias, "bias").detach().float()
     if bias.shape != (rows,):
         raise ValueError(f"bias must be ({rows},), got {tuple(bias.shape)}")
     return bias
