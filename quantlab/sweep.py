@@ -1,13 +1,14 @@
 """Sweeps: many ways of quantizing one model, measured side by side, each result kept on disk.
 
 python -m quantlab.sweep --out ledger.csv --methods rtn gptq "gptq act-order" nf4 --bits 8 4 3 2
-python -m quantlab.sweep --out ledger-smollm2.csv --model smollm2     # all that a real model is compared by
+python -m quantlab.sweep --model smollm2     # all that a real model is compared by, in ledger-smollm2.csv
 """
 
 import argparse
 import hashlib
 import itertools
 import json
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -227,7 +228,7 @@ def _read(path: Path) -> Row | None:
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """The command line: measure the float model and these ways, and write their rows in place of older ones."""
     parser = argparse.ArgumentParser(prog="python -m quantlab.sweep", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default="ledger.csv", help="the ledger to write the rows to")
+    parser.add_argument("--out", help="the ledger for the rows; ledger.csv, or ledger-NAME.csv of another model")
     parser.add_argument("--methods", nargs="+", choices=list(NAMED), metavar="METHOD", help=", ".join(NAMED))
     parser.add_argument("--bits", nargs="+", type=int, default=[8, 4, 3, 2], metavar="BITS")
     parser.add_argument("--group", type=int, default=128, help="group size; NF4 keeps its blocks of 64")
@@ -241,11 +242,20 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
             jobs.append(NAMED[name])
         else:
             jobs += [replace(NAMED[name], bits=bits, group_size=chosen.group) for bits in chosen.bits]
+    out = chosen.out or ("ledger.csv" if chosen.model == "bundled" else f"ledger-{_file_name(chosen.model)}.csv")
     rows = [_float_row(chosen.model), *sweep(chosen.model, jobs, folder=chosen.cache, n_jobs=chosen.n_jobs)]
     for row in rows:
-        ledger.append(row, chosen.out)
+        ledger.append(row, out)
     print(ledger.Table(rows))
+    if chosen.model == "smollm2":
+        print("These float weights once stood on a 4-bit grid of groups of 32 (Q4_1, with a real offset).")
+    print(f"{len(rows)} rows in {out}")
     return rows
+
+
+def _file_name(model: str) -> str:
+    """What of a model's name or folder goes into a file's name."""
+    return re.sub(r"[^\w.-]+", "-", Path(model).name if Path(model).is_dir() else model)
 
 
 def _float_row(name: str) -> Row:

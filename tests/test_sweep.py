@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import joblib
 import pytest
@@ -326,3 +327,13 @@ def test_command_line(name, tmp_path, capsys):
     assert ledger.read(out) == rows
     assert "nf4" in capsys.readouterr().out
     assert sweep.main([*words, "--out", str(out), "--n-jobs", "1"]) == ledger.read(out) == rows
+
+
+def test_another_model_has_a_ledger_of_its_own(name, tmp_path, monkeypatch):
+    """A row's key is method, bits and group: in one file it would take the place of the bundled model's."""
+    monkeypatch.chdir(tmp_path)
+    rows = sweep.main(["--methods", "rtn", "--bits", "3", "--model", name, "--cache", "cache", "--n-jobs", "1"])
+    (written,) = tmp_path.glob("*.csv")
+    assert written.name == f"ledger-{Path(name).name}.csv"
+    assert ledger.read(written) == rows
+    assert sweep._file_name("org/name@v1") == "org-name-v1"
