@@ -70,7 +70,7 @@ print(generate(model, tokenizer, "Once upon a time", tokens=80))
 # %%
 from quantlab.lm import budget, chosen_model, longest_context
 
-config, parameters = model.config, sum(p.numel() for p in model.parameters())
+config, parameters = model.config.get_text_config(), sum(p.numel() for p in model.parameters())
 work = parameters * budget(model, 4096) / (3_672_320 * 4096)  # over the bundled model's
 longer = f"about {work:.0f} times as long as" if work > 1.5 else "no longer than"
 print(f"{chosen_model()}: {parameters:,} parameters, {config.num_hidden_layers} blocks of width "

@@ -37,7 +37,7 @@ from quantlab.plots import ERROR, plot_against_bits, plot_curves, plot_histogram
 
 model, tokenizer = load_lm()
 layers = linear_layers(model)
-down, q = (list(layers_of_role(model, role))[1] for role in ("down", "query"))
+down, q = (list(layers_of_role(model, role))[:2][-1] for role in ("down", "query"))
 n = budget(model, 8192)
 tokens = {name: token_stream(tokenizer, load_text(name)) for name in ("calibration", "eval")}
 seen, fresh = (capture_inputs(model, tokens[name][:n], [down, q])
@@ -531,7 +531,8 @@ embedding.data = torch.rand(embedding.shape, generator=random)
 any_token = torch.randint(0, len(embedding), (1024,), generator=random)
 sources = {"calibration text": (model, tokens["calibration"][:1024]),
            "random tokens": (model, any_token), "random numbers": (noisy, any_token)}
-step, each = -(-len(layers) // 40), len(layers) // model.config.num_hidden_layers
+blocks = model.config.get_text_config().num_hidden_layers
+step, each = -(-len(layers) // 40), len(layers) // blocks
 some = [name for i, name in enumerate(layers) if i // each % step == 0]
 inputs = {key: capture_inputs(m, ids, some) for key, (m, ids) in sources.items()}
 read = inputs["calibration text"]

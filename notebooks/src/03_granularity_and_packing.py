@@ -394,9 +394,8 @@ def count_bytes(bits, group_size):
 rest = Counter()
 for name, p in model.named_parameters():
     if name.removesuffix(".weight") not in layers:
-        rest["embedding" if p.ndim == 2 else "norms"] += (
-            2 * p.numel()
-        )  # biases count with the norms
+        kind = {1: "norms", 2: "embedding"}.get(p.ndim, "experts")  # biases count with the norms
+        rest[kind] += 2 * p.numel()
 parts, weights = count_bytes(4, 128) + rest, sum(p.numel() for p in model.parameters())
 predicted = parts.total()
 assert predicted > weights / 2

@@ -62,7 +62,8 @@ check("10.4", my_nearest_plane)
 # %% tags=["nbval-ignore-output"]
 from quantlab.exercises.gptq import babai_solution, column_solution
 
-few = hessian.matrix[:64, :64] + 0.01 * hessian.matrix.diagonal().mean() * torch.eye(64)
+few = hessian.matrix[:64, :64]
+few = few + 0.01 * hessian.matrix.diagonal().mean() * torch.eye(len(few))
 # A grid of 3 bits for all rows.
 some, step = weight[:, :64].double(), weight.abs().max().item() / 3.5
 plane = babai_solution(some, torch.linalg.cholesky(few, upper=True), step)
@@ -170,7 +171,9 @@ print("by tokens, damping 0.01:", {n: round(e, 2) for n, e in zip(sizes, honest,
 # and next to no damping are *worse than rounding* here: half of the directions were never seen, and there GPTQ takes
 # errors to be free. Damping says that no error is free; the fewer the tokens, the more of it is needed. With all 8192
 # tokens, any damping up to 0.1 does about as well. And beyond 2048 tokens, eight times as many as inputs, more of
-# them change little. So take at least eight tokens for each input, and leave damping at 0.01.
+# them change little. So take at least eight tokens for each input, and leave damping at 0.01. (Below two, `quantize_lm`
+# warns. On a real model, whose layers are up to 1,536 wide, 1,024 tokens make the widest layers worse than nearest
+# rounding does: [notebook 16](16_a_real_model.ipynb), section 7.)
 #
 # ### Which text?
 # **Predict** the order: 4096 tokens of stories; the same shuffled; *random* tokens; the first 256 of the stories 16
@@ -178,7 +181,7 @@ print("by tokens, damping 0.01:", {n: round(e, 2) for n, e in zip(sizes, honest,
 # %% tags=["nbval-ignore-output"]
 random, story = torch.Generator().manual_seed(0), calibration[: budget(model, 4096)]
 texts = {"stories": story, "shuffled": story[torch.randperm(len(story), generator=random)],
-    "random": torch.randint(3, model.config.vocab_size, (len(story),), generator=random),
+    "random": torch.randint(3, len(tokenizer), (len(story),), generator=random),
     f"{len(story) // 16} x 16": story[: len(story) // 16].repeat(16)}
 seen = {kind: capture_inputs(model, text, [name])[name] for kind, text in texts.items()}
 seen["noise"] = torch.randn(len(story), weight.shape[1], generator=random)

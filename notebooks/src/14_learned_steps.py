@@ -35,7 +35,7 @@ from quantlab.predictions import predict, score
 plt.rcParams["figure.figsize"] = 7, 2.5
 model, tokenizer = load_lm()
 calibration = token_stream(tokenizer, load_text("calibration"))
-name, layer = list(layers_of_role(model, "query").items())[1]
+name, layer = list(layers_of_role(model, "query").items())[:2][-1]
 weight, x = weight_of(layer), capture_inputs(model, calibration[:512], [name])[name]
 guess = predict("The best step, times min-max's", (0.3, 1.1), near=0.1)
 # %% tags=["nbval-ignore-output"]

@@ -45,7 +45,7 @@ guess = predict("The bundled model's perplexity on such days?", ["45", "90", "40
 # %% tags=["nbval-ignore-output"]
 texts = {"stories": stories, "log": held}
 before = {name: perplexity(model, text, window=128) for name, text in texts.items()}
-counts = torch.bincount(log, minlength=model.config.vocab_size) + 1.0
+counts = torch.bincount(log, minlength=model.config.get_text_config().vocab_size) + 1.0
 table = (counts / counts.sum()).log()[held].mean().neg().exp().item()
 found(before["log"].value > max(5 * before["stories"].value, 0.8 * table),
       f"the log's perplexity is {before['log'].value:.0f}, the table's is {table:.0f}")
@@ -478,7 +478,7 @@ for layer in lora_layers(stuck).values():
 finetune(stuck, log, **recipe | {"steps": 3, "batch": 1})
 for name, layer in lora_layers(stuck).items():
     assert torch.equal(layer.lora_A["default"].weight, untouched[name].lora_A["default"].weight)
-assert divergence(stuck, base, held[:128], window=128).kl == 0
+assert divergence(stuck, base, held[:128], window=128).kl < 1e-9
 
 other = add_lora(base, rank=8)
 finetune(other, token_stream(tokenizer, load_text("calibration")), **recipe | {"batch": 4})

@@ -43,8 +43,7 @@ found = partial(found_on, on=which, home="smollm2")  # what follows was found on
 small, small_tokenizer = load_lm(str(DATA / "model"))
 sizes = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (small, model)]
 times = sizes[1] / sizes[0]
-f"{which}: {sizes[1]:.0f} million parameters, {times:.0f} times {sizes[0]:.1f} million"
-# %% tags=["nbval-ignore-output"]
+print(f"{which}: {sizes[1]:.0f} million parameters, {times:.0f} times {sizes[0]:.1f} million")
 answer(model, tokenizer, "What is the capital of France?", tokens=12)
 # %% [markdown]
 # A model of the "Instruct" kind expects its **chat template** (对话模板): marks around your words that say who is
@@ -288,7 +287,14 @@ from quantlab.methods import W8A8, LLMInt8, SmoothQuant
 
 WAYS = {"one scale": W8A8(), "a scale a token": W8A8(per="token"), "static": W8A8(per="static"),
         "SmoothQuant": SmoothQuant(), "LLM.int8()": LLMInt8()}
-table = {way: [y.kl(method) for y in (tale, loud_tale, real)] for way, method in WAYS.items()}
+def kl_by(yardstick, method):
+    try:
+        return yardstick.kl(method)
+    except ValueError as why:  # SmoothQuant needs norms that linear layers alone read
+        print(why)
+        return float("nan")
+
+table = {way: [kl_by(y, method) for y in (tale, loud_tale, real)] for way, method in WAYS.items()}
 print(f"{'KL':<18}{'small':>9}{'planted':>9}{which:>12}")
 for way, (a, b, c) in table.items():
     print(f"{way:<18}{a:>9.4f}{b:>9.4f}{c:>12.4f}")
@@ -356,7 +362,7 @@ for result in results:
 # %% tags=["nbval-ignore-output"]
 from quantlab import Hessian, gptq_quantize
 
-down = list(layers_of_role(model, "down"))[1]
+down = list(layers_of_role(model, "down"))[:2][-1]
 weight = some_weight(model, "down", 1)
 many = token_stream(tokenizer, load_text("general_calibration"))
 x = capture_inputs(model, torch.cat([many[:4096], text[:512]]), [down])[down]
@@ -384,7 +390,51 @@ found(lost[4096][1] < plain, "with 4,096 tokens it is better")
 # errors there at no cost, but other text does go there. With 256 and 1,024 tokens the layer is *worse* on other
 # text than nearest rounding, while its error on the tokens that were read looks splendid. With 4,096, more than
 # twice as many as the layer is wide, it is better. `quantize_lm` warns when it gets fewer than two tokens for
-# each input of the widest layer.
+# each input of the widest layer, and with `held_out=tokens` its report has each layer's error on tokens that GPTQ has
+# not read.
+#
+# ### Does the model notice?
+# `benchmarks/calibration_tokens.py` has let GPTQ walk through all 210 layers of SmolLM2 with 1,024 to 16,384 tokens
+# (4 bits, groups of 128; the longest walk takes three minutes). 180 layers have 576 inputs, 30 have 1,536. **Predict**:
+# with 1,024 tokens, is the whole model better off than by nearest rounding? And if GPTQ rounds only the layers with
+# 576 inputs, or only those with 1,536?
+# %%
+import csv
+
+import matplotlib.pyplot as plt
+
+from quantlab.plots import plot_curves
+
+walks = list(csv.DictReader((DATA / "calibration-smollm2.csv").open()))
+whole = {int(walk["tokens"]): float(walk["kl"]) for walk in walks if walk["layers"] == "all"}
+spread = {int(walk["tokens"]): float(walk["kl_error"]) for walk in walks if walk["layers"] == "all"}
+missed = {  # output error on other text, over that of nearest rounding (0 tokens)
+    width: {int(walk["tokens"]): float(walk["held_out"]) for walk in walks
+            if walk["layers"] == "all" and walk["inputs"] == width} for width in ("576", "1536")}
+curves = {f"{width} inputs": (list(lost)[1:], [e / lost[0] for e in list(lost.values())[1:]])
+          for width, lost in missed.items()}
+_, (left, right) = plt.subplots(1, 2, figsize=(8, 2.6), layout="constrained")
+plot_curves(curves, xlabel="tokens", ylabel="error on other text,\nnearest = 1", log="x", ax=left)
+plot_curves({"KL": (list(whole)[1:], list(whole.values())[1:])}, xlabel="tokens",
+            ylabel="KL, nats", log="x", ax=right)
+right.errorbar(list(whole)[1:], list(whole.values())[1:], list(spread.values())[1:], fmt="none",
+               color="0.4", capsize=3)
+for ax, height in ((left, 1), (right, whole[0])):
+    ax.axhline(height, color="0.6")  # nearest rounding
+plt.show()
+alone = {walk["layers"]: float(walk["kl"]) for walk in walks if walk["layers"] != "all"}
+assert curves["1536 inputs"][1][0] > 1.4  # with the fewest tokens
+assert curves["576 inputs"][1][0] < 0.7
+assert whole[16384] < whole[1024] < whole[0]
+for count in (0, 1024, 16384):
+    print(f"{f'GPTQ, {count:,} tokens' if count else 'nearest rounding':20}"
+          f"KL {whole[count]:.3f} ± {spread[count]:.3f}")
+print("1,024 tokens, GPTQ only in layers with", {k: round(kl, 3) for k, kl in alone.items()})
+# %% [markdown]
+# With 1,024 tokens the layers with 1,536 inputs have read less than one token an input, and are 1.5 times as wrong on
+# other text as nearest rounding leaves them; those with 576 inputs have read nearly two, and gain. The model gains
+# little, and nothing by the wide layers: GPTQ in them alone leaves KL where nearest rounding has it. With 16,384 tokens
+# the wide layers gain as well. So it is not the number of tokens that counts, but tokens for each input.
 #
 # ## 8. Ten sentences, two models
 # Each is true of the small model; the number says which notebook it is about. Each is measured on both.
@@ -418,7 +468,12 @@ from quantlab.lm import activation_scales
 
 def behind_norms(model, tokens):
     names = {layer: name for name, layer in linear_layers(model).items()}
-    fed = [names[layer] for _, layers in norm_readers(model) for layer in layers if layer in names]
+    try:
+        readers = norm_readers(model)
+    except ValueError as why:  # a model whose linear layers read no norm
+        print(why)
+        return float("nan")
+    fed = [names[layer] for _, layers in readers for layer in layers if layer in names]
     peaks = activation_scales(model, tokens)
     return max((peaks[name].max() / peaks[name].median()).item() for name in fed)
 
@@ -488,9 +543,7 @@ nearer.reveal("AWQ" if left["smollm2"]["awq"] < left["smollm2"]["gptq"] else "GP
 # (notebook 10b), AWQ makes their steps finer (notebook 11). Whether that is the reason was not tested; the open
 # exercises say how. "The order hardly matters" is an eleventh sentence that holds for the small model only.
 # %%
-import matplotlib.pyplot as plt
-
-from quantlab.plots import pareto_front, plot_curves
+from quantlab.plots import pareto_front
 
 by_method = {}
 for r in stored:
