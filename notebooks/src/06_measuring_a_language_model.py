@@ -444,10 +444,14 @@ ledger.Table(shown)
 #
 # **Predict.** On those 1024 tokens, which looks better? And on test text that neither has read?
 # %% tags=["nbval-ignore-output"]
+import warnings
+
 read, fresh = stream[:1024], stream[4096 : 4096 + budget(model, 2048)]
 
 def gptq(text):
-    return quantize_lm(model, text, method="gptq", bits=3, window=128, progress=False)[0]
+    with warnings.catch_warnings():  # so few tokens, quantize_lm warns, are learnt by heart: as here
+        warnings.simplefilter("ignore")
+        return quantize_lm(model, text, method="gptq", bits=3, window=128, progress=False)[0]
 
 def kl_on(new, text):
     return divergence(model, new, text, window=128)

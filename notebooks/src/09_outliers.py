@@ -520,7 +520,7 @@ f"KL: coded {coded:.4f}, as in the paper {paper:.4f}; plain {plain['llm_int8 spl
 # function alone. If it is *these* channels that matter, only the first can help.
 #
 # And where nobody planted anything? SmolLM2, a real model of 135 million parameters, has grown outliers by itself.
-# Its ledger has the ways of section 7. **Predict**: there, too, do the split and smoothing give nearly all back?
+# Its ledger has the ways of section 7. **Predict**: do the split and smoothing give the loss back there, too?
 # %% tags=["nbval-ignore-output"]
 others = [c + 3 for c in channels]
 helped = {}

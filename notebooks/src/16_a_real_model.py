@@ -429,6 +429,8 @@ assert whole[16384] < whole[1024] < whole[0]
 for count in (0, 1024, 16384):
     print(f"{f'GPTQ, {count:,} tokens' if count else 'nearest rounding':20}"
           f"KL {whole[count]:.3f} ± {spread[count]:.3f}")
+print("1,024 tokens, error on other text, nearest = 1:",
+      {name: round(errors[0], 2) for name, (_, errors) in curves.items()})
 print("1,024 tokens, GPTQ only in layers with", {k: round(kl, 3) for k, kl in alone.items()})
 # %% [markdown]
 # With 1,024 tokens the layers with 1,536 inputs have read less than one token an input, and are 1.5 times as wrong on
