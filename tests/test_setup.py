@@ -148,8 +148,32 @@ def test_options_of_test_go_to_pytest_alone():
         "tests": (["-m", "pytest", "-k", "affine"], {"OMP_NUM_THREADS": "1"})
     }
     names = list(run.steps("test", []))
-    assert (names[0], names[-1]) == ("ruff", "tests")
-    assert {"notebooks", "another model", "notebooks on another processor"} <= set(names)
+    assert names[0] == "ruff"
+    assert {"notebooks", "another model", "notebooks on another processor", "tests"} <= set(names)
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_the_notebooks_run_on_a_model_that_others_trained_where_it_is(here, monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "OTHERS", tmp_path if here else tmp_path / "none")
+    steps = run.steps("test", [])
+    assert (list(steps)[-1] == "notebooks on others' model") == here
+    if here:
+        command, environment = steps["notebooks on others' model"]
+        assert environment["QUANTLAB_MODEL"] == str(tmp_path)
+        assert len([path for path in command if str(path).endswith(".ipynb")]) == 24
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_that_is_left_out_when_it_is_late(late, monkeypatch, capsys):
+    monkeypatch.setattr(run, "setup", lambda: None)
+    both = {"tests": (["1"], {}), "notebooks on others' model": (["2"], {})}
+    monkeypatch.setattr(run, "steps", lambda what, options: both)
+    monkeypatch.setattr(run, "LATE", 0 if late else 3600)
+    called = []
+    monkeypatch.setattr(run.subprocess, "call", lambda command, cwd, env: called.append(command[1]) and None)
+    assert run.main("test") == 0
+    assert called == (["1"] if late else ["1", "2"])
+    assert ("left out: 0 minutes" in capsys.readouterr().out) == late
 
 
 @pytest.mark.parametrize("browser", [None, "/usr/bin/chromium"])

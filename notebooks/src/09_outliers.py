@@ -543,8 +543,8 @@ assert real["smoothquant tensor"] > 0.8 * whole > 10 * real["llm_int8 split"]
 # Undoing the planted channels gives the loss back, and undoing six others does not.
 #
 # On the real model the split works, and a scale for each token nearly as well. A fixed scale is worse than a dynamic
-# one, and **smoothing leaves 0.85 of the loss**. Its outliers are not planted behind norms: a few *tokens* are loud, in layers that no norm feeds, where
-# SmoothQuant has nothing to divide. [Notebook 16](16_a_real_model.ipynb) finds them.
+# one, and **smoothing leaves 0.85 of the loss**. Its outliers are not planted behind norms: a few *tokens* are loud, in
+# layers that no norm feeds, where SmoothQuant has nothing to divide. [Notebook 16](16_a_real_model.ipynb) finds them.
 #
 # ## 9. Exercises
 # ### Exercise 9.4: fit the threshold (about 15 minutes)
