@@ -65,9 +65,10 @@ def theirs(rival: str, model, tokenizer, calibration, method: GPTQ, folder: Path
     how = {name: method.settings[name] for name in ("bits", "group_size", "symmetric", "act_order", "damping")}
     how["act_order"] = "static" if how["act_order"] else None
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    script = Path(__file__).with_name(f"_{rival.replace('-', '_')}.py")
+    script = Path(__file__).resolve().with_name(f"_{rival.replace('-', '_')}.py")
     command = [python_of(rival), script, folder, json.dumps(how)]
-    printed = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+    run = {"env": environment, "cwd": folder, "stdout": subprocess.PIPE, "text": True}  # some write logs where they run
+    printed = subprocess.run(command, check=True, **run).stdout
     new = type(model)(model.config).eval()
     new.load_state_dict(model.state_dict())
     for name, weight in load_file(folder / "peer.safetensors").items():
