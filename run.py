@@ -42,6 +42,7 @@ LONG_TESTS = ("tests/test_browser.py", "tests/test_mutants.py")
 SENSITIVE = ("04", "07", "08")  # notebooks in which last digits and integer kernels show most
 FOREIGN = ROOT / ".foreign/opt"  # a small model of another kind, made by the tests
 OTHERS = ROOT.parent / "shared/models/stories260K"  # one that others trained; where it is, the notebooks run on it, too
+LAST = "notebooks on others' model"
 LATE = 38 * 60  # seconds after which a test run leaves that out, to end within 50 minutes on two cores
 STAMP = ROOT / ".venv/complete"  # written last: Python's version, and a hash of what is installed and where
 
@@ -143,7 +144,7 @@ def steps(what: str, options: list) -> dict:
     other = {"QUANTLAB_BROWSER_MODEL": str(FOREIGN)}
     lax = [*shared, "--nbval-lax", "--nbval-current-env", *found]
     foreign = {"notebooks on another model": (lax, one | {"QUANTLAB_MODEL": str(FOREIGN), "QUANTLAB_SMOLLM2": "0"})}
-    last = {"notebooks on others' model": (lax, one | {"QUANTLAB_MODEL": str(OTHERS), "QUANTLAB_SMOLLM2": "0"})}
+    last = {LAST: (lax, one | {"QUANTLAB_MODEL": str(OTHERS), "QUANTLAB_SMOLLM2": "0"})}
     return {
         "ruff": (["-m", "ruff", "check", "."], {}),
         "notebooks": (nbval, one),
@@ -178,7 +179,7 @@ def main(what: str = "", *options: str) -> int:
     failed, began = [], time.monotonic()
     for name, (arguments, environment) in steps(what, options).items():
         print(f"\n== {name}", flush=True)
-        if name == "notebooks on others' model" and time.monotonic() - began > LATE:
+        if name == LAST and time.monotonic() - began > LATE:
             print(f"left out: {(time.monotonic() - began) / 60:.0f} minutes have passed", flush=True)
             continue
         if subprocess.call([PYTHON, *arguments], cwd=ROOT, env=os.environ | environment):

@@ -26,7 +26,7 @@ from quantlab.hessian import Hessian
 from quantlab.lm import blocks_of, linear_layers, weight_of
 from quantlab.lm.blocks import advance, block_inputs, input_hessians
 from quantlab.lm.layers import float_layers
-from quantlab.lm.measuring import checked_windows, predicted
+from quantlab.lm.measuring import checked_windows, predicted, ratio
 from quantlab.lm.walk import few_tokens
 from quantlab.methods import GPTQ, RTN
 from quantlab.metrics import kl_per_position
@@ -82,24 +82,25 @@ def sensitivity(
 
     Shapes: tokens (n,), cut into windows; a tail that fills none is left out, unless it is all there is; begin tokens
     are context only, as in perplexity. Warns if gptq gets fewer than two tokens for each input of the widest layer.
-    Raises: ValueError for an unknown method, no or repeated bits, bits or group_size that quantize_tensor refuses, or
-    tokens that the model cannot read.
+    Raises: ValueError for an unknown method, no or repeated bits, bits or group_size that quantize_tensor refuses,
+    weights that are not finite, or tokens that the model cannot read.
     """
     window, _ = checked_windows(model, tokens, window, None)
     bits, progress = _checked_bits(bits), check_flag(progress, "progress")
     new = copy.deepcopy(model).eval()
     layers = float_layers(new)
     check_finite(new)
-    if method == "gptq" and (note := few_tokens(new, len(tokens))):
+    if method == "gptq" and (note := few_tokens(new, len(tokens) // window * window or len(tokens))):
         warnings.warn(note, stacklevel=2)
     choices = _quantized(new, tokens, method, bits, group_size, window)
     batches = _batches(tokens, window, text_config(model).vocab_size)
     bar = tqdm(batches, desc="sensitivity", unit="batch", disable=not progress, leave=False)
     parts = [_kl_of_each(new, layers, choices, ids) for ids in bar]
-    kl = {name: {b: torch.cat([part[name][b] for part in parts]) for b in bits} for name in layers}
+    counts = torch.cat([predicted(new, ids).sum(1) for ids in batches]).tolist()
+    kl = {n: {b: ratio(torch.cat([part[n][b] for part in parts]).tolist(), counts) for b in bits} for n in layers}
     return Sensitivity(
-        costs={name: {b: k.mean().item() for b, k in row.items()} for name, row in kl.items()},
-        errors={name: {b: _stderr(k) for b, k in row.items()} for name, row in kl.items()},
+        costs={name: {b: mean for b, (mean, _) in row.items()} for name, row in kl.items()},
+        errors={name: {b: error for b, (_, error) in row.items()} for name, row in kl.items()},
         sizes={name: {b: q.nbytes for b, q in row.items()} for name, row in choices.items()},
         weights={name: weight_of(layer).numel() for name, layer in layers.items()},
         tokens=sum(ids.numel() for ids in batches),
@@ -108,7 +109,7 @@ def sensitivity(
 
 @torch.no_grad()
 def _kl_of_each(model, layers: dict, choices: dict, ids: Tensor) -> dict[str, dict[int, Tensor]]:
-    """KL of each window, (batch,), with each choice in the place of one layer's weight: {layer: {bits: KL}}."""
+    """Each window's sum of KLs, (batch,), with each choice in the place of one layer's weight: {layer: {bits: sum}}."""
     prefix, blocks = blocks_of(model)
     ids, found = ids.to(model.device), {}
     scored = predicted(model, ids).double()
@@ -119,7 +120,7 @@ def _kl_of_each(model, layers: dict, choices: dict, ids: Tensor) -> dict[str, di
             with _holding(layer, q.dequantize()), _resumed(blocks, outputs[:start]):
                 changed = model(ids, use_cache=False).logits[:, :-1].float()
             kl = kl_per_position(logits, changed).double()
-            found[name][bits] = ((kl * scored).sum(1) / scored.sum(1).clamp(min=1)).cpu()
+            found[name][bits] = (kl * scored).sum(1).cpu()
     return found
 
 
@@ -128,10 +129,6 @@ def _checked_bits(bits) -> tuple[int, ...]:
     if not bits or len(set(bits)) < len(bits):
         raise ValueError(f"bits must be different bit widths, at least one, got {bits}")
     return bits
-
-
-def _stderr(windows: Tensor) -> float:
-    return (windows.std() / math.sqrt(len(windows))).item() if len(windows) > 1 else math.nan
 
 
 def _batches(tokens: Tensor, window: int, vocabulary: int) -> list[Tensor]:

@@ -3,7 +3,6 @@
 A linear layer is an nn.Linear or GPT-2's Conv1D, which is told by its name, so that transformers need not be imported.
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -63,13 +62,17 @@ def as_linear(layer: nn.Module) -> nn.Linear:
     return linear
 
 
-# Which expert a token goes to, by the names that mixtures of experts give it. They stay float everywhere.
-ROUTER = re.compile(r"(^|\.)(router(\.\w+)?|gate|wg|shared_expert_gate)$")
-
-
 def linears_in(module: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers inside a module, by their names in it; routers are not among them."""
-    return {name: m for name, m in module.named_modules() if is_linear(m) and not ROUTER.search(name)}
+    """The linear layers inside a module, by their names in it; a mixture's routers are not among them."""
+    return {name: m for name, m in module.named_modules() if is_linear(m) and not _is_router(module, name)}
+
+
+def _is_router(module: nn.Module, name: str) -> bool:
+    """Whether the layer of this name says which experts a token goes to: by its name, or as a gate beside experts."""
+    parts = name.split(".")
+    above = [module.get_submodule(".".join(parts[:i])) for i in (len(parts) - 1, len(parts) - 2) if i >= 0]
+    gate = parts[-1] in ("gate", "wg", "shared_expert_gate") and any(hasattr(m, "experts") for m in above)
+    return gate or any("router" in part for part in parts)
 
 
 def check_finite(model: nn.Module) -> None:

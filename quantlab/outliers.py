@@ -61,7 +61,7 @@ def smooth(model, activation_scales: dict[str, Tensor], *, alpha: float = 0.5):
     new = copy.deepcopy(check_model(model)).eval()
     names = {module: name for name, module in new.named_modules()}
     for norm, layers in norm_readers(new):
-        name = names[layers[0]]
+        name = next((names[layer] for layer in layers if names[layer] in activation_scales), names[layers[0]])
         if not any(part.isdecimal() for part in name.split(".")):
             continue  # no number of a block in its name: what the final norm feeds stays a float
         if name not in activation_scales:

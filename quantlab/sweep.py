@@ -25,8 +25,9 @@ from tqdm.auto import tqdm
 from quantlab import ledger
 from quantlab.files import read_json, write_json
 from quantlab.ledger import Row
-from quantlab.lm import budget, linear_layers, load_lm, load_text, quantize_lm, token_stream
+from quantlab.lm import budget, chosen_model, linear_layers, load_lm, load_text, quantize_lm, token_stream
 from quantlab.lm.checkpoint import fingerprint, hash_tensors
+from quantlab.lm.smollm2 import packaged_gguf
 from quantlab.methods import AWQ, GPTQ, NF4, RTN, W8A8, LLMInt8, Method, SmoothQuant, method_of, plain, settings_of
 
 # What --methods offers: the short names of methods that round weights alone, with a word for a setting.
@@ -171,7 +172,8 @@ def _measure(
     """Runs in a worker: one way of quantizing, measured."""
     model = _loaded(name, weights)
     label_, bits, group = label(method, model)
-    with _one_thread():
+    with _one_thread(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* tokens are few for")  # told by quantize_lm where a person calls it
         new, report = quantize_lm(model, calibration, method, window=window, progress=False)
         row = ledger.measure(model, new, tokens, method=label_, bits=bits, group=group, report=report, window=window)
     return key, row
@@ -242,12 +244,13 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
             jobs.append(NAMED[name])
         else:
             jobs += [replace(NAMED[name], bits=bits, group_size=chosen.group) for bits in chosen.bits]
-    out = chosen.out or ("ledger.csv" if chosen.model == "bundled" else f"ledger-{_file_name(chosen.model)}.csv")
+    model = chosen_model() if chosen.model == "bundled" else chosen.model
+    out = chosen.out or ("ledger.csv" if model == "bundled" else f"ledger-{_file_name(model)}.csv")
     rows = [_float_row(chosen.model), *sweep(chosen.model, jobs, folder=chosen.cache, n_jobs=chosen.n_jobs)]
     for row in rows:
         ledger.append(row, out)
     print(ledger.Table(rows))
-    if chosen.model == "smollm2":
+    if model == "smollm2" and packaged_gguf() is not None:
         print("These float weights once stood on a 4-bit grid of groups of 32 (Q4_1, with a real offset).")
     print(f"{len(rows)} rows in {out}")
     return rows
@@ -255,7 +258,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
 
 def _file_name(model: str) -> str:
     """What of a model's name or folder goes into a file's name."""
-    return re.sub(r"[^\w.-]+", "-", Path(model).name if Path(model).is_dir() else model)
+    folder = Path(model).expanduser().resolve()
+    return re.sub(r"[^\w.-]+", "-", folder.name if folder.is_dir() else model)
 
 
 def _float_row(name: str) -> Row:

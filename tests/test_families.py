@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 import warnings
 from functools import partial
 
@@ -12,11 +14,10 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from quantlab import ledger, lm
-from quantlab.export.gguf_blocks import quantize_gguf
 from quantlab.lm.report import left_in_float
 from quantlab.methods import METHODS, W8A8
 from quantlab.mixed import sensitivity
-from quantlab.observers import MSE
+from quantlab.modules import linears_in
 from recipes.base_model import train_tokenizer
 
 VOCABULARY, LENGTH = 300, 48
@@ -162,7 +163,8 @@ def test_of_a_repository_one_set_of_weights_is_fetched():
     from quantlab.lm.hub import COPIES, FILES
 
     wanted = {"config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja", "merges.txt", "qwen.tiktoken",
-              "model-00001-of-00002.safetensors", "model.safetensors.index.json", "generation_config.json"}  # fmt: skip
+              "model-00001-of-00002.safetensors", "own-bf16-00001-of-00002.safetensors",
+              "model.safetensors.index.json", "generation_config.json"}  # fmt: skip
     others = {"pytorch_model.bin", "model.fp16.safetensors", "model.fp16-00001-of-00002.safetensors", "README.md",
               "consolidated.safetensors", "onnx/model.onnx", "original/params.json", "adapter_model.safetensors",
               "adapter_config.json", "model.bf16.safetensors", "modeling_x.py"}  # fmt: skip
@@ -234,7 +236,7 @@ NO_TRANSFORMERS = {
 @pytest.mark.parametrize("kind", NO_TRANSFORMERS)
 def test_what_is_no_transformer_is_refused(kind):
     model = hf.AutoModelForCausalLM.from_config(NO_TRANSFORMERS[kind])
-    with pytest.raises(ValueError, match="is no transformer: it has no attention"):
+    with pytest.raises(ValueError, match="is no transformer: it has no attention that is known here"):
         lm.quantize_lm(model, torch.arange(40), method="rtn", window=16, progress=False)
 
 
@@ -281,6 +283,26 @@ def test_routers_stay_float():
     assert all(isinstance(new.get_submodule(name), torch.nn.Linear) for name in gates)
 
 
+def test_what_is_a_router():
+    """By its name, or a gate beside experts; a gate of an MLP is none."""
+    linear = torch.nn.Linear(2, 2)
+
+    def linears(**modules):
+        return set(linears_in(torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict(modules)})))
+
+    dense = {"gate": linear, "up": torch.nn.Linear(2, 2), "gate_proj": torch.nn.Linear(2, 2)}
+    assert linears(**dense) == {"mlp.gate", "mlp.up", "mlp.gate_proj"}
+    experts = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    mixture = torch.nn.ModuleDict(dense | {"shared_expert_gate": torch.nn.Linear(2, 1)})
+    mixture.experts = experts
+    assert set(linears_in(torch.nn.ModuleDict({"mlp": mixture}))) == {"mlp.up", "mlp.gate_proj", "mlp.experts.0"}
+    assert linears(router=linear) == linears(router_gate=linear) == set()
+    assert linears(router=torch.nn.ModuleDict({"layer": linear})) == set()
+    nested = torch.nn.ModuleDict({"gate": torch.nn.ModuleDict({"wg": linear})})
+    nested.experts = experts
+    assert set(linears_in(torch.nn.ModuleDict({"mlp": nested}))) == {"mlp.experts.0"}
+
+
 def test_layers_that_read_nothing_are_named():
     model, silent = made("llama"), torch.nn.Linear(32, 32, bias=False)
     model.model.layers[1].add_module("unused", silent)
@@ -289,7 +311,7 @@ def test_layers_that_read_nothing_are_named():
         lm.activation_scales(model, text(), window=32)
     with pytest.raises(ValueError, match=f"read nothing on these tokens, {name}"):
         lm.capture_inputs(model, text(), [name], window=32)
-    with pytest.raises(ValueError, match="read nothing on these tokens, unused"):
+    with pytest.raises(ValueError, match=f"read nothing on these tokens, {name}"):
         lm.quantize_lm(model, text(), method="w8a8_static", window=32, progress=False)
 
 
@@ -415,20 +437,23 @@ def test_the_default_dtype_changes_nothing():
 
 
 def test_the_default_dtype_changes_no_range_and_no_bytes_of_gguf():
-    random, kinds = torch.Generator().manual_seed(0), ("Q4_0", "Q4_K", "Q5_K", "Q6_K")
-    x, weights = torch.randn(64, 256, generator=random), torch.rand(256, generator=random) + 0.5
+    code = """
+import sys, torch
+torch.set_default_dtype(getattr(torch, sys.argv[1]))  # before quantlab makes its tables
+from quantlab.export.gguf_blocks import quantize_gguf
+from quantlab.observers import MSE
 
-    def made_of_it():
-        ranges = [MSE(bits=4, symmetric=s).update(x).min_max() for s in (False, True)]
-        files = [quantize_gguf(x, kind, importance=w) for kind in kinds for w in (None, weights)]
-        return [t for pair in ranges for t in pair] + files
-
-    wanted = made_of_it()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        assert all(torch.equal(a, b) for a, b in zip(made_of_it(), wanted, strict=True))
-    finally:
-        torch.set_default_dtype(torch.float32)
+random, float32 = torch.Generator().manual_seed(0), torch.float32
+x, weights = torch.randn(64, 256, generator=random, dtype=float32), torch.rand(256, generator=random, dtype=float32)
+for symmetric in (False, True):
+    print(*(bound.item() for bound in MSE(bits=4, symmetric=symmetric).update(x).min_max()))
+for kind in ("Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K"):
+    for importance in (None, weights + 0.5):
+        print(kind, hash(tuple(quantize_gguf(x, kind, importance=importance).flatten().tolist())))
+"""
+    said = [subprocess.check_output([sys.executable, "-c", code, dtype]) for dtype in ("float32", "bfloat16")]
+    assert said[0].count(b"\n") == 12
+    assert said[0] == said[1]
 
 
 def test_nan_weights_are_named():

@@ -269,11 +269,13 @@ def test_begin_tokens_are_context_only():
     """As in divergence: no text predicts them."""
     model, tokens = random_model(), random_tokens(48)
     model.config.bos_token_id, model.config.eos_token_id = 0, 1
-    tokens[[0, 7, 20]] = 0
+    tokens[[0, 3, 5, 7, 20, 21, 22, 40]] = 0  # more in the first window than in the second
     name = next(iter(lm.linear_layers(model)))
-    table = mixed.sensitivity(model, tokens, bits=(3,), group_size=None, window=48, progress=False)
+    table = mixed.sensitivity(model, tokens, bits=(3,), group_size=None, window=24, progress=False)
     new, _ = with_one_layer_quantized(model, name, 3, None)
-    assert table.costs[name][3] == pytest.approx(lm.divergence(model, new, tokens, window=48).kl, rel=1e-4)
+    wanted = lm.divergence(model, new, tokens, window=24)
+    assert table.costs[name][3] == pytest.approx(wanted.kl, rel=1e-4)
+    assert table.errors[name][3] == pytest.approx(wanted.stderr, rel=1e-4)
     model.config.bos_token_id = None
-    counted = mixed.sensitivity(model, tokens, bits=(3,), group_size=None, window=48, progress=False)
+    counted = mixed.sensitivity(model, tokens, bits=(3,), group_size=None, window=24, progress=False)
     assert counted.costs[name][3] != pytest.approx(table.costs[name][3], rel=1e-4)

@@ -168,7 +168,7 @@ def test_that_is_left_out_when_it_is_late(late, monkeypatch, capsys):
     monkeypatch.setattr(run, "setup", lambda: None)
     both = {"tests": (["1"], {}), "notebooks on others' model": (["2"], {})}
     monkeypatch.setattr(run, "steps", lambda what, options: both)
-    monkeypatch.setattr(run, "LATE", 0 if late else 3600)
+    monkeypatch.setattr(run, "LATE", -1 if late else 3600)
     called = []
     monkeypatch.setattr(run.subprocess, "call", lambda command, cwd, env: called.append(command[1]) and None)
     assert run.main("test") == 0

@@ -337,3 +337,6 @@ def test_another_model_has_a_ledger_of_its_own(name, tmp_path, monkeypatch):
     assert written.name == f"ledger-{Path(name).name}.csv"
     assert ledger.read(written) == rows
     assert sweep._file_name("org/name@v1") == "org-name-v1"
+    monkeypatch.setenv("QUANTLAB_MODEL", name)  # what "bundled" then stands for
+    assert sweep.main(["--methods", "rtn", "--bits", "3", "--cache", "cache", "--n-jobs", "1"]) == rows
+    assert list(tmp_path.glob("*.csv")) == [written]

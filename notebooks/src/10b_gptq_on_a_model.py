@@ -180,8 +180,9 @@ print("by tokens, damping 0.01:", {n: round(e, 2) for n, e in zip(sizes, honest,
 # times; and for a control, normal noise of the same shape in place of the layer's inputs.
 # %% tags=["nbval-ignore-output"]
 random, story = torch.Generator().manual_seed(0), calibration[: budget(model, 4096)]
+vocabulary = len(model.get_input_embeddings().weight)
 texts = {"stories": story, "shuffled": story[torch.randperm(len(story), generator=random)],
-    "random": torch.randint(3, len(tokenizer), (len(story),), generator=random),
+    "random": torch.randint(3, vocabulary, (len(story),), generator=random),
     f"{len(story) // 16} x 16": story[: len(story) // 16].repeat(16)}
 seen = {kind: capture_inputs(model, text, [name])[name] for kind, text in texts.items()}
 seen["noise"] = torch.randn(len(story), weight.shape[1], generator=random)

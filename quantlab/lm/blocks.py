@@ -63,7 +63,8 @@ def _check_chain(name: str, blocks: nn.ModuleList, x: Tensor, arguments: list, e
     for block, own in zip(blocks, arguments, strict=True):
         x = run_block(block, x, own)
     # The worst token, each by its own length: one huge value elsewhere must not hide it.
-    off = ((x - end).norm(dim=-1) / end.norm(dim=-1).clamp(min=torch.finfo(end.dtype).tiny)).max().item()
+    apart, length = (x - end).float().norm(dim=-1), end.float().norm(dim=-1)
+    off = (apart / length.clamp(min=torch.finfo(torch.float32).tiny)).max().item()
     if not off <= max(1e-3, 16 * torch.finfo(x.dtype).eps):
         raise ValueError(
             f"the blocks of {name} cannot be run one after the other: their last output is off by {off:.1%}. "

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
-COPIES = ["*/*", "consolidated*", "*fp16*", "*bf16*", "adapter_*"]  # second sets of the same weights, and adapters
+COPIES = ["*/*", "consolidated*", "*.fp16[.-]*", "*.bf16[.-]*", "adapter_*"]  # other sets of the weights
 
 
 def download(name: str, *, words: Iterable[str] = ()) -> Path:

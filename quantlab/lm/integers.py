@@ -19,7 +19,7 @@ def replace_block(prefix: str, block, hidden: list[Tensor] | None, arguments, re
     The layers' output errors are measured on the way.
     """
     method, layers = report.method, {name: as_linear(layer) for name, layer in linears_in(block).items()}
-    observers = _observed(block, hidden, arguments, method.observer) if method.observes else {}
+    observers = _observed(prefix, block, hidden, arguments, method.observer) if method.observes else {}
     rounded = _rounded(block, hidden, arguments, method) if method.rounding != "nearest" else {}
     rows, sums, hooks = [], {}, {}
     for name, linear in layers.items():
@@ -50,17 +50,22 @@ def _rounded(block, hidden: list[Tensor] | None, arguments, method) -> dict:
     return rounded
 
 
-def _observed(block, hidden: list[Tensor], arguments, observer) -> dict:
+def _observed(prefix: str, block, hidden: list[Tensor], arguments, observer) -> dict:
     """An observer for each linear layer of the block, which has seen all that the layer reads."""
     layers, observers = linears_in(block), {}
 
     def observe(name):
-        return lambda _module, inputs: observers.setdefault(name, observer()).update(inputs[0]) and None
+        def hook(_module, inputs):
+            if name not in observers:
+                observers[name] = observer()
+            observers[name].update(inputs[0])
+
+        return hook
 
     with hooked({layer: observe(name) for name, layer in layers.items()}):
         for _ in run(block, hidden, arguments):
             pass
-    check_read(layers, observers)
+    check_read([prefix + name for name in layers], {prefix + name for name in observers})
     return observers
 
 

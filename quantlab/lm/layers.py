@@ -31,14 +31,14 @@ def blocks_of(model) -> tuple[str, nn.ModuleList]:
     """
     config, text = text_config(check_model(model, values=False)), model
     if hasattr(config, "model_type") and not _has_attention(model, config):
-        raise ValueError(f"{type(model).__name__} is no transformer: it has no attention")
+        raise ValueError(f"{type(model).__name__} is no transformer: it has no attention that is known here")
     if config is not model.config and hasattr(model, "get_decoder"):
         text = model.get_decoder()  # a model that also reads pictures has a list of blocks for them, too
-    inside, found = set(text.modules()), {}
+    inside, lists = set(text.modules()), {}
     for name, module in model.named_modules():
-        nested = any(name.startswith(f"{outer}.") for outer in found)
         if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers and module in inside:
-            found |= {} if nested or not linears_in(module) and found else {name: module}
+            lists |= {} if any(name.startswith(f"{outer}.") for outer in lists) else {name: module}
+    found = {name: some for name, some in lists.items() if linears_in(some)} or dict(list(lists.items())[:1])
     if len(found) != 1:
         names = f": {', '.join(found)}" if found else ""
         raise ValueError(
@@ -50,7 +50,7 @@ def blocks_of(model) -> tuple[str, nn.ModuleList]:
 
 def _has_attention(model, config) -> bool:
     heads = any(hasattr(config, name) for name in ("num_attention_heads", "n_head", "num_heads"))
-    return heads and any("attention" in type(module).__name__.lower() for module in model.modules())
+    return heads and any(re.search("attention|attn|mla", type(m).__name__, re.I) for m in model.modules())
 
 
 def linear_layers(model) -> dict[str, nn.Module]:
@@ -95,8 +95,8 @@ def layers_of_role(model, role: str) -> dict[str, nn.Module]:
 def float_layers(model) -> dict[str, nn.Module]:
     """linear_layers of a model; ValueError if it has none, as an int8 model has not, or adapters beside them."""
     layers = linear_layers(model)
-    adapters = (n for n, m in model.named_modules() if ".lora_" in n or type(m).__module__.startswith("peft.tuners."))
-    if adapter := next(adapters, None):
+    of_peft = [n for n, m in model.named_modules() if ".lora_" in n or type(m).__module__.startswith("peft.tuners.")]
+    if adapter := next((name for name in of_peft if ".lora_" in name), of_peft[-1] if of_peft else None):
         raise ValueError(f"the model has adapters ({adapter}); merge them first: model.merge_and_unload()")
     if not layers:
         raise ValueError(f"{type(model).__name__} has no float linear layers in its blocks; is it quantized already?")
@@ -108,7 +108,7 @@ def capture_inputs(model, tokens: Tensor, layers, *, window: int = 512) -> dict[
 
     The model reads as far as the last block with one of these layers, and no further.
 
-    Raises: ValueError if the model has no layer of that name.
+    Raises: ValueError if the model has no layer of that name, or one of them reads nothing.
     """
     window, _ = checked_windows(model, tokens, window, None)
     modules, caught = dict(model.named_modules()), {}
@@ -157,6 +157,7 @@ def activation_scales(model, tokens: Tensor, *, window: int = 512) -> dict[str, 
     """The largest |x| that each input channel of each linear layer reads: {layer name: (in_features,)}, float32.
 
     Bounded memory: one maximum a channel is kept, however many tokens there are. SmoothQuant and AWQ start from it.
+    Raises: ValueError if a layer reads nothing: an expert that no token reached, say.
     """
     window, _ = checked_windows(model, tokens, window, None)
     layers, largest = float_layers(model), {}

@@ -23,7 +23,8 @@ WORDS = {"bundled": lambda: DATA / "model", "smollm2": smollm2_folder}  # names 
 def load_lm(name_or_path: str = "bundled"):
     """(model, tokenizer) of a causal language model, in float32 on the CPU, ready to evaluate.
 
-    "bundled" is the model in data/model, or what the environment variable QUANTLAB_MODEL names; "smollm2" is
+    "bundled" is the model in data/model, or what the environment variable QUANTLAB_MODEL names (a folder is looked for
+    here, and where the shell stood); "smollm2" is
     SmolLM2-135M-Instruct (quantlab.lm.smollm2 says where it comes from). Else a folder, or a hub name like "org/name"
     or, to pin it, "org/name@revision". Only safetensors are read, no code is run.
 
@@ -31,7 +32,7 @@ def load_lm(name_or_path: str = "bundled"):
     ValueError if its weights are damaged, quantized already, or not those that its configuration asks for.
     """
     name = str(check_path(name_or_path, "name_or_path"))
-    folder = _folder_of(chosen_model() if name == "bundled" else name)
+    folder = _folder_of(_from_the_shell(chosen_model()) if name == "bundled" else name)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
     if (folder / "quantized.safetensors").is_file():
@@ -63,10 +64,14 @@ def real_lm():
         return *load_lm(), chosen_model()
 
 
+def _from_the_shell(name: str) -> str:
+    """A folder that is not here, but where the user stood who opened JupyterLab: a notebook runs in its own folder."""
+    there = Path(os.environ.get("PWD", ".")) / Path(name).expanduser()
+    return name if Path(name).expanduser().is_dir() or not there.is_dir() else str(there)
+
+
 def _folder_of(name: str) -> Path:
     folder = Path(name).expanduser()
-    if not folder.is_dir():  # a notebook runs in its own folder; PWD is where the user stood who opened JupyterLab
-        folder = max(folder, Path(os.environ.get("PWD", ".")) / folder, key=Path.is_dir)
     if name in WORDS and not folder.is_dir():
         folder = WORDS[name]()
     if name == "bundled" and not folder.is_dir():

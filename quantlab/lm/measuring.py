@@ -75,7 +75,7 @@ def _surprise(logits: Tensor, ids: Tensor, scored: Tensor) -> tuple[Tensor, Tens
 
 def _perplexity(read: list[tuple]) -> Perplexity:
     sums, counts = (torch.cat(parts).double().tolist() for parts in zip(*read, strict=True))
-    mean, stderr = _ratio(sums, counts)
+    mean, stderr = ratio(sums, counts)
     value = math.exp(mean) if mean < 700 else math.inf  # a wrecked model may be this sure of the wrong token
     return Perplexity(value, value * stderr, mean, int(sum(counts)))
 
@@ -123,7 +123,7 @@ def _distance(p: Tensor, q: Tensor, scored: Tensor) -> tuple[Tensor, Tensor, Ten
 
 def _divergence(read: list[tuple]) -> Divergence:
     sums, counts, agreed = (torch.cat(parts).double().tolist() for parts in zip(*read, strict=True))
-    mean, stderr = _ratio(sums, counts)
+    mean, stderr = ratio(sums, counts)
     return Divergence(mean, stderr, sum(agreed) / sum(counts), int(sum(counts)))
 
 
@@ -189,7 +189,7 @@ def predicted(model, ids: Tensor) -> Tensor:
     return ids[..., 1:] != only_context
 
 
-def _ratio(sums: list, counts: list) -> tuple[float, float]:
+def ratio(sums: list, counts: list) -> tuple[float, float]:
     """Mean per token, and its standard error from the spread between windows."""
     s, n = torch.tensor(sums, dtype=torch.float64), torch.tensor(counts, dtype=torch.float64)
     mean = s.sum() / n.sum()

@@ -22,7 +22,7 @@ class LayerReport(NamedTuple):
     weight_error: float  # ‖W - Ŵ‖² / ‖W‖²
     bits_per_weight: float
     seconds: float  # to round it
-    held_out_error: float | None = None  # the output error on tokens that no calibration has read; None: not asked for
+    held_out_error: float | None = None  # the output error on the held-out tokens; None: not asked for
 
 
 @dataclass
@@ -55,7 +55,7 @@ class QuantizeReport:
             f"{self.seconds:.1f} s"
         )
         lines += [self.note] if self.note else []
-        if self.left_in_float:
+        if self.left_in_float >= 0.005:
             lines.append(left_in_float_note(self.left_in_float))
         return "\n".join(lines)
 
@@ -88,7 +88,7 @@ def _number(value: float | None) -> str:
 
 def left_in_float_note(fraction: float) -> str:
     """The sentence that report and ledger show."""
-    return f"left in float: {fraction:.0%} of the blocks' weights (in no linear layer, as a mixture's experts)"
+    return f"left in float: {fraction:.0%} of the blocks' weights (a mixture's experts or routers, no linear layer)"
 
 
 def left_in_float(model, layers) -> float:

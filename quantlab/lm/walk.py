@@ -39,7 +39,8 @@ def quantize_lm(
     one block's inputs in memory, each calibrated on what the quantized blocks before it give out; layers that read
     the same input (q, k, v) share one Hessian and factorization. output_errors: measure what each layer's output loses
     on the tokens; None: where the method reads them anyway. held_out (weights only): other tokens, on which each
-    layer's output error is measured as well: GPTQ fits the noise of too few tokens, and only there it shows.
+    layer's output error is measured as well (behind the quantized blocks, too): GPTQ fits the noise of too few tokens,
+    and only there it shows. It holds their inputs and a Hessian for each input of a block besides.
     The given model is not changed; embeddings, norms and head stay as they are.
 
     checkpoint (a folder; weights only): each finished block is written there. A walk that was interrupted goes on from
@@ -49,7 +50,8 @@ def quantize_lm(
 
     Shapes: tokens (n,), cut into windows. Warns if GPTQ gets fewer than two tokens for each input of the widest layer.
     Raises: ValueError for an unknown method or setting, a value that the method refuses, tokens that are missing or
-    fewer than one window can use, a weight that is not finite, or a checkpoint of another walk.
+    fewer than one window can use, a weight that is not finite, adapters, a layer that reads nothing where its range is
+    asked for, held_out with a method of integer layers, or a checkpoint of another walk.
     """
     method = method_of(method, **settings)
     progress, in_place = check_flag(progress, "progress"), check_flag(in_place, "in_place")
@@ -80,6 +82,7 @@ def quantize_weights(model, quantizer: Callable[[Tensor], Quantized]) -> tuple[n
 
     quantizer gets a weight (out, in) and returns anything with dequantize() and nbytes: a QTensor, a CodebookTensor ...
     Nothing is calibrated; the given model is not changed; embeddings, norms and head stay as they are.
+    Raises: ValueError for a model with adapters or weights that are not finite, or what is no quantizer.
     """
     check_function(quantizer, "quantizer", "a weight")
     new, qtensors = copy.deepcopy(check_model(model)).eval(), {}
@@ -153,9 +156,9 @@ def few_tokens(model, tokens: int) -> str:
 
 def _settings_of(method: Method, window: int, reads: bool, held_out: Tensor | None) -> dict:
     settings = {name: plain(value) for name, value in method.settings.items()}
-    apart = None if held_out is None else hash_tensors({"held out": held_out})
+    other = None if held_out is None else hash_tensors({"held out": held_out})
     return {
-        "method": method.name, "settings": settings, "window": window, "output errors": reads, "held-out tokens": apart,
+        "method": method.name, "settings": settings, "window": window, "output errors": reads, "held-out tokens": other,
     }  # fmt: skip
 
 
@@ -203,9 +206,8 @@ def _quantize_block(
         else:
             report.qtensors |= qtensors
     else:
-        layers = linears_in(block)
         for row in done:
-            put_weight(layers[row.name.removeprefix(prefix)], checkpoint[row.name].dequantize())
+            put_weight(block.get_submodule(row.name.removeprefix(prefix)), checkpoint[row.name].dequantize())
     report.layers += done
 
 
