@@ -8,6 +8,7 @@ import copy
 import importlib
 import inspect
 import math
+import os
 import traceback
 from collections.abc import Mapping
 from functools import cache
@@ -424,7 +425,7 @@ def onnx_calls(folder: Path) -> dict:
         }
         if engine_here("onnxscript"):
             calls |= {"save_onnx": (onnx_models.save_onnx, {"model": model(), "path": folder / "m.onnx"})}
-        if engine_here("openvino"):
+        if engine_here("openvino") and os.environ.get("ONEDNN_MAX_CPU_ISA") != "SSE41":  # which it cannot do with
             calls |= {
                 name: (getattr(openvino, name), {"path": path}) for name in ("openvino_session", "openvino_graph")
             }

@@ -18,7 +18,8 @@ def to_bitsandbytes(q: CodebookTensor, *, bias: Tensor | None = None) -> nn.Modu
     """bitsandbytes' Linear4bit with q's codes, two a byte, the first in the high half, and q's absmax as they are.
 
     Nothing is rounded anew: its kernels read our bytes. With double_quant its absmax are the 8-bit codes, their absmax
-    and their mean. It computes in the dtype of q.
+    and their mean. It computes in the dtype of q. On a CPU with AVX-512, bitsandbytes 0.50 packs the bytes anew in the
+    first call, computes in bfloat16, and asserts that the rows are a multiple of 32.
 
     Raises: ValueError if q is no matrix (out, in) of NF4 codes with blocks of 32, 64 .. 4096 that end where a row ends,
     or the bias does not fit; ModuleNotFoundError if bitsandbytes is not here.
@@ -42,8 +43,9 @@ def to_bitsandbytes(q: CodebookTensor, *, bias: Tensor | None = None) -> nn.Modu
 def from_bitsandbytes(layer: nn.Module) -> CodebookTensor:
     """The codes and absmax of a Linear4bit of NF4, as they are.
 
-    Raises: ValueError if it is no Linear4bit, or its weight is of another kind or not rounded yet (bitsandbytes rounds
-    when a layer is moved to its device); ModuleNotFoundError if bitsandbytes is not here.
+    Raises: ValueError if it is no Linear4bit, its weight is of another kind or not rounded yet (bitsandbytes rounds
+    when a layer is moved to its device), or it has computed on a CPU with AVX-512, for which bitsandbytes rounds absmax
+    to bfloat16; ModuleNotFoundError if bitsandbytes is not here.
     """
     bnb = engine("bitsandbytes")
     if not isinstance(layer, bnb.nn.Linear4bit):
@@ -52,6 +54,8 @@ def from_bitsandbytes(layer: nn.Module) -> CodebookTensor:
     if state is None or state.quant_type != "nf4":
         found = "a weight that is not rounded yet" if state is None else state.quant_type
         raise ValueError(f"need a weight of nf4, got {found}")
+    if getattr(state, "packing_format_for_cpu", False):
+        raise ValueError("bitsandbytes has packed this layer anew when it computed, absmax in bfloat16; read it before")
     packed, shape = layer.weight.detach().reshape(-1).view(torch.uint8), torch.Size(state.shape)
     pairs = unpack(packed, bits=4, count=2 * packed.numel()).view(-1, 2).flip(1)
     codes = pairs.flatten()[: shape.numel()].view(shape)
