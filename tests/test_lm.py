@@ -209,11 +209,11 @@ def test_standard_error_is_that_of_the_windows():
     for _ in range(300):
         counts = [10.0] * 20
         sums = (torch.randn(20, generator=random) * 3 + 40).tolist()
-        mean, stderr = measuring._ratio(sums, counts)
+        mean, stderr = measuring.ratio(sums, counts)
         estimates.append(mean)
         foretold.append(stderr)
     assert torch.tensor(estimates).std().item() == pytest.approx(sum(foretold) / 300, rel=0.1)
-    assert math.isnan(measuring._ratio([1.0], [2.0])[1])  # one window has no spread
+    assert math.isnan(measuring.ratio([1.0], [2.0])[1])  # one window has no spread
 
 
 def test_divergence_of_a_model_from_itself_and_by_hand():
