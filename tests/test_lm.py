@@ -379,7 +379,7 @@ def test_on_a_model_that_others_trained():
         kl[method] = lm.divergence(model, new, text).kl
     assert 3.2 < whole < 4.0  # 3.77 over 300 stories
     assert gap["gptq"] <= 0.7 * gap["rtn"]
-    assert kl["gptq"] <= 0.7 * kl["rtn"]  # with a margin: GPTQ's last digits change with the processor
+    assert kl["gptq"] <= 0.62 * kl["rtn"]
 
 
 def test_per_row_scales_of_a_layer():

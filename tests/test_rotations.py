@@ -333,9 +333,9 @@ def test_a_learned_rotation_lowers_the_error_that_it_is_trained_on():
         return sum(rounding_error(m @ R, bits=4).item() for m in (x, weight)) / 2
 
     for start in (None, torch.eye(32), random_orthogonal(32, seed=2)):
-        learned = learn_rotation([x, weight], start=start, steps=60, learning_rate=0.02)
+        learned = learn_rotation([x, weight], start=start, steps=120, learning_rate=0.02)
         torch.testing.assert_close(learned @ learned.T, torch.eye(32), rtol=0, atol=1e-4)
-        assert error(learned) < 0.95 * error(random_hadamard(32) if start is None else start)
+        assert error(learned) < 0.9 * error(random_hadamard(32) if start is None else start)
 
 
 def test_without_a_step_the_start_comes_back():

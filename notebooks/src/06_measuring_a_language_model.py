@@ -432,7 +432,7 @@ print(storytellers, "KL grows, a bit:", ", ".join(f"{factor:.1f} times" for fact
 shown = [rows[bits] for bits in (32, 8, 4, 3, 2)]
 for row in shown:
     ledger.append(row)
-assert rows[32].kl < 1e-9
+assert rows[32].kl == 0
 found(rows[8].kl < 0.01 < rows[4].kl, "KL is below 0.01 at 8 bits, above it at 4")
 found(rows[4].kl < rows[3].kl < rows[2].kl, "and grows from there on")
 ledger.Table(shown)

@@ -491,8 +491,7 @@ def parts(way, M, K, N):
 def intensity(M, K):  # operations a byte, float32
     return 2 * M * K * K / (4 * K * K + 8 * M * K)
 
-all_parts = [parts(*key).values() for key in seconds]  # measures the read rates it lacks
-found(min(map(min, all_parts)) > 0, "every part of the time can be measured", of="machine")
+assert all(min(parts(*key).values()) > 0 for key in seconds)  # measures the read rates it lacks
 assert intensity(1, 2048) < 0.5
 assert intensity(256, 2048) > 64
 for way, M in [(way, M) for way in ("float32", "int8 dynamic") for M in (1, 256)]:

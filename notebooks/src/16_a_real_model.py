@@ -65,7 +65,7 @@ for name, part in parts.items():
 # %% [markdown]
 # A vocabulary of 49,152 tokens needs a large table, and the methods of this workbook do not touch it. So this
 # model "in 4 bits" takes more than 4 bits a parameter on disk. True bits are counted in the ledger.
-# %% [markdown]
+#
 # ## 3. These floats have been integers before
 # The file that this model came in holds 4-bit codes (format Q4_1 of llama.cpp, notebook 19), and `load_lm` turned
 # them into floats. Can you tell that from the floats alone?
