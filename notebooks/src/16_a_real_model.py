@@ -395,9 +395,8 @@ found(lost[4096][1] < plain, "with 4,096 tokens it is better")
 #
 # ### Does the model notice?
 # `benchmarks/calibration_tokens.py` has let GPTQ walk through all 210 layers of SmolLM2 with 1,024 to 16,384 tokens
-# (4 bits, groups of 128; the longest walk takes three minutes). 180 layers have 576 inputs, 30 have 1,536. **Predict**:
-# with 1,024 tokens, is the whole model better off than by nearest rounding? And if GPTQ rounds only the layers with
-# 576 inputs, or only those with 1,536?
+# (4 bits, groups of 128). 180 layers have 576 inputs, 30 have 1,536. **Predict**: with 1,024 tokens, is the whole model
+# better off than by nearest rounding? And if GPTQ rounds only the layers with 576 inputs, or only those with 1,536?
 # %%
 import csv
 
